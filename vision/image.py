@@ -1,0 +1,51 @@
+"""The words of the vision package: where a picture comes from, what it became, and what can go wrong with it.
+
+Plain data. Knows nothing of HTTP routes, of models or of scheduling.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vision.shared_array import SharedArray
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """What a request may say about a picture's resolution."""
+
+    detail: str = "auto"  # auto | low | high, as OpenAI
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """A picture named by a request."""
+
+    url: str  # http(s):, data:, or file: under an allowed folder
+    param: str  # the part's path in the request, e.g. messages[0].content[1].image_url
+    options: ImageOptions = ImageOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessedImage:
+    """A picture as the model's own image processor leaves it, before normalisation where the device can do that exactly."""
+
+    content_hash: bytes  # of the bytes, the options and the processor's settings
+    num_tokens: int
+    arrays: dict[str, SharedArray]  # the encoder's inputs by name
+    layout: dict[str, Any]  # plain numbers that the family expands its placeholder from, e.g. rows and columns of tiles
+    width: int  # of the picture as shown, after its orientation was applied
+    height: int
+    timings_s: dict[str, float] = field(default_factory=dict)  # stage → seconds: fetch, decode, preprocess
+
+
+class MediaError(Exception):
+    """A picture that cannot be used. `message` is safe to show; it never holds a decoder's own text."""
+
+    def __init__(self, code: str, message: str, *, param: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.code = code  # stable: url_invalid, url_blocked, image_fetch_failed, image_fetch_timeout, image_too_large, image_decode_failed, …
+        self.message = message
+        self.param = param  # the ImageRef's
+        self.status = status  # of the HTTP answer
