@@ -1,0 +1,264 @@
+"""The server's handle on the engine process: starts it, watches it, restarts it, and turns its messages into async streams.
+
+One event loop owns a client. Every request ends with a last output or an exception; leaving a stream aborts its request.
+"""
+
+import asyncio
+import contextlib
+import enum
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+
+from engine.channel import AsyncSender, Decoder, read_frame
+from engine.config import EngineConfig
+from engine.messages import Abort, Add, FromEngine, GetStats, Loading, Outputs, Ready, Rejected, Start, StartFailed, Stats
+from engine.request import (
+    EngineDeadError,
+    EngineError,
+    EngineInfo,
+    EngineStats,
+    InvalidRequestError,
+    Prompt,
+    PromptTooLongError,
+    QueueFullError,
+    SamplingParams,
+    StepOutput,
+)
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.5
+MAX_BACKOFF_S = 30.0
+HEALTHY_AFTER_S = 60.0  # an engine that lived this long starts again without delay
+PING_INTERVAL_S = 5.0
+HANG_TIMEOUT_S = 120.0  # without an answer between two steps the process is killed
+START_TIMEOUT_S = 1800.0
+EXIT_TIMEOUT_S = 10.0
+
+_REJECTIONS: dict[str, Callable[[Rejected], EngineError]] = {
+    "PromptTooLongError": lambda rejected: PromptTooLongError(*rejected.numbers),
+    "QueueFullError": lambda rejected: QueueFullError(rejected.message),
+}
+
+
+class EngineState(enum.StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"  # it crashed; requests are refused until it is ready
+    FAILED = "failed"  # it cannot start; it is not tried again
+    CLOSED = "closed"
+
+
+@dataclass(slots=True)
+class _Connection:
+    """One life of the engine process."""
+
+    process: asyncio.subprocess.Process
+    sender: AsyncSender
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    decoder: Decoder = field(default_factory=lambda: Decoder(FromEngine))
+
+
+class EngineClient:
+    """See the module. `on_progress` is told the share of the weights that is loaded."""
+
+    def __init__(self, config: EngineConfig, *, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
+        self.config = config
+        self.state = EngineState.STARTING
+        self.info: EngineInfo | None = None
+        self.failure: str | None = None  # why the state is FAILED
+        self.num_restarts = 0
+        self._on_progress = on_progress
+        self._streams: dict[str, asyncio.Queue[StepOutput | EngineError]] = {}
+        self._stats_calls: dict[int, asyncio.Future[EngineStats]] = {}
+        self._num_calls = 0
+        self._connection: _Connection | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._first_ready: asyncio.Future[EngineInfo] | None = None
+
+    @property
+    def process_id(self) -> int | None:
+        return self._connection.process.pid if self._connection else None
+
+    async def start(self) -> EngineInfo:
+        """Start the engine process and wait until it is ready. Raises EngineDeadError where it cannot serve the checkpoint."""
+        self._first_ready = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise())
+        return await asyncio.wait_for(asyncio.shield(self._first_ready), START_TIMEOUT_S)
+
+    async def close(self) -> None:
+        """End the engine process; what still runs gets an EngineDeadError."""
+        self.state = EngineState.CLOSED
+        if self._supervisor:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+
+    async def generate(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> AsyncGenerator[StepOutput, None]:
+        """One request's outputs, the last one with its finish_reason.
+
+        Raises PromptTooLongError, InvalidRequestError, QueueFullError or EngineDeadError. Closing the generator early aborts the request.
+        """
+        sender = self._ready_sender()
+        if request_id in self._streams:
+            raise InvalidRequestError(f"a request {request_id} is running already")
+        queue: asyncio.Queue[StepOutput | EngineError] = asyncio.Queue()
+        self._streams[request_id] = queue  # before sending: no output can be missed
+        is_over = False
+        try:
+            await self._send(sender, Add(request_id, prompt, params))
+            while not is_over:
+                output = await queue.get()
+                is_over = isinstance(output, EngineError) or output.finish_reason is not None
+                if isinstance(output, EngineError):
+                    raise output
+                yield output
+        finally:
+            del self._streams[request_id]
+            if not is_over:
+                self._abort(request_id)
+
+    async def stats(self, *, timeout_s: float = 5.0) -> EngineStats:
+        """The engine's gauges and counters. Raises EngineDeadError, or TimeoutError while a long step runs."""
+        sender = self._ready_sender()
+        self._num_calls += 1
+        call_id = self._num_calls
+        answer = self._stats_calls[call_id] = asyncio.get_running_loop().create_future()
+        try:
+            await self._send(sender, GetStats(call_id))
+            return await asyncio.wait_for(answer, timeout_s)
+        finally:
+            self._stats_calls.pop(call_id, None)
+
+    def _ready_sender(self) -> AsyncSender:
+        if self.state is not EngineState.READY or self._connection is None:
+            is_final = self.state in (EngineState.FAILED, EngineState.CLOSED)
+            raise EngineDeadError(f"the engine is {self.state.value}" + (f": {self.failure}" if self.failure else ""), is_final=is_final)
+        return self._connection.sender
+
+    async def _send(self, sender: AsyncSender, message: object) -> None:
+        try:
+            await sender.send(message)
+        except OSError as error:
+            raise EngineDeadError("the engine process ended") from error
+
+    def _abort(self, request_id: str) -> None:
+        """Without waiting: callers are being cancelled. The supervisor's own task sends it."""
+        if self.state is EngineState.READY and self._connection:
+            task = asyncio.get_running_loop().create_task(self._send(self._connection.sender, Abort(request_id)))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # an engine that ended needs no abort
+
+    async def _supervise(self) -> None:
+        """Lives of the engine process, one after another, until `close()`."""
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            started = asyncio.get_running_loop().time()
+            await self._live_once()
+            self._fail_all(EngineDeadError(self.failure or "the engine process ended", is_final=self.state is EngineState.FAILED))
+            if self.state is EngineState.FAILED:
+                return
+            lived_s = asyncio.get_running_loop().time() - started
+            backoff_s = FIRST_BACKOFF_S if lived_s > HEALTHY_AFTER_S else min(2 * backoff_s, MAX_BACKOFF_S)
+            logger.error("the engine process ended; it starts again in %.1f s", backoff_s)
+            self.state = EngineState.RESTARTING
+            self.num_restarts += 1
+            await asyncio.sleep(backoff_s)
+
+    async def _live_once(self) -> None:
+        """Start a process and serve its messages until it ends."""
+        connection = self._connection = await _spawn()
+        watchdog = asyncio.create_task(self._watch(connection))
+        try:
+            await connection.sender.send(Start(self.config))
+            while True:
+                self._handle(connection.decoder.decode(await read_frame(connection.reader)))
+        except (asyncio.IncompleteReadError, OSError):
+            pass  # its end of the socket is closed: it ended, or was killed
+        finally:
+            watchdog.cancel()
+            self._connection = None
+            if self.state is EngineState.READY:
+                self.state = EngineState.RESTARTING
+            await _stop(connection)
+
+    def _handle(self, message: Loading | Ready | StartFailed | Outputs | Rejected | Stats) -> None:
+        match message:
+            case Outputs(outputs):
+                for output in outputs:
+                    if queue := self._streams.get(output.request_id):
+                        queue.put_nowait(output)
+            case Rejected(request_id):
+                if queue := self._streams.get(request_id):
+                    queue.put_nowait(_rejection(message))
+            case Stats(call_id, stats):
+                answer = self._stats_calls.get(call_id)
+                if answer and not answer.done():
+                    answer.set_result(stats)
+            case Loading(fraction):
+                self._on_progress(fraction)
+            case Ready(info):
+                self.info, self.state = info, EngineState.READY
+                if self._first_ready and not self._first_ready.done():
+                    self._first_ready.set_result(info)
+            case StartFailed(reason):
+                self.failure, self.state = reason, EngineState.FAILED
+
+    def _fail_all(self, error: EngineDeadError) -> None:
+        for queue in self._streams.values():
+            queue.put_nowait(error)
+        for answer in self._stats_calls.values():
+            if not answer.done():
+                answer.set_exception(error)
+        if self._first_ready and not self._first_ready.done() and error.is_final:
+            self._first_ready.set_exception(error)
+
+    async def _watch(self, connection: _Connection) -> None:
+        """Kill a process that is ready but answers nothing between steps for too long."""
+        while True:
+            await asyncio.sleep(PING_INTERVAL_S)
+            if self.state is not EngineState.READY:
+                continue
+            try:
+                await self.stats(timeout_s=HANG_TIMEOUT_S)
+            except TimeoutError:
+                logger.error("the engine process does not answer; it is killed")
+                connection.process.kill()
+                return
+            except EngineDeadError:
+                return
+
+
+def _rejection(rejected: Rejected) -> EngineError:
+    make = _REJECTIONS.get(rejected.kind, lambda rejected: InvalidRequestError(rejected.message))
+    return make(rejected)
+
+
+async def _spawn() -> _Connection:
+    """A fresh engine process and the sockets to it."""
+    to_engine, inbox = socket.socketpair()
+    from_engine, outbox = socket.socketpair()
+    fds = [inbox.fileno(), outbox.fileno()]
+    environment = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "engine.process", *map(str, fds), pass_fds=fds, env=environment, stdin=asyncio.subprocess.DEVNULL
+    )
+    inbox.close()
+    outbox.close()
+    reader, writer = await asyncio.open_connection(sock=from_engine)
+    return _Connection(process, AsyncSender(to_engine), reader, writer)
+
+
+async def _stop(connection: _Connection) -> None:
+    """Close the sockets, which ends the process; kill it where it does not."""
+    connection.sender.close()
+    connection.writer.close()
+    try:
+        await asyncio.wait_for(connection.process.wait(), EXIT_TIMEOUT_S)
+    except TimeoutError:
+        connection.process.kill()
+        await connection.process.wait()

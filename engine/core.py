@@ -1,0 +1,216 @@
+"""The engine, synchronous and complete: add requests, step, read what came out. Schedule → execute → commit, pictures beside it.
+
+Used by the engine process, by tests and offline. Knows nothing of sockets or of text.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from engine.config import EngineConfig
+from engine.encoding import EmbeddingCache, Encoding, choose_batch
+from engine.request import EngineInfo, EngineStats, InvalidRequestError, Plan, Prompt, Request, SampledToken, SamplingParams, StepOutput
+from engine.sampler import SamplingRow, sample
+from engine.scheduler import Scheduler
+from engine.workers import Ranks
+
+logger = logging.getLogger(__name__)
+
+IDLE_ENCODE_S = 0.05  # a slice of encoding when no row decodes; new messages are read after it
+MIN_ENCODE_S = 0.002
+
+
+class Engine:
+    """One model, loaded. `step()` does a bounded piece of work."""
+
+    def __init__(self, config: EngineConfig, *, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
+        started = time.monotonic()
+        self.ranks = Ranks(config, on_progress=on_progress)
+        self.runner = self.ranks.runner
+        self.config = self._bounded_by_memory(config)
+        self.scheduler = Scheduler(self.config, num_blocks=self.runner.num_blocks, eos_token_ids=self.runner.eos_token_ids)
+        self.embeddings = EmbeddingCache(config.embedding_cache_bytes)
+        self.encoding: Encoding | None = None
+        self._own = EngineStats()
+        self._num_requests = 0
+        self._load_time_s = time.monotonic() - started
+
+    @property
+    def info(self) -> EngineInfo:
+        runner = self.runner
+        assert self.config.session_len is not None
+        return EngineInfo(
+            model_type=runner.model_config.model_type,
+            device=str(runner.device),
+            dtype=str(runner.dtype).removeprefix("torch."),
+            tp=self.config.tp,
+            session_len=self.config.session_len,
+            block_size=self.config.cache_block_seq_len,
+            num_blocks=runner.num_blocks,
+            vocab_size=runner.vocab_size,
+            hidden_size=runner.hidden_size,
+            eos_token_ids=runner.eos_token_ids,
+            load_time_s=self._load_time_s,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
+        """Queue a request. Raises InvalidRequestError, PromptTooLongError or QueueFullError."""
+        self._check_prompt(prompt, params)
+        self._num_requests += 1
+        if params.seed is None:
+            params = replace(params, seed=self.config.seed + self._num_requests)
+        self.scheduler.add(Request(request_id, prompt, params, arrival_s=time.monotonic()))
+
+    def abort(self, request_id: str) -> StepOutput | None:
+        """End a request; its blocks are free on return. None where it is unknown or has ended."""
+        output = self.scheduler.abort(request_id)
+        self._drop_unwanted_encoding()
+        return output
+
+    def step(self) -> list[StepOutput]:
+        """Compute one plan, and a slice of the pictures that wait."""
+        started = time.perf_counter()
+        self._take_embeddings()
+        plan = self.scheduler.schedule()
+        outputs, tensor_s = self._compute(plan) if plan.chunks else ([], 0.0)
+        encode_s, failed = self._encode(step_s=tensor_s if plan.chunks else None)
+        self._count(plan, outputs, time.perf_counter() - started, tensor_s, encode_s)
+        return outputs + failed
+
+    def stats(self) -> EngineStats:
+        counted = self.scheduler.stats()
+        own = {
+            name: getattr(self._own, name)
+            for name in ("num_steps", "num_batched_requests", "max_batched_requests", "num_output_tokens", "num_images_encoded",
+                         "num_embedding_cache_hits", "step_time_s", "overhead_time_s", "encode_time_s")
+        }  # fmt: skip
+        return replace(
+            counted, **own, num_images_waiting=len(self.scheduler.images_needed()), embedding_cache_bytes=self.embeddings.num_bytes
+        )
+
+    def close(self) -> None:
+        if self.encoding is not None:
+            self.encoding.cancel()
+        self.ranks.close()
+
+    def _bounded_by_memory(self, config: EngineConfig) -> EngineConfig:
+        """The window cannot be longer than the cache."""
+        assert config.session_len is not None
+        num_slots = self.runner.num_blocks * config.cache_block_seq_len
+        if num_slots < config.session_len:
+            logger.warning(
+                "the KV cache holds %d slots, so the window shrinks from %d to that (--cache-max-entry-count, --session-len)",
+                num_slots,
+                config.session_len,
+            )
+        return replace(config, session_len=min(config.session_len, num_slots))
+
+    def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
+        vocab_size = self.runner.vocab_size
+        if prompt.token_ids and not (min(prompt.token_ids) >= 0 and max(prompt.token_ids) < vocab_size):
+            raise InvalidRequestError(f"the prompt holds a token id outside 0 … {vocab_size - 1}")
+        if any(not 0 <= token_id < vocab_size for token_id in (*params.logit_bias, *params.stop_token_ids)):
+            raise InvalidRequestError(f"logit_bias or stop_token_ids name a token id outside 0 … {vocab_size - 1}")
+        if prompt.images and self.runner.encoder is None:
+            raise InvalidRequestError("this model takes no images")
+
+    def _compute(self, plan: Plan) -> tuple[list[StepOutput], float]:
+        """Execute and commit a plan; seconds of tensor work. Out of memory ends the request with the largest chunk and nothing else."""
+        started = time.perf_counter()
+        try:
+            sampled = self._execute(plan)
+        except torch.OutOfMemoryError:
+            largest = max(plan.chunks, key=lambda chunk: len(chunk.token_ids)).request_id
+            logger.exception("out of device memory; the request with the largest chunk ends")
+            failed = self.scheduler.fail(largest, "out of device memory; lower --cache-max-entry-count or --max-prefill-token-num")
+            return ([failed] if failed else []), time.perf_counter() - started
+        tensor_s = time.perf_counter() - started
+        outputs = self.scheduler.commit(plan, sampled)
+        self._shrink_embeddings()
+        return outputs, tensor_s
+
+    @torch.inference_mode()
+    def _execute(self, plan: Plan) -> dict[str, SampledToken]:
+        request_ids, logits = self.ranks.execute(plan, self.embeddings.tensors)
+        if logits is None:
+            return {}
+        rows = [_sampling_row(self.scheduler.requests[request_id]) for request_id in request_ids]
+        tokens = sample(logits, rows, eos_token_ids=self.runner.eos_token_ids)
+        return dict(zip(request_ids, tokens, strict=True))
+
+    def _take_embeddings(self) -> None:
+        """Tell the scheduler of needed pictures that the cache has."""
+        for image in self.scheduler.images_needed():
+            if self.embeddings.touch(image.content_hash):
+                self.scheduler.image_ready(image.content_hash)
+                self._own = replace(self._own, num_embedding_cache_hits=self._own.num_embedding_cache_hits + 1)
+
+    def _encode(self, *, step_s: float | None) -> tuple[float, list[StepOutput]]:
+        """Encode for a share of the time beside a step of `step_s`, for longer beside none; seconds taken and requests that failed."""
+        if self.encoding is None:
+            needed = self.scheduler.images_needed()
+            if not needed or self.runner.encoder is None:
+                return 0.0, []
+            self.encoding = Encoding(self.runner.encoder, choose_batch(self.runner.encoder, needed), self.runner.device)
+        share = self.config.encoder_share
+        budget_s = IDLE_ENCODE_S if step_s is None else max(MIN_ENCODE_S, step_s * share / (1 - share))
+        started = time.perf_counter()
+        self.encoding.run(budget_s)
+        taken_s = time.perf_counter() - started
+        return taken_s, self._finish_encoding() if self.encoding.is_done else []
+
+    def _finish_encoding(self) -> list[StepOutput]:
+        encoding, self.encoding = self.encoding, None
+        assert encoding is not None
+        if encoding.result is None:
+            wanting = {request_id for image in encoding.images for request_id in self.scheduler.requests_with_image(image.content_hash)}
+            failures = [self.scheduler.fail(request_id, "a picture could not be encoded") for request_id in sorted(wanting)]
+            return [output for output in failures if output]
+        for image, embedding in zip(encoding.images, encoding.result, strict=True):
+            self.embeddings.add(image.content_hash, embedding)
+            self.scheduler.image_ready(image.content_hash)
+        self._own = replace(self._own, num_images_encoded=self._own.num_images_encoded + len(encoding.images))
+        self._shrink_embeddings()
+        return []
+
+    def _drop_unwanted_encoding(self) -> None:
+        """Stop encoding pictures that no request wants any more."""
+        if self.encoding and not any(self.scheduler.requests_with_image(image.content_hash) for image in self.encoding.images):
+            self.encoding.cancel()
+            self.encoding = None
+
+    def _shrink_embeddings(self) -> None:
+        if self.embeddings.num_bytes > self.embeddings.limit_bytes:
+            for content_hash in self.embeddings.shrink(self.scheduler.pinned_images()):
+                self.scheduler.image_forgotten(content_hash)
+
+    def _count(self, plan: Plan, outputs: list[StepOutput], step_s: float, tensor_s: float, encode_s: float) -> None:
+        own = self._own
+        self._own = replace(
+            own,
+            num_steps=own.num_steps + bool(plan.chunks),
+            num_batched_requests=len(plan.chunks),
+            max_batched_requests=max(own.max_batched_requests, len(plan.chunks)),
+            num_output_tokens=own.num_output_tokens + sum(len(output.token_ids) for output in outputs),
+            step_time_s=own.step_time_s + step_s,
+            overhead_time_s=own.overhead_time_s + step_s - tensor_s - encode_s,
+            encode_time_s=own.encode_time_s + encode_s,
+        )
+
+
+def _sampling_row(request: Request) -> SamplingRow:
+    assert request.params.seed is not None
+    return SamplingRow(
+        params=request.params,
+        prompt_token_ids=request.prompt.token_ids,
+        output_counts=request.output_counts,
+        num_output_tokens=request.num_output_tokens,
+        seed=request.params.seed,
+    )

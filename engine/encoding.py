@@ -1,0 +1,130 @@
+"""Pictures become embeddings beside the decode steps: batches across requests, slices of layers, and a cache by content hash.
+
+A thread runs the vision encoder and holds still before each layer of the tower once its time is up, so a picture that takes a second
+costs the running rows a bounded wait per step. Only one of the two threads computes at any time.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from engine.request import ImageInput
+from vision.encoder import VisionEncoder
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH_IMAGES = 8
+
+
+class EmbeddingCache:
+    """Embeddings by content hash, least recently used first out. Pinned ones stay even over the budget."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.num_bytes = 0
+        self.tensors: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def add(self, content_hash: bytes, embedding: Tensor) -> None:
+        self.tensors[content_hash] = embedding
+        self.num_bytes += embedding.nbytes
+
+    def touch(self, content_hash: bytes) -> bool:
+        """Whether it is here; if so it is now the most recently used."""
+        if content_hash not in self.tensors:
+            return False
+        self.tensors.move_to_end(content_hash)
+        return True
+
+    def shrink(self, pinned: set[bytes]) -> list[bytes]:
+        """Forget unpinned embeddings until the budget is kept; the hashes forgotten."""
+        forgotten = []
+        for content_hash in list(self.tensors):
+            if self.num_bytes <= self.limit_bytes:
+                break
+            if content_hash not in pinned:
+                self.num_bytes -= self.tensors.pop(content_hash).nbytes
+                forgotten.append(content_hash)
+        return forgotten
+
+
+class Encoding:
+    """One batch of pictures on its way through the encoder."""
+
+    def __init__(self, encoder: VisionEncoder, images: Sequence[ImageInput], device: torch.device) -> None:
+        self.images = tuple(images)
+        self.result: list[Tensor] | None = None
+        self.error: Exception | None = None
+        self._encoder = encoder
+        self._device = device
+        self._deadline = 0.0
+        self._is_cancelled = False
+        self._may_run = threading.Semaphore(0)
+        self._has_stopped = threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._work, name="vision-encoder", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        return self.result is not None or self.error is not None
+
+    def run(self, budget_s: float) -> None:
+        """Compute until done or, as layers end, `budget_s` have passed."""
+        self._deadline = time.perf_counter() + budget_s
+        self._may_run.release()
+        self._has_stopped.acquire()
+
+    def cancel(self) -> None:
+        """Give up what is left. Blocks until the thread has ended."""
+        self._is_cancelled = True
+        self._may_run.release()
+        self._thread.join()
+
+    def _work(self) -> None:
+        self._may_run.acquire()
+        hooks = [layer.register_forward_pre_hook(self._pause) for layer in self._encoder.layers]
+        try:
+            if not self._is_cancelled:
+                self.result = self._encode()
+        except _CancelledError:
+            pass
+        except Exception as error:  # one picture's batch fails, not the engine
+            logger.exception("the vision encoder failed")
+            self.error = error
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._has_stopped.release()
+
+    @torch.inference_mode()
+    def _encode(self) -> list[Tensor]:
+        arrays = [{name: torch.from_numpy(array.numpy()).to(self._device) for name, array in image.arrays.items()} for image in self.images]
+        embeddings = self._encoder.encode(arrays)
+        for image, embedding in zip(self.images, embeddings, strict=True):
+            if embedding.shape[0] != image.num_tokens:
+                raise ValueError(f"the encoder gave {embedding.shape[0]} tokens for a picture of {image.num_tokens}")
+        return [embedding.clone() for embedding in embeddings]  # a view would keep its whole batch alive
+
+    def _pause(self, layer: nn.Module, inputs: object) -> None:
+        if self._is_cancelled:
+            raise _CancelledError
+        if time.perf_counter() < self._deadline:
+            return
+        self._has_stopped.release()
+        self._may_run.acquire()
+        if self._is_cancelled:
+            raise _CancelledError
+
+
+class _CancelledError(Exception):
+    pass
+
+
+def choose_batch(encoder: VisionEncoder, needed: Sequence[ImageInput]) -> list[ImageInput]:
+    """The first picture and those behind it of the same shape."""
+    keys = [encoder.batch_key(image.arrays) for image in needed]
+    return [image for image, key in zip(needed, keys, strict=True) if key == keys[0]][:MAX_BATCH_IMAGES]

@@ -1,0 +1,79 @@
+"""What the server process and the engine process say to each other, and rank 0 to the other ranks."""
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.request import EngineInfo, EngineStats, Plan, Prompt, SamplingParams, StepOutput
+
+
+class Start(msgspec.Struct, tag=True):
+    """The first message to an engine process."""
+
+    config: EngineConfig
+
+
+class Add(msgspec.Struct, tag=True):
+    request_id: str
+    prompt: Prompt
+    params: SamplingParams
+
+
+class Abort(msgspec.Struct, tag=True):
+    request_id: str
+
+
+class GetStats(msgspec.Struct, tag=True):
+    """Also the sign of life: answered between two steps."""
+
+    call_id: int
+
+
+class Loading(msgspec.Struct, tag=True):
+    fraction: float
+
+
+class Ready(msgspec.Struct, tag=True):
+    info: EngineInfo
+
+
+class StartFailed(msgspec.Struct, tag=True):
+    """The engine cannot serve this checkpoint; starting it again would not help."""
+
+    message: str
+
+
+class Outputs(msgspec.Struct, tag=True):
+    """One step's."""
+
+    outputs: list[StepOutput]
+
+
+class Rejected(msgspec.Struct, tag=True):
+    """A request that was not added. `kind` names the exception."""
+
+    request_id: str
+    kind: str
+    message: str
+    numbers: tuple[int, ...] = ()
+
+
+class Stats(msgspec.Struct, tag=True):
+    call_id: int
+    stats: EngineStats
+
+
+class StartRank(msgspec.Struct, tag=True):
+    """The first message to a tensor-parallel rank."""
+
+    config: EngineConfig
+    rank: int
+    rendezvous: str
+
+
+class Execute(msgspec.Struct, tag=True):
+    plan: Plan
+
+
+ToEngine = Start | Add | Abort | GetStats
+FromEngine = Loading | Ready | StartFailed | Outputs | Rejected | Stats
+ToRank = StartRank | Execute

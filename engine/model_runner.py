@@ -1,0 +1,208 @@
+"""One rank: builds the model, sizes and owns the KV cache, and computes one plan at a time. All device work of the decoder starts here.
+
+Knows nothing of requests' lives: a plan says what to compute, and logits come back.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from engine.attention.base import AttentionBackend, allocate_cache
+from engine.attention.torch_backend import TorchAttention
+from engine.batch import Batch, build_batch
+from engine.config import EngineConfig
+from engine.layers.parallel import ParallelGroup
+from engine.models.decoder import Decoder
+from engine.models.fallback import FallbackDecoder, load_reference
+from engine.models.registry import UnsupportedModelError, eos_token_ids, fast_spec, load_config
+from engine.models.weights import Checkpoint, fill, fill_module, open_checkpoint
+from engine.request import Chunk, Plan
+from vision.encoder import VisionEncoder
+
+logger = logging.getLogger(__name__)
+
+CPU_CACHE_LIMIT_BYTES = 1 << 30  # without --cache-max-entry-count
+CUDA_CACHE_SHARE = 0.8
+
+
+class ModelRunner:
+    """One rank's model and cache."""
+
+    def __init__(self, config: EngineConfig, group: ParallelGroup, *, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
+        assert config.session_len is not None, "the config was not resolved"
+        self.config = config
+        self.group = group
+        self.device = resolve_device(config.device, group.rank)
+        self.model_config = load_config(config.model_folder, trust_remote_code=config.trust_remote_code)
+        self.dtype = resolve_dtype(config.dtype, self.model_config, self.device)
+        self.decoder, self.encoder = self._load(on_progress)
+        self.eos_token_ids = eos_token_ids(self.model_config, _generation_config(config.model_folder))
+        self.num_blocks = self._count_blocks()
+        caches = allocate_cache(
+            self.decoder.layer_shapes,
+            num_blocks=self.num_blocks,
+            block_size=config.cache_block_seq_len,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self.attention: AttentionBackend = TorchAttention(caches, config.cache_block_seq_len)
+        self._warm_up()
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model_config.get_text_config().vocab_size)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model_config.get_text_config().hidden_size)
+
+    @torch.inference_mode()
+    def execute(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
+        """Compute a plan's chunks; the requests that sample and their logits, (num_samples, vocab_size) float32, on rank 0.
+
+        embeddings: by content hash (num_image_tokens, hidden_size), of every picture that the plan's pieces name; used on rank 0 only.
+        """
+        self.attention.copy_blocks(plan.block_copies)
+        batch = build_batch(plan, block_size=self.config.cache_block_seq_len, device=self.device)
+        self.attention.prepare(batch)
+        hidden = self.decoder.embed(batch.token_ids)
+        if batch.image_rows:
+            hidden = self._merge_images(hidden, batch, embeddings)
+        hidden = self.decoder(hidden, batch.positions, self.attention)
+        if not batch.sample_ids:
+            return (), None
+        logits = self.decoder.logits(hidden[batch.sample_rows])
+        return batch.sample_ids, None if logits is None else logits.float()
+
+    def _merge_images(self, hidden: Tensor, batch: Batch, embeddings: Mapping[bytes, Tensor]) -> Tensor:
+        """hidden, its image rows overwritten: rank 0 has the embeddings and gives the rows to the others."""
+        hidden = hidden.clone()
+        for rows in batch.image_rows:
+            target = hidden[rows.start : rows.start + rows.num_tokens]
+            if self.group.rank == 0:
+                target.copy_(embeddings[rows.content_hash][rows.offset : rows.offset + rows.num_tokens])
+            self.group.broadcast(target)
+        return hidden
+
+    def _load(self, on_progress: Callable[[float], None]) -> tuple[Decoder | FallbackDecoder, VisionEncoder | None]:
+        """The decoder, and on rank 0 the vision encoder of an image-text checkpoint."""
+        config, spec = self.config, fast_spec(self.model_config)
+        if spec is None:
+            return self._load_fallback(on_progress)
+        checkpoint = open_checkpoint(
+            config.model_folder, self.model_config, load_format=config.load_format, dtype=self.dtype, seed=config.seed
+        )
+        with torch.inference_mode():
+            decoder = Decoder(spec, self.model_config.get_text_config(), group=self.group, dtype=self.dtype, device=self.device)
+            fill(decoder.sources(), checkpoint, on_progress=on_progress)
+        has_vision = getattr(self.model_config, "vision_config", None) is not None
+        encoder = self._load_encoder(checkpoint) if has_vision and self.group.rank == 0 else None
+        return decoder, encoder
+
+    def _load_encoder(self, checkpoint: Checkpoint) -> VisionEncoder:
+        return VisionEncoder.build(
+            self.model_config, dtype=self.dtype, device=self.device, load=lambda module: fill_module(module, checkpoint)
+        )
+
+    def _load_fallback(self, on_progress: Callable[[float], None]) -> tuple[FallbackDecoder, VisionEncoder | None]:
+        if self.group.size > 1:
+            raise UnsupportedModelError(f"{self.model_config.model_type} runs through transformers' own modules, which --tp cannot split")
+        config = self.config
+        model: PreTrainedModel = load_reference(
+            config.model_folder,
+            self.model_config,
+            load_format=config.load_format,
+            dtype=self.dtype,
+            device=self.device,
+            seed=config.seed,
+            trust_remote_code=config.trust_remote_code,
+            on_progress=on_progress,
+        )
+        has_vision = getattr(self.model_config, "vision_config", None) is not None
+        encoder = VisionEncoder.from_model(model) if has_vision else None
+        with torch.inference_mode():
+            return FallbackDecoder(model), encoder
+
+    def _count_blocks(self) -> int:
+        """Blocks that every rank has memory for; at least one full window."""
+        block_bytes = self.config.cache_block_seq_len * sum(shape.slot_bytes(self.dtype) for shape in self.decoder.layer_shapes)
+        num_blocks = count_blocks(self.config, block_bytes, free_bytes=_free_bytes(self.device), is_cuda=self.device.type == "cuda")
+        if self.group.size > 1:
+            smallest = torch.tensor(num_blocks, device=self.device)
+            dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+            num_blocks = int(smallest)
+        return num_blocks
+
+    def _warm_up(self) -> None:
+        """One prefill and one decode step, so that the first request pays for no lazy initialisation."""
+        block_size = self.config.cache_block_seq_len
+        num_tokens = min(8, block_size - 1, self.num_blocks * block_size - 1)
+        if num_tokens > 0:
+            self.execute(Plan((Chunk("warm-up", [0] * num_tokens, 0, [0]),)), {})
+            self.execute(Plan((Chunk("warm-up", [0], num_tokens, [0]),)), {})
+
+
+def count_blocks(config: EngineConfig, block_bytes: int, *, free_bytes: int, is_cuda: bool) -> int:
+    """How many KV blocks to allocate.
+
+    block_bytes: of one block over all layers of a rank (0 on a rank without KV heads).
+    Raises UnsupportedModelError where not even one window of 2 blocks fits.
+    """
+    assert config.session_len is not None
+    per_window = -(-config.session_len // config.cache_block_seq_len)
+    useful = config.max_batch_size * per_window
+    share = config.cache_max_entry_count
+    if share is not None and share >= 1:
+        return int(share)
+    if block_bytes == 0:
+        return useful
+    if share is None and not is_cuda:
+        limit_bytes = min(CPU_CACHE_LIMIT_BYTES, free_bytes)
+    else:
+        limit_bytes = int(free_bytes * (share or CUDA_CACHE_SHARE))
+    num_blocks = min(limit_bytes // block_bytes, useful)
+    if num_blocks < 2:
+        raise UnsupportedModelError(
+            f"{limit_bytes >> 20} MiB for the KV cache hold no 2 blocks of {block_bytes >> 10} KiB; raise --cache-max-entry-count"
+        )
+    return num_blocks
+
+
+def resolve_device(name: str, rank: int) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UnsupportedModelError("--device cuda: this torch finds no CUDA device (a CPU build of torch cannot use one)")
+    return torch.device("cuda", rank)
+
+
+def resolve_dtype(name: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on CPU, and on CUDA the checkpoint's own half precision (bfloat16 where it is stored in float32)."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    if device.type == "cpu":
+        return torch.float32
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def _generation_config(model_folder: str) -> dict[str, object]:
+    path = Path(model_folder) / "generation_config.json"
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,99 @@
+"""The engine process: messages in, steps, outputs back. One thread owns the engine; it ends when the server is gone.
+
+Started by `EngineClient` with two inherited sockets, for messages to the engine and from it.
+"""
+
+import logging
+import socket
+import sys
+
+from engine.channel import Channel
+from engine.core import Engine
+from engine.messages import Abort, Add, FromEngine, GetStats, Loading, Outputs, Ready, Rejected, Start, StartFailed, Stats, ToEngine
+from engine.models.registry import UnsupportedModelError
+from engine.request import EngineError, PromptTooLongError
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 5.0
+PROGRESS_STEP = 0.05
+
+
+class EngineLoop:
+    """Reads messages between steps and sends each step's outputs as one message."""
+
+    def __init__(self, engine: Engine, inbox: Channel, outbox: Channel) -> None:
+        self.engine = engine
+        self.inbox = inbox
+        self.outbox = outbox
+
+    def run(self) -> None:
+        """Until the server closes its end (EOFError)."""
+        while True:
+            self._read()
+            if self.engine.has_work:
+                outputs = self.engine.step()
+                if outputs:
+                    self.outbox.send(Outputs(outputs))
+
+    def _read(self) -> None:
+        """Handle all messages that are there; wait for one when there is nothing to do."""
+        timeout_s = 0.0 if self.engine.has_work else IDLE_WAIT_S
+        while (message := self.inbox.receive(timeout_s)) is not None:
+            self._handle(message)
+            timeout_s = 0.0
+
+    def _handle(self, message: Add | Abort | GetStats) -> None:
+        match message:
+            case Add():
+                self._add(message)
+            case Abort(request_id):
+                output = self.engine.abort(request_id)
+                if output:
+                    self.outbox.send(Outputs([output]))
+            case GetStats(call_id):
+                self.outbox.send(Stats(call_id, self.engine.stats()))
+
+    def _add(self, message: Add) -> None:
+        try:
+            self.engine.add(message.request_id, message.prompt, message.params)
+        except EngineError as error:
+            numbers = (error.num_tokens, error.session_len) if isinstance(error, PromptTooLongError) else ()
+            self.outbox.send(Rejected(message.request_id, type(error).__name__, str(error), numbers))
+
+
+def main(inbox_fd: int, outbox_fd: int) -> int:
+    inbox = Channel(socket.socket(fileno=inbox_fd), ToEngine)
+    outbox = Channel(socket.socket(fileno=outbox_fd), FromEngine)
+    start = inbox.receive(None)
+    assert isinstance(start, Start)
+    try:
+        engine = Engine(start.config, on_progress=_Progress(outbox))
+    except (UnsupportedModelError, OSError, KeyError) as error:
+        logger.exception("the engine cannot start")
+        outbox.send(StartFailed(str(error)))
+        return 1
+    outbox.send(Ready(engine.info))
+    try:
+        EngineLoop(engine, inbox, outbox).run()
+    except EOFError:
+        engine.close()
+    return 0
+
+
+class _Progress:
+    """Reports loading in steps of 5 %."""
+
+    def __init__(self, outbox: Channel) -> None:
+        self.outbox = outbox
+        self.reported = 0.0
+
+    def __call__(self, fraction: float) -> None:
+        if fraction >= self.reported + PROGRESS_STEP or fraction == 1.0:
+            self.reported = fraction
+            self.outbox.send(Loading(fraction))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

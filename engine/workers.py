@@ -1,0 +1,116 @@
+"""Tensor-parallel ranks: this process is rank 0, each other rank a process of its own that executes the plans it is sent.
+
+Plans travel as plain messages over private sockets, tensors through gloo (CPU) or nccl (CUDA). The ranks meet through a file in a private
+folder and gloo stays on loopback: nothing listens on another interface. A rank whose rank 0 is gone ends; a dead rank makes the next
+collective fail, which ends the engine process.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.channel import Channel
+from engine.config import EngineConfig
+from engine.layers.parallel import ParallelGroup
+from engine.messages import Execute, StartRank, ToRank
+from engine.model_runner import ModelRunner, resolve_device
+from engine.request import Plan
+
+COLLECTIVE_TIMEOUT_S = 300
+EXIT_TIMEOUT_S = 10
+
+
+class Ranks:
+    """All ranks of one engine as one callable."""
+
+    def __init__(self, config: EngineConfig, *, on_progress: Callable[[float], None]) -> None:
+        set_threads(config)
+        self._channels: list[Channel] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._folder: str | None = None
+        group = ParallelGroup()
+        if config.tp > 1:
+            self._folder = tempfile.mkdtemp(prefix="vlm-ranks-")  # mode 0700
+            rendezvous = str(Path(self._folder) / "rendezvous")
+            for rank in range(1, config.tp):
+                self._spawn(StartRank(config, rank, rendezvous))
+            group = join(config, 0, rendezvous)
+        self.runner = ModelRunner(config, group, on_progress=on_progress)
+
+    def execute(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
+        """As `ModelRunner.execute`, on every rank at once."""
+        for channel in self._channels:
+            channel.send(Execute(plan))
+        return self.runner.execute(plan, embeddings)
+
+    def close(self) -> None:
+        """Blocks until every rank has ended."""
+        for channel in self._channels:
+            channel.close()
+        for process in self._processes:
+            try:
+                process.wait(EXIT_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._processes and dist.is_initialized():
+            dist.destroy_process_group()
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _spawn(self, start: StartRank) -> None:
+        ours, theirs = socket.socketpair()
+        process = subprocess.Popen([sys.executable, "-m", "engine.workers", str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        theirs.close()
+        channel = Channel(ours, ToRank)
+        channel.send(start)
+        self._channels.append(channel)
+        self._processes.append(process)
+
+
+def join(config: EngineConfig, rank: int, rendezvous: str) -> ParallelGroup:
+    """Meet the other ranks. Blocks until all are there."""
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    backend = "nccl" if resolve_device(config.device, rank).type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=config.tp,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+    )
+    return ParallelGroup(rank, config.tp)
+
+
+def set_threads(config: EngineConfig) -> None:
+    """Threads of one rank: its share of the cores, or what the config says."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.num_threads or max(1, num_cores // config.tp))
+
+
+def main(fd: int) -> None:
+    """One rank above 0, until rank 0 closes the channel."""
+    channel = Channel(socket.socket(fileno=fd), ToRank)
+    start = channel.receive(None)
+    assert isinstance(start, StartRank)
+    set_threads(start.config)
+    runner = ModelRunner(start.config, join(start.config, start.rank, start.rendezvous))
+    try:
+        while True:
+            runner.execute(channel.receive(None).plan, {})
+    except EOFError:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
