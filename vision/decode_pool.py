@@ -1,0 +1,53 @@
+"""The server's side of decoding: pictures' bytes in, pixels in shared memory out, by a pool of decode workers."""
+
+import asyncio
+
+import msgspec
+import numpy as np
+
+from vision.config import VisionConfig
+from vision.decode import DecodeLimits
+from vision.frames import Frame
+from vision.image import MediaError
+from vision.shared_array import SharedArray
+from vision.workers import WorkerError, WorkerPool, WorkerTimeoutError
+
+_ABANDON_S = 0.5  # a new decode worker is ready in less
+
+
+class DecodePool:
+    """`open()` before use, `close()` after."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        limits = DecodeLimits(config.max_picture_pixels, config.decode_memory_bytes, config.decode_timeout_s)
+        self._timeout_s = config.decode_timeout_s
+        self._pool = WorkerPool(
+            "vision.decode",
+            num_workers=config.num_decode_workers,
+            settings=msgspec.msgpack.encode(limits),
+            timeout_s=config.decode_timeout_s,
+            start_timeout_s=config.worker_start_timeout_s,
+            abandon_s=_ABANDON_S,
+        )
+
+    async def open(self) -> None:
+        """Raises WorkerError."""
+        await self._pool.open()
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    @property
+    def process_ids(self) -> list[int]:
+        return self._pool.process_ids
+
+    async def decode(self, data: bytes) -> SharedArray:
+        """`(height, width, 3)` uint8, the caller's. Raises MediaError: image_decode_failed, image_too_large."""
+        shared = await asyncio.to_thread(SharedArray.copy_of, np.frombuffer(data, np.uint8))
+        try:
+            reply = await self._pool.call(Frame(arrays={"data": shared}))
+        except WorkerTimeoutError:
+            raise MediaError("image_decode_failed", f"the picture takes longer than the allowed {self._timeout_s:g} s to decode") from None
+        except WorkerError:
+            raise MediaError("image_decode_failed", "the decoder broke down over the picture") from None
+        return reply.arrays["pixels"]

@@ -1,0 +1,136 @@
+"""What the server and its picture workers say to each other over a Unix socket: msgpack frames, and beside them their arrays' descriptors.
+
+A frame is 4 bytes of length (big-endian) and that many bytes of msgpack. Never pickle: a worker that was taken over must not be able to run
+anything here. Knows nothing of what the frames are about, and of processes only that there is one at the other end.
+"""
+
+import array
+import os
+import socket
+import struct
+from dataclasses import dataclass, field
+
+import msgspec
+
+from vision.image import MediaError
+from vision.shared_array import SharedArray
+
+MAX_FRAME_BYTES = 1 << 20
+_MAX_DESCRIPTORS = 64
+_LENGTH = struct.Struct(">I")
+_ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A MediaError on its way between processes."""
+
+    code: str
+    message: str
+    status: int = 400
+
+    def as_error(self) -> MediaError:
+        return MediaError(self.code, self.message, status=self.status)
+
+
+class _ArrayHeader(msgspec.Struct, frozen=True, array_like=True):
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _Header(msgspec.Struct, frozen=True):
+    body: bytes
+    arrays: tuple[_ArrayHeader, ...] = ()
+    failure: Failure | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Frame:
+    """`body`: msgpack of what the two ends agreed on. Who holds the frame owns its arrays."""
+
+    body: bytes = b""
+    arrays: dict[str, SharedArray] = field(default_factory=dict)
+    failure: Failure | None = None
+
+    def close(self) -> None:
+        for shared in self.arrays.values():
+            shared.close()
+
+
+def send_frame(connection: socket.socket, frame: Frame) -> None:
+    """Blocks until all is sent, unless the socket does not block: then it must be empty. Keeps the frame's arrays."""
+    headers = tuple(_ArrayHeader(name, shared.shape, shared.dtype.name) for name, shared in frame.arrays.items())
+    payload = msgspec.msgpack.encode(_Header(frame.body, headers, frame.failure))
+    assert len(payload) <= MAX_FRAME_BYTES, f"a frame of {len(payload)} bytes is too long"
+    data = _LENGTH.pack(len(payload)) + payload
+    num_sent = socket.send_fds(connection, [data], [shared.fd for shared in frame.arrays.values()])
+    connection.sendall(data[num_sent:])
+
+
+class FrameReader:
+    """Puts one frame together from as many reads as it takes."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._data = bytearray()
+        self._fds: list[int] = []
+
+    def read(self) -> Frame | None:
+        """One read from the socket; the frame if that completed it.
+
+        Raises EOFError when the other end closed, ValueError when it does not keep to the protocol.
+        """
+        data, fds = _receive(self._connection)
+        self._fds += fds
+        self._data += data
+        if not data:
+            raise EOFError("the other end closed")
+        if len(self._data) < _LENGTH.size:
+            return None
+        (num_bytes,) = _LENGTH.unpack_from(self._data)
+        if num_bytes > MAX_FRAME_BYTES or len(self._data) > _LENGTH.size + num_bytes:
+            raise ValueError("a frame is too long")
+        if len(self._data) < _LENGTH.size + num_bytes:
+            return None
+        return self._complete()
+
+    def close(self) -> None:
+        """Forgets an incomplete frame."""
+        self._data.clear()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+
+    def _complete(self) -> Frame:
+        header = msgspec.msgpack.decode(self._data[_LENGTH.size :], type=_Header)
+        if len(header.arrays) != len(self._fds):
+            raise ValueError("a frame does not bring one descriptor per array")
+        arrays = {item.name: SharedArray(fd, item.shape, item.dtype) for item, fd in zip(header.arrays, self._fds, strict=True)}
+        self._data.clear()
+        self._fds.clear()
+        return Frame(header.body, arrays, header.failure)
+
+
+def receive_frame(connection: socket.socket) -> Frame:
+    """The next frame of a blocking socket; raises as `FrameReader.read`."""
+    reader = FrameReader(connection)
+    try:
+        while (frame := reader.read()) is None:
+            pass
+    finally:
+        reader.close()
+    return frame
+
+
+def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """As `socket.recv_fds`, but the descriptors are not inherited by processes that are started meanwhile."""
+    data, ancillary, flags, _ = connection.recvmsg(64 << 10, _ANCILLARY_BYTES, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    if flags & socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        raise ValueError("a frame brings too many descriptors")
+    return data, list(fds)

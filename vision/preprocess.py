@@ -1,0 +1,99 @@
+"""The preprocessing worker: `python -m vision.preprocess FD` runs the model's own image processor until the Unix socket FD closes.
+
+A process of its own because resizing and tiling takes the interpreter for long, and because it needs torch, which the server does without.
+Its first frame holds the settings. Imported by the server for the messages; torch is loaded by the worker alone.
+"""
+
+import importlib
+import logging
+import socket
+import sys
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from vision.frames import Failure, Frame, receive_frame, send_frame
+from vision.image import ImageOptions, MediaError
+from vision.shared_array import SharedArray
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+
+DEFAULT_PROCESSOR = "vision.processor:ImagePreprocessor"  # module:class
+
+
+class PreprocessSettings(msgspec.Struct, frozen=True):
+    model_folder: str
+    trust_remote_code: bool = False
+    processor: str = DEFAULT_PROCESSOR
+
+
+class PreprocessInfo(msgspec.Struct, frozen=True):
+    """The worker's answer when it is ready."""
+
+    fingerprint: str  # of all settings that change pixels
+
+
+class PreprocessResult(msgspec.Struct, frozen=True):
+    num_tokens: int
+    layout: dict[str, Any]
+
+
+class Preprocessor(Protocol):
+    """What the worker asks of the model's side."""
+
+    fingerprint: str
+
+    def process(self, pixels: Array, options: ImageOptions) -> tuple[dict[str, Array], dict[str, Any], int]:
+        """Pixels `(height, width, 3)` uint8 → encoder inputs by name, layout, number of tokens."""
+
+
+def main(fd: int) -> None:
+    connection = socket.socket(fileno=fd)
+    settings = msgspec.msgpack.decode(receive_frame(connection).body, type=PreprocessSettings)
+    try:
+        preprocessor = _load(settings)
+    except Exception as error:
+        logger.exception("the image processor could not be loaded")
+        send_frame(connection, Frame(failure=Failure("processor_not_loaded", f"{type(error).__name__}: {error}")))
+        return
+    send_frame(connection, Frame(msgspec.msgpack.encode(PreprocessInfo(preprocessor.fingerprint))))
+    while True:
+        try:
+            request = receive_frame(connection)
+        except EOFError:
+            return
+        reply = _process(preprocessor, request)
+        request.close()
+        send_frame(connection, reply)
+        reply.close()
+
+
+def _load(settings: PreprocessSettings) -> Preprocessor:
+    import torch
+
+    torch.set_num_threads(1)
+    module, _, name = settings.processor.partition(":")
+    preprocessor: Preprocessor = getattr(importlib.import_module(module), name)(
+        settings.model_folder, trust_remote_code=settings.trust_remote_code
+    )
+    return preprocessor
+
+
+def _process(preprocessor: Preprocessor, request: Frame) -> Frame:
+    options = msgspec.msgpack.decode(request.body, type=ImageOptions)
+    try:
+        arrays, layout, num_tokens = preprocessor.process(request.arrays["pixels"].numpy(), options)
+        body = msgspec.msgpack.encode(PreprocessResult(num_tokens, layout))
+        return Frame(body, {name: SharedArray.copy_of(values) for name, values in arrays.items()})
+    except MediaError as error:
+        return Frame(failure=Failure(error.code, error.message, error.status))
+    except Exception:  # processors refuse odd sizes with errors of their own, whose texts are not for clients
+        logger.exception("the image processor failed")
+        return Frame(failure=Failure("image_preprocess_failed", "the model's image processor does not take the picture"))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

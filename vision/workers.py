@@ -1,0 +1,250 @@
+"""Worker processes that can be killed: a pool that hands frames to them and takes their answers, without ever blocking the event loop.
+
+A worker that hangs or dies costs its own job only and is replaced. Knows nothing of pictures: what workers do is their module's business.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vision.frames import Frame, FrameReader, send_frame
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+_PACKAGE_ROOT = Path(__file__).parent.parent
+_INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")  # no keys, tokens or proxies
+_SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class WorkerError(Exception):
+    """A worker could not start, died, or took too long; never the fault of another job than its own."""
+
+
+class WorkerTimeoutError(WorkerError):
+    pass
+
+
+class _Worker:
+    """One process and our end of its socket. `python -m module FD`, first frame `settings`, then one answer per frame."""
+
+    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
+        """Blocks for the moment that starting a process takes."""
+        self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.connection.setblocking(False)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # the terminal's interrupt is for the server, which ends its workers itself
+            )
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    async def exchange(self, frame: Frame) -> Frame:
+        """Raises EOFError, OSError or ValueError when the worker died or broke the protocol."""
+        send_frame(self.connection, frame)
+        reader = FrameReader(self.connection)
+        try:
+            while True:
+                await _readable(self.connection)
+                if (reply := reader.read()) is not None:
+                    return reply
+        finally:
+            reader.close()
+
+    def end(self) -> None:
+        """Kills it, hung or stopped ones too. Blocks until the kernel took it away."""
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+
+
+class WorkerPool:
+    """`num_workers` processes of one module; each does one job at a time, first come first served."""
+
+    def __init__(
+        self,
+        module: str,
+        *,
+        num_workers: int,
+        settings: bytes,
+        timeout_s: float,
+        start_timeout_s: float,
+        abandon_s: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`settings`: body of each worker's first frame. `abandon_s`: how long a job may go on that nobody waits for any more.
+
+        `environment`: what the workers see beside the little that they inherit.
+        """
+        self._module = module
+        self._num_workers = num_workers
+        self._settings = settings
+        self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._abandon_s = abandon_s
+        self._environment = _clean_environment(environment or {})
+        self._slots: asyncio.Queue[_Worker | None] = asyncio.Queue()  # idle workers; None where one is yet to start
+        self._workers: set[_Worker] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_closed = False
+
+    async def open(self) -> Frame:
+        """Starts all workers; the answer of the first one to its settings. Raises WorkerError."""
+        starts = await asyncio.gather(*(self._start() for _ in range(self._num_workers)), return_exceptions=True)
+        failures = [start for start in starts if isinstance(start, BaseException)]
+        if failures:
+            await self.close()
+            raise failures[0]
+        started = [start for start in starts if not isinstance(start, BaseException)]
+        for worker, _ in started:
+            self._slots.put_nowait(worker)
+        return started[0][1]
+
+    async def close(self) -> None:
+        """Kills the workers; jobs under way or waiting end with WorkerError."""
+        self._is_closed = True
+        self._slots.put_nowait(None)  # wakes those who wait, one after another
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(self._end(worker) for worker in tuple(self._workers)))
+
+    @property
+    def process_ids(self) -> list[int]:
+        return [worker.process.pid for worker in self._workers]
+
+    async def call(self, frame: Frame) -> Frame:
+        """The worker's answer, whose arrays are the caller's. Takes over `frame` and closes its arrays.
+
+        Raises WorkerError, WorkerTimeoutError, and the MediaError that the worker answered with.
+        """
+        try:
+            worker = await self._slots.get()
+        except asyncio.CancelledError:
+            frame.close()
+            raise
+        job = self._spawn(self._run(worker, frame))
+        try:
+            await asyncio.wait((job,))
+        except asyncio.CancelledError:
+            asyncio.get_running_loop().call_later(self._abandon_s, job.cancel)
+            job.add_done_callback(_discard)
+            raise
+        if job.cancelled():
+            raise self._closed_error()
+        return job.result()
+
+    async def _run(self, worker: _Worker | None, frame: Frame) -> Frame:
+        """One job, to its end even when the caller left, so that the worker is idle again or replaced."""
+        is_idle = False
+        try:
+            worker = await self._revived(worker)
+            async with asyncio.timeout(self._timeout_s):
+                reply = await worker.exchange(frame)
+            is_idle = True
+        except TimeoutError:
+            raise WorkerTimeoutError(f"{self._module} took longer than {self._timeout_s:g} s") from None
+        except (EOFError, OSError, ValueError) as error:
+            raise WorkerError(f"{self._module} ended in the middle of a job: {error}") from None
+        finally:
+            frame.close()
+            self._give_back(worker, is_idle=is_idle)
+        if reply.failure is not None:
+            reply.close()
+            raise reply.failure.as_error()
+        return reply
+
+    def _give_back(self, worker: _Worker | None, *, is_idle: bool) -> None:
+        if is_idle or worker is None or self._is_closed:
+            self._slots.put_nowait(worker)
+        else:
+            self._spawn(self._replace(worker))
+
+    async def _replace(self, worker: _Worker) -> None:
+        logger.warning("%s (process %d) failed at a job and is replaced", self._module, worker.process.pid)
+        replacement = None
+        try:
+            await self._end(worker)
+            replacement, _ = await self._start()
+        except WorkerError as error:
+            logger.error("%s; the next job tries again", error)
+        finally:
+            self._slots.put_nowait(replacement)
+
+    async def _revived(self, worker: _Worker | None) -> _Worker:
+        """The worker, or a new one where there is none or it died while it was idle."""
+        if self._is_closed:
+            raise self._closed_error()
+        if worker is not None and worker.is_alive:
+            return worker
+        if worker is not None:
+            await self._end(worker)
+        return (await self._start())[0]
+
+    async def _start(self) -> tuple[_Worker, Frame]:
+        worker = _Worker(self._module, self._environment)
+        self._workers.add(worker)
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                ready = await worker.exchange(Frame(self._settings))
+            if ready.failure is not None:
+                raise WorkerError(f"{self._module} could not start: {ready.failure.message}")
+        except BaseException as error:
+            await self._end(worker)
+            if isinstance(error, (EOFError, OSError, ValueError)):  # TimeoutError among them
+                raise WorkerError(f"{self._module} could not start within {self._start_timeout_s:g} s: {error!r}") from None
+            raise
+        return worker, ready
+
+    async def _end(self, worker: _Worker) -> None:
+        self._workers.discard(worker)
+        await asyncio.to_thread(worker.end)
+
+    def _closed_error(self) -> WorkerError:
+        return WorkerError(f"{self._module} was stopped")
+
+    def _spawn(self, work: Coroutine[Any, Any, Result]) -> "asyncio.Task[Result]":
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _discard(job: "asyncio.Task[Frame]") -> None:
+    """What came for a caller who left."""
+    if not job.cancelled() and job.exception() is None:
+        job.result().close()
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(connection, _wake, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(connection)
+
+
+def _wake(ready: "asyncio.Future[None]") -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+def _clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    search_path = os.pathsep.join(filter(None, (str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH"))))
+    return {**inherited, **_SINGLE_THREADED, "PYTHONPATH": search_path, **extra}
