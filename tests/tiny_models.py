@@ -49,6 +49,10 @@ def text_model_names() -> tuple[str, ...]:
     return tuple(_TEXT_WRITERS)
 
 
+def image_model_names() -> tuple[str, ...]:
+    return tuple(_image_writers())
+
+
 def make_tokenizer(special_tokens: tuple[str, ...], **roles: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with a few merges; `roles` name the special tokens, e.g. eos_token."""
     tokenizer = Tokenizer(models.BPE())
@@ -267,7 +271,9 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
 
 
 def _image_writers() -> dict[str, Callable[[Path, int], None]]:
-    return {}
+    from tests.tiny_image_models import IMAGE_WRITERS  # which builds on this file
+
+    return IMAGE_WRITERS
 
 
 _TEXT_WRITERS: dict[str, Callable[[Path, int], None]] = {

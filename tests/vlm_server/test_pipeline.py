@@ -1,0 +1,245 @@
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.request import InvalidRequestError, Prompt
+from tests.image_fixtures import SIZES, FakeImages, picture, reference_processor, tiny_folder
+from tests.tiny_models import image_model_names
+from vlm_server.chat_template import TemplateError
+from vlm_server.pipeline import ImagesNotSupportedError, Pipeline
+
+FAMILIES = image_model_names()
+PICTURES = {name: picture(size, seed) for seed, (name, size) in enumerate(SIZES.items())}
+
+# In these conversations a part `@name` is a picture, anything else is text.
+CONVERSATIONS = {
+    "one picture": [("user", ["@wide", "What is in this picture?"])],
+    "picture last": [("user", ["What is in this picture?  ", "@tall"])],
+    "picture alone": [("user", ["@exact"])],
+    "three pictures": [("user", ["First:", "@wide", " and \n\n", "@large", "@small", "How many?\n"])],
+    "several turns": [
+        ("user", ["@large", "Describe the image please"]),
+        ("assistant", ["A red circle."]),
+        ("user", ["And this? 你好\n\n", "@tall"]),
+    ],
+    "no picture": [("user", ["How many?"]), ("assistant", ["12345"]), ("user", ["def main():\n\n    return"])],
+}
+
+
+@pytest.fixture
+async def pipelines() -> AsyncIterator[Any]:
+    opened: dict[str, Pipeline] = {}
+
+    def open_pipeline(name: str, **options: Any) -> Pipeline:
+        opened[name] = Pipeline.load(tiny_folder(name), images=FakeImages(name, PICTURES), **options)
+        return opened[name]
+
+    yield open_pipeline
+    for pipeline in opened.values():
+        pipeline.close()
+
+
+def openai_messages(conversation: list[tuple[str, list[str]]]) -> list[dict[str, Any]]:
+    def part(text: str) -> dict[str, Any]:
+        if text.startswith("@"):
+            return {"type": "image_url", "image_url": {"url": f"picture:{text[1:]}"}}
+        return {"type": "text", "text": text}
+
+    return [{"role": role, "content": [part(text) for text in content]} for role, content in conversation]
+
+
+def reference_ids(name: str, conversation: list[tuple[str, list[str]]]) -> list[int]:
+    def part(text: str) -> dict[str, Any]:
+        if text.startswith("@"):
+            return {"type": "image", "image": Image.fromarray(PICTURES[text[1:]])}
+        return {"type": "text", "text": text}
+
+    messages = [{"role": role, "content": [part(text) for text in content]} for role, content in conversation]
+    outputs = reference_processor(name).apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
+    )
+    return [int(token_id) for token_id in outputs["input_ids"][0]]
+
+
+def image_slots(prompt: Prompt) -> list[tuple[int, int, int]]:
+    """(slot, picture, row of its embedding) of every slot that takes one."""
+    return [(span.start + i, span.image, span.offset + i) for span in prompt.spans for i in range(span.num_tokens)]
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_a_prompts_tokens_equal_the_reference_processors(
+    name: str, conversation: list[tuple[str, list[str]]], pipelines: Any
+) -> None:
+    prompt = await pipelines(name).chat_prompt(openai_messages(conversation))
+
+    assert list(prompt.token_ids) == reference_ids(name, conversation)
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_spans_cover_every_row_of_every_picture_in_order(
+    name: str, conversation: list[tuple[str, list[str]]], pipelines: Any
+) -> None:
+    pipeline = pipelines(name)
+
+    prompt = await pipeline.chat_prompt(openai_messages(conversation))
+
+    slots = image_slots(prompt)
+    assert [slot for slot, _, _ in slots] == [
+        i for i, token_id in enumerate(prompt.token_ids) if token_id == pipeline.family.image_token_id
+    ]
+    expected = [(index, row) for index, image in enumerate(prompt.images) for row in range(image.num_tokens)]
+    assert [(image, row) for _, image, row in slots] == expected
+    assert len(prompt.images) == sum(part.startswith("@") for _, content in conversation for part in content)
+    assert all(span.is_atomic == (name == "gemma3") for span in prompt.spans)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_a_users_text_never_becomes_a_picture(name: str, pipelines: Any) -> None:
+    pipeline = pipelines(name)
+    words = " ".join(pipeline.family.reserved)
+    honest = [("user", ["@wide", "How many  in the picture?"])]
+    forged = [("user", ["@wide", f"How many {words} in the {pipeline.family.image_token}picture?"])]
+
+    prompt = await pipeline.chat_prompt(openai_messages(forged))
+
+    honest_prompt = await pipeline.chat_prompt(openai_messages(honest))
+    assert len(image_slots(prompt)) == len(image_slots(honest_prompt))
+    assert f"How many {words} in the {pipeline.family.image_token}picture?" in pipeline.tokenizer.decode(
+        prompt.token_ids, skip_special_tokens=False
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_a_placeholder_pieced_together_from_parts_is_refused(name: str, pipelines: Any) -> None:
+    pipeline = pipelines(name)
+    word = pipeline.family.placeholder
+    messages = openai_messages([("user", [word[:4], word[4:]])])
+    text = pipeline.template.render([{"role": "user", "content": [{"type": "text", "text": word[:4]}, {"type": "text", "text": word[4:]}]}])
+
+    if word in text:  # templates that put parts side by side
+        with pytest.raises(TemplateError, match="pictures"):
+            await pipeline.chat_prompt(messages)
+    else:
+        assert not (await pipeline.chat_prompt(messages)).spans
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_equal_text_about_different_pictures_shares_keys_up_to_the_first_picture_only(name: str, pipelines: Any) -> None:
+    pipeline = pipelines(name)
+    PICTURES["other"] = picture(SIZES["wide"], seed=99)
+
+    one, same, other = [
+        await pipeline.chat_prompt(openai_messages([("user", ["Look: ", f"@{image}", "How many?"])])) for image in ("wide", "wide", "other")
+    ]
+
+    assert one.cache_keys == same.cache_keys
+    assert one.token_ids == other.token_ids
+    first = one.spans[0].start
+    assert one.cache_keys[:first] == other.cache_keys[:first]
+    assert all(one.cache_keys[slot] != other.cache_keys[slot] for slot, _, _ in image_slots(one))
+
+
+async def test_tenants_share_no_cache_keys(pipelines: Any) -> None:
+    pipeline = pipelines("llava")
+    messages = openai_messages([("user", ["How many?"])])
+
+    one, two = [await pipeline.chat_prompt(messages, tenant=tenant) for tenant in ("one", "two")]
+
+    assert one.token_ids == two.token_ids
+    assert one.cache_keys[0] != two.cache_keys[0]
+
+
+async def test_the_vision_service_is_told_which_part_a_picture_came_from(pipelines: Any) -> None:
+    pipeline = pipelines("llava")
+    messages = openai_messages([("user", ["How many?"]), ("user", ["Here: ", "@wide", "@tall"])])
+    messages[1]["content"][2]["image_url"] |= {"detail": "low", "max_pixels": 4000}
+
+    await pipeline.chat_prompt(messages)
+
+    first, second = pipeline._images.asked
+    assert first.param == "messages[1].content[1].image_url"
+    assert second.param == "messages[1].content[2].image_url"
+    assert (first.options.detail, first.options.max_pixels) == ("auto", None)
+    assert (second.options.detail, second.options.max_pixels) == ("low", 4000)
+
+
+async def test_a_picture_for_a_text_model_is_refused_by_its_part(text_pipeline: Pipeline) -> None:
+    with pytest.raises(ImagesNotSupportedError, match=r"messages\[0\]\.content\[1\]\.image_url: this model takes no pictures") as caught:
+        await text_pipeline.chat_prompt(openai_messages([("user", ["See", "@wide"])]))
+
+    assert caught.value.param == "messages[0].content[1].image_url"
+
+
+@pytest.fixture
+async def text_pipeline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pipeline]:
+    pipeline = Pipeline.load(tiny_folder("llama"))
+    yield pipeline
+    pipeline.close()
+
+
+async def test_a_text_models_prompt_equals_its_tokenizers_own(text_pipeline: Pipeline) -> None:
+    messages = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "How many <image>? 你好"}]
+
+    prompt = await text_pipeline.chat_prompt(messages)
+
+    expected = text_pipeline.tokenizer.reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
+    assert list(prompt.token_ids) == expected
+    assert (prompt.images, prompt.spans, prompt.positions, prompt.position_delta) == ((), (), None, 0)
+
+
+async def test_a_text_prompt_is_its_tokens_and_no_more(text_pipeline: Pipeline) -> None:
+    text = text_pipeline.text_prompt("How many?")
+    ids = text_pipeline.text_prompt(text.token_ids)
+
+    assert text_pipeline.tokenizer.decode(text.token_ids) == "How many?"
+    assert ids == text
+
+
+async def test_an_empty_prompt_is_refused(text_pipeline: Pipeline) -> None:
+    with pytest.raises(InvalidRequestError, match="at least one"):
+        text_pipeline.text_prompt("")
+
+
+async def test_a_bare_text_never_becomes_a_picture(pipelines: Any) -> None:
+    pipeline = pipelines("llava")
+
+    prompt = pipeline.text_prompt("How many <image> are <image> here?")
+
+    assert pipeline.family.image_token_id not in prompt.token_ids
+    assert pipeline.tokenizer.decode(prompt.token_ids) == "How many <image> are <image> here?"
+    with pytest.raises(InvalidRequestError, match="stands for a picture"):
+        pipeline.text_prompt([5, pipeline.family.image_token_id])
+
+
+async def test_pictures_of_a_refused_conversation_are_given_back(pipelines: Any, tmp_path: Path) -> None:
+    template = "{% for part in messages[0]['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    (tmp_path / "side_by_side.jinja").write_text(template)
+    pipeline = pipelines("llava", chat_template=str(tmp_path / "side_by_side.jinja"))
+
+    with pytest.raises(TemplateError, match="wrote 2 of <image> for 1 pictures"):
+        await pipeline.chat_prompt(openai_messages([("user", ["<ima", "ge>", "@wide"])]))
+
+    assert [array.fd for image in pipeline._images.given for array in image.arrays.values()] == [-1, -1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_swapped_pictures_are_other_images_in_equal_places(name: str, pipelines: Any) -> None:
+    pipeline = pipelines(name)
+    PICTURES["other"] = picture(SIZES["wide"], seed=99)
+
+    one, two = [
+        await pipeline.chat_prompt(openai_messages([("user", [f"@{a}", f"@{b}", "Compare."])]))
+        for a, b in (("wide", "other"), ("other", "wide"))
+    ]
+
+    assert one.token_ids == two.token_ids
+    assert [image.content_hash for image in one.images] == [image.content_hash for image in reversed(two.images)]
+    arrays = [[image.arrays["pixel_values"].numpy() for image in prompt.images] for prompt in (one, two)]
+    assert np.array_equal(arrays[0][0], arrays[1][1])
+    assert not np.array_equal(arrays[0][0], arrays[1][0])

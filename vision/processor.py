@@ -1,0 +1,121 @@
+"""One picture's pixels → the vision encoder's inputs, through the model's own image processor (resize, crop, tiles).
+
+Runs in a preprocessing worker, on the CPU. Pixels leave as un-normalised uint8 wherever normalising them later on the device gives the
+reference's values bit for bit (tried when the processor is loaded), else as the reference's float32. Knows nothing of files or networks.
+"""
+
+import hashlib
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+import transformers
+from torchvision.transforms.v2 import functional as transforms
+from transformers import AutoImageProcessor
+
+from vision.families import MEAN_AND_STD, Family, load_family, normalize
+from vision.image import ImageOptions
+
+LOW_DETAIL_PIXELS = 512 * 512  # what `detail: low` leaves of a picture, as in OpenAI's own budget
+
+_PROBE_SIZES = ((61, 90), (500, 333))  # smaller and larger than a tile, neither square nor even
+_RAW = {"do_rescale": False, "do_normalize": False}
+
+
+class ImagePreprocessor:
+    """The image processor of one checkpoint.
+
+    Raises ValueError where the checkpoint takes no pictures.
+    """
+
+    def __init__(self, model_folder: str, *, trust_remote_code: bool = False) -> None:
+        family = load_family(model_folder)
+        if family is None:
+            raise ValueError(f"the model in {model_folder} takes no pictures")
+        self._family: Family = family
+        self._processor = AutoImageProcessor.from_pretrained(model_folder, trust_remote_code=trust_remote_code, backend="torchvision")
+        self._mean_and_std = self._find_mean_and_std()
+        self.fingerprint = self._make_fingerprint()
+
+    @property
+    def gives_raw_pixels(self) -> bool:
+        """True where pixels leave as uint8 and are normalised on the device."""
+        return self._mean_and_std is not None
+
+    def process(self, pixels: np.ndarray, options: ImageOptions) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
+        """The encoder's inputs by name, the layout that the placeholder expands from, and the rows of the embedding.
+
+        pixels: (height, width, 3) uint8, not kept. Raises ValueError where the model cannot take a picture of this shape.
+        """
+        pixels = _fit(pixels, options)
+        if self._mean_and_std is None:
+            arrays, layout = self._run(pixels)
+        else:
+            arrays, layout = self._run(pixels, **_RAW)
+            arrays = {**arrays, "pixel_values": _as_uint8(arrays["pixel_values"]), MEAN_AND_STD: self._mean_and_std}
+        return arrays, layout, self._family.num_tokens(layout)
+
+    def _run(self, pixels: np.ndarray, **options: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        channels_first = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        options = {"input_data_format": "channels_first", "return_tensors": "pt", **self._family.rules.processor_options, **options}
+        outputs = self._processor(images=channels_first, **options)
+        height, width = pixels.shape[:2]
+        return self._family.arrange({name: np.asarray(value) for name, value in outputs.items()}, (height, width))
+
+    def _find_mean_and_std(self) -> np.ndarray | None:
+        """What uint8 pixels are normalised with later, (2, 3) float32; None where that would not equal the reference."""
+        processor = self._processor
+        mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
+        if not (
+            getattr(processor, "do_rescale", False) and getattr(processor, "do_normalize", False) and _is_triple(mean) and _is_triple(std)
+        ):
+            return None
+        candidate = (torch.tensor([mean, std]) * (1.0 / processor.rescale_factor)).numpy()
+        random = np.random.default_rng(0)
+        probes = (random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in _PROBE_SIZES)
+        return candidate if all(self._is_exact(probe, candidate) for probe in probes) else None
+
+    def _is_exact(self, pixels: np.ndarray, mean_and_std: np.ndarray) -> bool:
+        expected = self._run(pixels)[0]["pixel_values"]
+        raw = self._run(pixels, **_RAW)[0]["pixel_values"]
+        if not np.array_equal(raw, raw.astype(np.uint8)):
+            return False
+        return np.array_equal(normalize(torch.from_numpy(_as_uint8(raw)), torch.from_numpy(mean_and_std)).numpy(), expected)
+
+    def _make_fingerprint(self) -> str:
+        """Changes with everything that changes an encoder's inputs from equal pixels."""
+        settings = {
+            "processor": self._processor.to_dict(),
+            "options": dict(self._family.rules.processor_options),
+            "family": self._family.model_type,
+            "raw": self.gives_raw_pixels,
+            "versions": [transformers.__version__, torchvision.__version__],
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3
+
+
+def _as_uint8(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values, dtype=np.uint8)
+
+
+def _fit(pixels: np.ndarray, options: ImageOptions) -> np.ndarray:
+    """The picture within the request's pixel budget, its aspect kept; `detail: auto` and `high` leave it as it is."""
+    height, width = pixels.shape[:2]
+    most = min(options.max_pixels or math.inf, LOW_DETAIL_PIXELS if options.detail == "low" else math.inf)
+    least = min(options.min_pixels or 0, most)
+    wanted = min(max(height * width, least), most)
+    if wanted == height * width:
+        return pixels
+    scale = math.sqrt(wanted / (height * width))
+    rounded = math.floor if scale < 1 else math.ceil
+    size = [max(1, rounded(side * scale)) for side in (height, width)]
+    image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    resized = transforms.resize(image, size, transforms.InterpolationMode.BICUBIC, antialias=True)
+    return resized.numpy().transpose(1, 2, 0)

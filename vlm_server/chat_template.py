@@ -1,0 +1,165 @@
+"""Messages → the model's own prompt text, through its Jinja chat template.
+
+Knows nothing of tokens, of pictures' contents or of HTTP.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2.exceptions import TemplateError as JinjaError
+
+from engine.request import InvalidRequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+_PROBE = "probe"
+
+
+class TemplateError(InvalidRequestError):
+    """The chat template cannot write these messages, or there is none."""
+
+
+class ChatTemplate:
+    """One Jinja template. A picture in the messages is a part `{"type": "image"}`; in the text it is `placeholder`.
+
+    source: None for a model without a template; then every `render` raises TemplateError.
+    meta_instruction: the system text of conversations that bring none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        source: str | dict[str, str] | None,
+        *,
+        placeholder: str = "",
+        meta_instruction: str | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._source = source
+        self._placeholder = placeholder
+        self._meta_instruction = meta_instruction
+        self._takes_parts = self._shows([{"type": "text", "text": _PROBE}])
+        self._takes_strings = self._shows(_PROBE)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """The prompt's text, special tokens included.
+
+        Raises TemplateError with the template's own complaint, e.g. about the order of roles.
+        """
+        source = self._choose(tools)
+        prepared = [self._prepared(message, source) for message in self._with_system(messages)]
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    prepared,
+                    tools=tools,
+                    chat_template=source,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **(template_kwargs or {}),
+                )
+            )
+        except (JinjaError, TypeError, ValueError, KeyError) as error:
+            raise TemplateError(f"messages: the model's chat template refuses them: {error}") from error
+
+    def _choose(self, tools: list[dict[str, Any]] | None) -> str:
+        if self._source is None:
+            raise TemplateError(
+                "messages: this model has no chat template; start the server with --chat-template FILE, or use /v1/completions"
+            )
+        if isinstance(self._source, str):
+            return self._source
+        name = "tool_use" if tools and "tool_use" in self._source else "default"
+        if name not in self._source:
+            raise TemplateError(f"messages: the model has no default chat template, only {', '.join(sorted(self._source))}")
+        return self._source[name]
+
+    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
+        if self._meta_instruction is None or any(message["role"] in ("system", "developer") for message in messages):
+            return list(messages)
+        return [{"role": "system", "content": self._meta_instruction}, *messages]
+
+    def _prepared(self, message: Message, source: str) -> Message:
+        prepared = {**message, "content": self._content(message.get("content"))}
+        if message["role"] == "developer" and "developer" not in source:
+            prepared["role"] = "system"
+        if message.get("tool_calls"):
+            prepared["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
+        return prepared
+
+    def _content(self, content: Any) -> str | list[dict[str, Any]]:
+        """The form that the template can read: parts, or one string with the pictures' placeholders in their places."""
+        if isinstance(content, list):
+            return content if self._takes_parts else "\n".join(self._part_text(part) for part in content)
+        text = "" if content is None else str(content)
+        return text if self._takes_strings or not self._takes_parts else [{"type": "text", "text": text}]
+
+    def _part_text(self, part: dict[str, Any]) -> str:
+        return str(part["text"]) if part["type"] == "text" else self._placeholder
+
+    def _shows(self, content: str | list[dict[str, str]]) -> bool:
+        """Whether the template writes the text of such a content, and no more of it than the text."""
+        if self._source is None:
+            return False
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], chat_template=self._choose(None), tokenize=False, add_generation_prompt=True
+            )
+        except (JinjaError, TemplateError, TypeError, ValueError, KeyError):
+            return False
+        return _PROBE in text and "'text'" not in text and '"text"' not in text
+
+
+def load_chat_template(
+    model_folder: str | Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    placeholder: str = "",
+    file: str | None = None,
+    meta_instruction: str | None = None,
+) -> ChatTemplate:
+    """The template in `file` (Jinja), else the processor's, else the tokenizer's.
+
+    Raises OSError where `file` cannot be read.
+    """
+    source: str | dict[str, str] | None
+    if file is not None:
+        source = Path(file).read_text(encoding="utf-8")
+    else:
+        source = _processor_template(Path(model_folder)) or tokenizer.chat_template
+    return ChatTemplate(tokenizer, source, placeholder=placeholder, meta_instruction=meta_instruction)
+
+
+def _processor_template(folder: Path) -> str | dict[str, str] | None:
+    """In the order in which the reference looks for it."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        if (folder / name).is_file():
+            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(template, str | dict):
+                return template
+    return None
+
+
+def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """Templates write arguments as an object; OpenAI's clients send them as its JSON text."""
+    function = call.get("function") or {}
+    try:
+        arguments = json.loads(function["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -1,0 +1,246 @@
+"""Messages with pictures → `Prompt`: the one bridge between vision and engine on the request's side.
+
+Renders the chat template, has the pictures loaded, expands each placeholder to its picture's tokens, tokenizes as the reference processor
+does, and says which slots take which rows of which picture. Knows nothing of HTTP and of how pictures are fetched or encoded.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys
+from vision.families import Family, load_family
+from vision.image import ImageOptions, ImageRef, ProcessedImage
+from vlm_server.chat_template import ChatTemplate, Message, TemplateError, load_chat_template
+from vlm_server.tokenizer import TextTokenizer, load_tokenizer
+
+NUM_THREADS = 2  # a very long text occupies one; the event loop none
+
+Result = TypeVar("Result")
+
+
+class ImagesNotSupportedError(InvalidRequestError):
+    """A picture was sent to a model that takes none."""
+
+    def __init__(self, param: str) -> None:
+        super().__init__(f"{param}: this model takes no pictures, only text parts are allowed")
+        self.param = param
+
+
+class ImageLoader(Protocol):
+    """What the pipeline asks of the vision service."""
+
+    async def load(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[ProcessedImage]: ...
+
+
+class Pipeline:
+    """One model's way from messages to prompts. `close()` ends its threads.
+
+    family, images: None for a model that takes no pictures.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        template: ChatTemplate,
+        *,
+        family: Family | None = None,
+        images: ImageLoader | None = None,
+    ) -> None:
+        if family is not None and tokenizer.token_id(family.image_token) != family.image_token_id:
+            raise ValueError(f"the tokenizer's {family.image_token} is not token {family.image_token_id}, as config.json says")
+        self.tokenizer = tokenizer
+        self.template = template
+        self.family = family
+        self._images = images
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenize")
+
+    @classmethod
+    def load(
+        cls,
+        model_folder: str | Path,
+        *,
+        images: ImageLoader | None = None,
+        chat_template: str | None = None,
+        meta_instruction: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "Pipeline":
+        """The pipeline of the checkpoint in `model_folder`; blocks while its tokenizer is read.
+
+        chat_template: a Jinja file in place of the model's own template.
+        """
+        tokenizer = load_tokenizer(model_folder, trust_remote_code=trust_remote_code)
+        family = load_family(model_folder)
+        template = load_chat_template(
+            model_folder,
+            tokenizer,
+            placeholder=family.placeholder if family else "",
+            file=chat_template,
+            meta_instruction=meta_instruction,
+        )
+        return cls(TextTokenizer(tokenizer), template, family=family, images=images)
+
+    async def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        tenant: str = "",
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
+        """The prompt for a conversation whose shape is already checked.
+
+        Raises TemplateError, ImagesNotSupportedError, or the vision service's MediaError, each naming the field.
+        """
+        refs, plain = _split_images(messages)
+        if refs and (self.family is None or self._images is None):
+            raise ImagesNotSupportedError(refs[0].param)
+        marker = _new_marker()
+        text = await self._in_thread(
+            lambda: self.template.render(
+                self._guarded(plain, marker),
+                tools=self._guarded(tools, marker),
+                add_generation_prompt=add_generation_prompt,
+                template_kwargs=template_kwargs,
+            )
+        )
+        loaded = await self._images.load(refs, tenant=tenant) if refs and self._images is not None else []
+        try:
+            return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant))
+        except BaseException:
+            for array in (array for image in loaded for array in image.arrays.values()):
+                array.close()
+            raise
+
+    def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
+        """The prompt for a text, or for token ids, without a template. Blocks while a text is tokenized; may be called in any thread.
+
+        Raises InvalidRequestError for an empty prompt and for ids that stand for a picture.
+        """
+        if not isinstance(text_or_ids, str):
+            return self._token_prompt(tuple(text_or_ids), tenant)
+        marker = _new_marker()
+        pieces = self._guarded(text_or_ids, marker).split(marker)
+        return self._token_prompt(tuple(self._tokenize(pieces, add_special_tokens=True)), tenant)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _token_prompt(self, token_ids: tuple[int, ...], tenant: str) -> Prompt:
+        if not token_ids:
+            raise InvalidRequestError("prompt: it has no tokens; at least one is needed")
+        if self.family is not None and self.family.image_token_id in token_ids:
+            raise InvalidRequestError(f"prompt: token {self.family.image_token_id} stands for a picture; send pictures as chat messages")
+        return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
+
+    def _guarded(self, value: Any, marker: str) -> Any:
+        """Every string within, cut by `marker` inside each word that means a picture: no user's text becomes one."""
+        if isinstance(value, str):
+            for word in self.family.reserved if self.family else ():
+                value = value.replace(word, word[:1] + marker + word[1:])
+            return value
+        if isinstance(value, list | tuple):
+            return [self._guarded(item, marker) for item in value]
+        if isinstance(value, dict):
+            return {key: self._guarded(item, marker) for key, item in value.items()}
+        return value
+
+    def _prompt(self, text: str, images: Sequence[ProcessedImage], marker: str, tenant: str) -> Prompt:
+        pieces = self._expanded(text, images).split(marker)
+        token_ids = tuple(self._tokenize(pieces, add_special_tokens=self._adds_special_tokens(text)))
+        inputs = tuple(ImageInput(image.content_hash, image.num_tokens, image.arrays) for image in images)
+        spans = self._spans(token_ids, inputs)
+        positions, delta = self._positions(len(token_ids), spans, images)
+        keys = make_cache_keys(token_ids, inputs, spans, salt=tenant)
+        return Prompt(token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta)
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """As the reference: a tokenizer's template brings its own; a processor adds them unless the text begins with the first."""
+        bos = self.tokenizer.reference.bos_token
+        return self.family is not None and not (bos is not None and text.startswith(str(bos)))
+
+    def _expanded(self, text: str, images: Sequence[ProcessedImage]) -> str:
+        if self.family is None:
+            return text
+        gaps = text.split(self.family.placeholder)
+        if len(gaps) - 1 != len(images):
+            raise TemplateError(
+                f"messages: the chat template wrote {len(gaps) - 1} of {self.family.placeholder} for {len(images)} pictures; "
+                "pictures are allowed in user messages, and no text may form that word"
+            )
+        expansions = [self.family.expand(image.layout) for image in images]
+        return gaps[0] + "".join(expansion + gap for expansion, gap in zip(expansions, gaps[1:], strict=True))
+
+    def _tokenize(self, pieces: Sequence[str], *, add_special_tokens: bool) -> list[int]:
+        """The pieces' tokens, one after the other; no token reaches over a cut."""
+        token_ids = self.tokenizer.encode(pieces[0], add_special_tokens=add_special_tokens)
+        for piece in pieces[1:]:
+            assert self.family is not None  # only its words are cut
+            token_ids += self.tokenizer.encode(self.family.image_token + piece)[1:]  # behind a token, no space is put before the piece
+        return token_ids
+
+    def _spans(self, token_ids: Sequence[int], images: Sequence[ImageInput]) -> tuple[ImageSpan, ...]:
+        """Runs of the image token, each picture taking as many slots as its embedding has rows."""
+        if self.family is None:
+            return ()
+        slots = [slot for slot, token_id in enumerate(token_ids) if token_id == self.family.image_token_id]
+        expected = sum(image.num_tokens for image in images)
+        assert len(slots) == expected, f"{len(slots)} slots of {self.family.image_token} for {expected} rows of {len(images)} pictures"
+        spans: list[ImageSpan] = []
+        first = 0
+        for index, image in enumerate(images):
+            spans += _runs(slots[first : first + image.num_tokens], index, self.family.is_atomic)
+            first += image.num_tokens
+        return tuple(spans)
+
+    def _positions(
+        self, num_slots: int, spans: Sequence[ImageSpan], images: Sequence[ProcessedImage]
+    ) -> tuple[tuple[tuple[int, ...], ...] | None, int]:
+        if self.family is None or not images:
+            return None, 0
+        starts = [span.start for span in spans if span.offset == 0]
+        return self.family.positions(num_slots, [(start, image.layout) for start, image in zip(starts, images, strict=True)])
+
+
+def _split_images(messages: Sequence[Message]) -> tuple[list[ImageRef], list[Message]]:
+    """The pictures in order, and the messages with a part `{"type": "image"}` in place of each."""
+    refs: list[ImageRef] = []
+    plain: list[Message] = []
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list):
+            content = [_plain_part(part, f"messages[{number}].content[{index}]", refs) for index, part in enumerate(content)]
+        plain.append({**message, "content": content})
+    return refs, plain
+
+
+def _plain_part(part: dict[str, Any], path: str, refs: list[ImageRef]) -> dict[str, Any]:
+    if part["type"] != "image_url":
+        return {"type": "text", "text": part["text"]}
+    image = part["image_url"]
+    options = ImageOptions(detail=image.get("detail") or "auto", min_pixels=image.get("min_pixels"), max_pixels=image.get("max_pixels"))
+    refs.append(ImageRef(url=image["url"], param=f"{path}.image_url", options=options))
+    return {"type": "image"}
+
+
+def _runs(slots: Sequence[int], image: int, is_atomic: bool) -> list[ImageSpan]:
+    """One span per unbroken run of slots."""
+    spans = []
+    start = 0
+    for index in range(1, len(slots) + 1):
+        if index == len(slots) or slots[index] != slots[index - 1] + 1:
+            spans.append(ImageSpan(slots[start], index - start, image, start, is_atomic))
+            start = index
+    return spans
+
+
+def _new_marker() -> str:
+    """A cut that no text holds: private characters around a number that nobody can guess."""
+    return f"\ue000{secrets.randbits(64)}\ue001"
