@@ -38,6 +38,10 @@ class DecodePool:
         await self._pool.close()
 
     @property
+    def num_idle(self) -> int:
+        return self._pool.num_idle
+
+    @property
     def process_ids(self) -> list[int]:
         return self._pool.process_ids
 

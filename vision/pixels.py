@@ -5,6 +5,7 @@ Pillow's own `Image.open` is never called: it imports plugins for some forty oth
 
 import io
 import struct
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ def decode_picture(data: bytes, *, max_pixels: int) -> SharedArray:
     Raises MediaError: image_decode_failed, image_too_large. Blocks.
     """
     try:
-        with _open(data, max_pixels) as image:
+        with warnings.catch_warnings(action="ignore"), _open(data, max_pixels) as image:  # Pillow warns of metadata that we don't use
             _check_size(*image.size, max_pixels)
             image.load()
             return _upright_rgb(image)
@@ -162,7 +163,7 @@ def _from_numbers(values: np.ndarray[Any, Any]) -> ToRGB:
     bottom, scale = (0.0, fitting[0]) if fitting else (low, 255.0 / max(high - low, 1e-30))
 
     def to_rgb(strip: Image.Image) -> Pixels:
-        scaled = (np.asarray(strip).astype(np.float64) - bottom) * scale
+        scaled = (np.asarray(strip).astype(np.float64) - bottom) * scale + 1e-6  # the largest value is 255, not 254.99…
         return _gray_to_rgb(np.nan_to_num(scaled, nan=0.0).clip(0, 255).astype(np.uint8))
 
     return to_rgb

@@ -65,7 +65,7 @@ class _Worker:
             reader.close()
 
     def end(self) -> None:
-        """Kills it, hung or stopped ones too. Blocks until the kernel took it away."""
+        """Kills it, hung or stopped ones too. Blocks until the kernel took it away. May be called again, from any thread."""
         self.process.kill()
         self.process.wait()
         self.connection.close()
@@ -121,6 +121,10 @@ class WorkerPool:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(self._end(worker) for worker in tuple(self._workers)))
+
+    @property
+    def num_idle(self) -> int:
+        return self._slots.qsize()
 
     @property
     def process_ids(self) -> list[int]:
@@ -210,8 +214,8 @@ class WorkerPool:
         return worker, ready
 
     async def _end(self, worker: _Worker) -> None:
-        self._workers.discard(worker)
         await asyncio.to_thread(worker.end)
+        self._workers.discard(worker)  # only now: `close()` ends it again where this was cancelled
 
     def _closed_error(self) -> WorkerError:
         return WorkerError(f"{self._module} was stopped")

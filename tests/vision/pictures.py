@@ -1,5 +1,6 @@
 """Pictures for tests, drawn from a seed."""
 
+import base64
 import io
 from typing import Any
 
@@ -21,3 +22,7 @@ def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
 
 def png(width: int = 8, height: int = 6, *, seed: int = 0) -> bytes:
     return encoded(Image.fromarray(noise(width, height, seed=seed)), "PNG")
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()

@@ -1,0 +1,242 @@
+import asyncio
+import io
+import os
+import signal
+import struct
+import zlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.vision.pictures import encoded, noise, png
+from tests.vision.processes import await_end, freeze, is_gone, memory_map, num_descriptors, python_prints, until
+from vision.config import VisionConfig
+from vision.decode_pool import DecodePool
+from vision.image import MediaError
+
+BROKEN = png()[:60]
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[DecodePool]:
+    pool = DecodePool(VisionConfig(num_decode_workers=1))
+    await pool.open()
+    yield pool
+    await pool.close()
+
+
+@pytest.fixture
+async def hasty_pool() -> AsyncIterator[DecodePool]:
+    pool = DecodePool(VisionConfig(num_decode_workers=1, decode_timeout_s=0.3))
+    await pool.open()
+    yield pool
+    await pool.close()
+
+
+async def decoded(pool: DecodePool, data: bytes) -> np.ndarray:
+    shared = await pool.decode(data)
+    pixels = shared.numpy().copy()
+    shared.close()
+    return pixels
+
+
+async def code_of(pool: DecodePool, data: bytes) -> str:
+    with pytest.raises(MediaError) as caught:
+        await pool.decode(data)
+    return caught.value.code
+
+
+async def test_a_picture_comes_back_as_pixels(pool: DecodePool) -> None:
+    assert np.array_equal(await decoded(pool, png(31, 17)), noise(31, 17))
+
+
+async def test_many_pictures_at_once_each_get_their_own_pixels() -> None:
+    pool = DecodePool(VisionConfig(num_decode_workers=2))
+    await pool.open()
+
+    pictures = await asyncio.gather(*(decoded(pool, png(9, 5, seed=seed)) for seed in range(20)))
+
+    assert all(np.array_equal(pixels, noise(9, 5, seed=seed)) for seed, pixels in enumerate(pictures))
+    await pool.close()
+
+
+async def test_a_bad_picture_leaves_its_worker_alive(pool: DecodePool) -> None:
+    before = pool.process_ids
+
+    assert await code_of(pool, BROKEN) == "image_decode_failed"
+    assert np.array_equal(await decoded(pool, png()), noise(8, 6))
+    assert pool.process_ids == before
+
+
+async def test_pictures_over_the_pixel_limit_are_refused_with_both_numbers() -> None:
+    pool = DecodePool(VisionConfig(num_decode_workers=1, max_picture_pixels=47))
+    await pool.open()
+
+    with pytest.raises(MediaError, match="8 × 6 pixels; at most 47") as caught:
+        await pool.decode(png(8, 6))
+
+    assert caught.value.code == "image_too_large"
+    await pool.close()
+
+
+async def test_a_picture_that_needs_too_much_memory_fails_alone() -> None:
+    pool = DecodePool(VisionConfig(num_decode_workers=1, decode_memory_bytes=64 << 20, max_picture_pixels=1 << 40))
+    await pool.open()
+    rows = struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + rows
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png()[33:]
+
+    assert await code_of(pool, bomb) == "image_too_large"
+    assert np.array_equal(await decoded(pool, png()), noise(8, 6))
+    await pool.close()
+
+
+async def test_a_killed_worker_costs_its_own_picture_only(pool: DecodePool) -> None:
+    (process_id,) = pool.process_ids
+    freeze(process_id)
+    first = asyncio.create_task(pool.decode(png()))
+    second = asyncio.create_task(decoded(pool, png(seed=1)))
+    await until(lambda: pool.num_idle == 0)
+
+    os.kill(process_id, signal.SIGKILL)
+
+    with pytest.raises(MediaError) as caught:
+        await first
+    assert caught.value.code == "image_decode_failed"
+    assert np.array_equal(await second, noise(8, 6, seed=1))
+    assert pool.process_ids != [process_id]
+    assert is_gone(process_id)
+
+
+async def test_a_worker_that_died_idle_is_replaced_before_the_next_picture(pool: DecodePool) -> None:
+    (process_id,) = pool.process_ids
+    os.kill(process_id, signal.SIGKILL)
+    await_end(process_id)
+
+    assert np.array_equal(await decoded(pool, png()), noise(8, 6))
+
+
+async def test_a_hung_worker_is_killed_and_replaced(hasty_pool: DecodePool) -> None:
+    (process_id,) = hasty_pool.process_ids
+    freeze(process_id)
+
+    with pytest.raises(MediaError, match=r"longer than the allowed 0\.3 s") as caught:
+        await hasty_pool.decode(png())
+
+    assert caught.value.code == "image_decode_failed"
+    assert np.array_equal(await decoded(hasty_pool, png()), noise(8, 6))
+    assert is_gone(process_id)
+
+
+async def test_a_cancelled_picture_gives_everything_back(pool: DecodePool) -> None:
+    await decoded(pool, png())
+    before = num_descriptors()
+    freeze(pool.process_ids[0])
+    with_worker = asyncio.create_task(pool.decode(png()))
+    waiting = asyncio.create_task(pool.decode(png()))
+    await until(lambda: pool.num_idle == 0)
+
+    with_worker.cancel()
+    waiting.cancel()
+
+    await asyncio.gather(with_worker, waiting, return_exceptions=True)
+    assert np.array_equal(await decoded(pool, png()), noise(8, 6)), "the frozen worker is killed when its picture is abandoned"
+    assert num_descriptors() == before
+
+
+async def test_nothing_is_left_open_after_good_bad_and_hanging_pictures() -> None:
+    before = num_descriptors()
+    pool = DecodePool(VisionConfig(num_decode_workers=2, decode_timeout_s=0.3))
+    await pool.open()
+    process_ids = pool.process_ids
+    await asyncio.gather(*(pool.decode(data) for data in [png(), BROKEN, png(), b"x"] * 5), return_exceptions=True)
+    freeze(process_ids[0])
+    await asyncio.gather(*(pool.decode(png()) for _ in range(4)), return_exceptions=True)
+    process_ids += pool.process_ids
+
+    await pool.close()
+
+    assert num_descriptors() == before
+    assert all(is_gone(process_id) for process_id in process_ids)
+
+
+async def test_closing_the_pool_ends_pictures_under_way_and_waiting(pool: DecodePool) -> None:
+    freeze(pool.process_ids[0])
+    jobs = [asyncio.create_task(pool.decode(png())) for _ in range(3)]
+    await until(lambda: pool.num_idle == 0)
+
+    await pool.close()
+
+    for result in await asyncio.gather(*jobs, return_exceptions=True):
+        assert isinstance(result, MediaError)
+
+
+async def test_the_worker_ends_when_the_server_is_gone(pool: DecodePool) -> None:
+    program = (
+        "import asyncio, os; from vision.config import VisionConfig; from vision.decode_pool import DecodePool\n"
+        "async def main():\n"
+        "    pool = DecodePool(VisionConfig(num_decode_workers=1)); await pool.open()\n"
+        "    print(pool.process_ids[0], flush=True); os._exit(0)\n"
+        "asyncio.run(main())"
+    )
+    process_id = int(await asyncio.to_thread(python_prints, program))
+
+    await until(lambda: is_gone(process_id))
+
+
+async def test_the_worker_has_limits_few_descriptors_and_no_secrets(pool: DecodePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    guarded = DecodePool(VisionConfig(num_decode_workers=1))
+    await guarded.open()
+    process = Path(f"/proc/{guarded.process_ids[0]}")
+
+    limits = {line[:25].strip(): line[25:].split() for line in (process / "limits").read_text().splitlines()}
+
+    assert b"hunter2" not in (process / "environ").read_bytes()
+    assert limits["Max core file size"][:2] == ["0", "0"]
+    assert int(limits["Max open files"][0]) <= 64
+    assert int(limits["Max address space"][1]) < 3 << 30
+    assert len(list((process / "fd").iterdir())) <= 4, "input, output, errors and its socket"
+    await decoded(guarded, png())
+    limits = {line[:25].strip(): line[25:].split() for line in (process / "limits").read_text().splitlines()}
+    assert int(limits["Max cpu time"][0]) <= 13
+    await guarded.close()
+
+
+async def test_the_running_worker_has_no_torch(pool: DecodePool) -> None:
+    await decoded(pool, png())
+
+    assert "torch" not in memory_map(pool.process_ids[0])
+
+
+def test_the_decode_worker_imports_no_torch_and_only_seven_formats(tmp_path: Path) -> None:
+    image = Image.fromarray(noise(16, 16))
+    for form in ("EPS", "ICO", "PPM", "TGA", "PCX", "JPEG2000", "SGI", "ICNS", "MPO"):
+        (tmp_path / form).write_bytes(encoded(image, form, **({"save_all": True, "append_images": [image]} if form == "MPO" else {})))
+    program = f"""
+import pathlib, sys
+import vision.decode, vision.pixels
+for file in pathlib.Path({str(tmp_path)!r}).iterdir():
+    try:
+        vision.pixels.decode_picture(file.read_bytes(), max_pixels=1 << 20)
+        print(file.name)
+    except vision.pixels.MediaError as error:
+        assert error.code == "image_decode_failed"
+print(*sorted(name for name in sys.modules if name.endswith("ImagePlugin")))
+print("torch" in sys.modules, "aiohttp" in sys.modules, "asyncio" in sys.modules)
+"""
+
+    first, plugins, others_loaded = python_prints(program).splitlines()
+
+    assert first == "MPO", "which is a JPEG with another picture behind it"
+    assert plugins.split() == [f"PIL.{form}ImagePlugin" for form in ("Avif", "Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP")]
+    assert others_loaded == "False False False"
+
+
+async def test_a_jpeg_named_otherwise_is_still_a_jpeg(pool: DecodePool) -> None:
+    data = encoded(Image.fromarray(noise(16, 16)), "JPEG")
+
+    assert np.array_equal(await decoded(pool, data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
