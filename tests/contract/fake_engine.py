@@ -1,0 +1,180 @@
+"""An engine and a pipeline of bytes: the same interfaces, scripted answers, no model."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from typing import Any
+
+from engine.request import (
+    EngineDeadError,
+    EngineError,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    ImageInput,
+    ImageSpan,
+    Prompt,
+    PromptTooLongError,
+    SamplingParams,
+    StepOutput,
+    TokenLogprobs,
+    make_cache_keys,
+)
+from tests.vlm_server.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE, ByteTokenizer
+from vision.image import MediaError
+from vlm_server.backend import Backend
+from vlm_server.config import ServerConfig
+
+SESSION_LEN = 512
+TOKENS_PER_IMAGE = 4
+DEFAULT_REPLY = "Hello! 你好，世界 🌍. This is a test."
+
+Script = Callable[[Prompt, SamplingParams], Sequence[int]]
+
+
+def reply_to(prompt: Prompt, params: SamplingParams) -> Sequence[int]:
+    """The default text, with the seed where one is given."""
+    text = DEFAULT_REPLY if params.seed is None else f"seed {params.seed}"
+    return [*text.encode(), EOS]
+
+
+class FakeEngine:
+    """Writes what `script` says, `group` tokens a step. With `gate` set, each step waits for it."""
+
+    def __init__(self) -> None:
+        self.state = "ready"
+        self.num_restarts = 0
+        self.script: Script = reply_to
+        self.group = 1
+        self.gate: asyncio.Event | None = None
+        self.refusal: EngineError | None = None
+        self.fails_after: int | None = None  # steps, then the engine dies
+        self.running: set[str] = set()
+        self.requests: list[tuple[Prompt, SamplingParams]] = []
+        self.left = asyncio.Event()  # a generation was closed before its end
+        self.info: EngineInfo | None = EngineInfo(
+            model_type="fake",
+            device="cpu",
+            dtype="float32",
+            tp=1,
+            session_len=SESSION_LEN,
+            block_size=16,
+            num_blocks=64,
+            vocab_size=VOCAB_SIZE,
+            hidden_size=8,
+            eos_token_ids=(EOS,),
+            load_time_s=0.0,
+        )
+
+    async def generate(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> AsyncGenerator[StepOutput, None]:
+        if self.refusal is not None:
+            raise self.refusal
+        if len(prompt.token_ids) >= SESSION_LEN:
+            raise PromptTooLongError(len(prompt.token_ids), SESSION_LEN)
+        self.requests.append((prompt, params))
+        self.running.add(request_id)
+        is_over = False
+        try:
+            for number, output in enumerate(self._outputs(prompt, params, request_id)):
+                if self.fails_after is not None and number >= self.fails_after:
+                    raise EngineDeadError("the engine process ended")
+                await (self.gate.wait() if self.gate else asyncio.sleep(0))
+                is_over = output.finish_reason is not None
+                yield output
+        finally:
+            self.running.discard(request_id)
+            if not is_over:
+                self.left.set()
+
+    async def stats(self) -> EngineStats:
+        return EngineStats(num_running=len(self.running), max_batched_requests=3, num_cached_prompt_tokens=7, num_embedding_cache_hits=2)
+
+    def _outputs(self, prompt: Prompt, params: SamplingParams, request_id: str) -> list[StepOutput]:
+        token_ids = list(self.script(prompt, params))
+        if params.ignore_eos:
+            token_ids = [token_id for token_id in token_ids if token_id != EOS] * (1 + (params.max_tokens or 0))
+        limit = min(params.max_tokens or SESSION_LEN, SESSION_LEN - len(prompt.token_ids))
+        ends = [place for place, token_id in enumerate(token_ids) if token_id == EOS or token_id in params.stop_token_ids]
+        length = min(limit, ends[0] + 1 if ends else limit, len(token_ids))
+        reason = FinishReason.STOP if ends and length == ends[0] + 1 else FinishReason.LENGTH
+        kept = token_ids[:length]
+        groups = [kept[start : start + self.group] for start in range(0, length, self.group)]
+        return [
+            StepOutput(
+                request_id=request_id,
+                token_ids=group,
+                logprobs=None if params.logprobs is None else [_logprobs(token_id, params.logprobs) for token_id in group],
+                finish_reason=reason if number == len(groups) - 1 else None,
+                num_cached_tokens=2,
+            )
+            for number, group in enumerate(groups)
+        ]
+
+
+def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+    """The sampled token is the second best."""
+    best = [(ord("x"), -0.25), (token_id, -1.5), (0xE4, float("-inf"))]
+    return TokenLogprobs(token_id=token_id, logprob=-1.5, rank=2, top=tuple(best[:num_top]))
+
+
+class FakePipeline:
+    """Writes `role: text` lines; a picture is four tokens, known by its URL. URLs with `bad` cannot be loaded, with `slow` never end."""
+
+    def __init__(self) -> None:
+        self.tokenizer = ByteTokenizer()
+        self.loading: set[str] = set()
+        self.left = asyncio.Event()
+        self.template_kwargs: dict[str, Any] | None = None
+
+    async def chat_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        tenant: str = "",
+    ) -> Prompt:
+        self.template_kwargs = template_kwargs
+        token_ids, images, spans = [BOS], [], []
+        for number, message in enumerate(messages):
+            token_ids += f"{message['role']}: ".encode()
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for index, part in enumerate(parts):
+                if part["type"] == "text":
+                    token_ids += part["text"].encode()
+                    continue
+                await self._load(part["image_url"]["url"], f"messages[{number}].content[{index}].image_url")
+                spans.append(ImageSpan(len(token_ids), TOKENS_PER_IMAGE, len(images)))
+                images.append(ImageInput(part["image_url"]["url"].encode(), TOKENS_PER_IMAGE, {}))
+                token_ids += [IMAGE] * TOKENS_PER_IMAGE
+            token_ids += b"\n"
+        keys = make_cache_keys(token_ids, images, spans, salt=tenant)
+        return Prompt(token_ids=tuple(token_ids), cache_keys=keys, images=tuple(images), spans=tuple(spans))
+
+    def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
+        token_ids = self.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
+        return Prompt(token_ids=tuple(token_ids), cache_keys=tuple(token_ids))
+
+    async def _load(self, url: str, param: str) -> None:
+        if "bad" in url:
+            raise MediaError("image_decode_failed", f"{param}: not a picture", param=param)
+        if "slow" in url:
+            self.loading.add(url)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.loading.discard(url)
+                self.left.set()
+
+
+class FakeBackend:
+    """Opens as the server does; keeps the doubles at hand for the test."""
+
+    def __init__(self) -> None:
+        self.engine = FakeEngine()
+        self.pipeline = FakePipeline()
+
+    @contextlib.asynccontextmanager
+    async def open(self, config: ServerConfig) -> AsyncIterator[Backend]:
+        yield Backend(self.engine, self.pipeline)

@@ -1,0 +1,55 @@
+"""A real HTTP server on a free loopback port, in a thread with its own event loop."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import uvicorn
+from fastapi import FastAPI
+
+from engine.config import EngineConfig
+from tests.contract.fake_engine import FakeBackend
+from vlm_server.app import create_app
+from vlm_server.config import ServerConfig
+
+MODEL = "org/tiny-vlm"
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """Where it listens; `backend` and `loop` are there for tests that script the engine."""
+
+    url: str
+    model: str
+    backend: FakeBackend
+
+
+def fake_config(**overrides: object) -> ServerConfig:
+    fields = {"engine": EngineConfig(model_folder="/no/such/folder"), "model_name": MODEL, "model_root": "/models/tiny-vlm"}
+    return ServerConfig(**{**fields, **overrides})  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def running_server(config: ServerConfig | None = None) -> Iterator[RunningServer]:
+    """Serves scripted answers until the block ends. The socket listens before the thread starts, so no client comes too early."""
+    backend = FakeBackend()
+    with serving(create_app(config or fake_config(), open_backend=backend.open)) as url:
+        yield RunningServer(url, MODEL, backend)
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The URL of an app that is being served."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+        assert not thread.is_alive()

@@ -1,0 +1,87 @@
+"""The HTTP application: opens and closes what it serves, wraps it, and turns exceptions into error bodies (the only place)."""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from engine.request import EngineError
+from vision.image import MediaError
+from vlm_server.auth import RequireApiKey
+from vlm_server.backend import OpenBackend, open_backend
+from vlm_server.config import ServerConfig
+from vlm_server.context import ServerContext
+from vlm_server.docs import add_docs
+from vlm_server.errors import ApiError, to_api_error, validation_error
+from vlm_server.metrics import Metrics
+from vlm_server.middleware import BodyLimit, RequestLog, request_facts
+from vlm_server.routes import chat, completions, health, models
+from vlm_server.sampling import SamplingDefaults
+
+
+def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend) -> FastAPI:
+    """The server of one model. `open_backend` gives the engine and the pipeline; tests put scripted ones there."""
+    metrics = Metrics()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        defaults = SamplingDefaults.load(config.generation_config, Path(config.engine.model_folder))
+        async with open_backend(config) as backend:
+            app.state.context = ServerContext(config, backend, defaults, metrics, created_s=int(time.time()))
+            yield
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, root_path=config.root_path)
+    for router in (models.router, chat.router, completions.router, health.health_router):
+        app.include_router(router)
+    if config.enable_metrics:
+        app.include_router(health.metrics_router)
+    if config.enable_docs:
+        add_docs(app, config)
+    _add_error_handlers(app)
+    _add_middleware(app, config, metrics)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    for kind in (ApiError, EngineError, MediaError, HTTPException):
+        app.add_exception_handler(kind, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    api_error = to_api_error(error)
+    request_facts(request.scope)["error"] = api_error.code
+    return api_error.response()
+
+
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    is_json = request.method == "GET" or _is_json(request.headers.get("content-type", ""))
+    return await _on_error(request, validation_error(error.errors(), is_json=is_json))
+
+
+def _is_json(content_type: str) -> bool:
+    media_type = content_type.partition(";")[0].strip().lower()
+    return media_type == "application/json" or media_type.endswith("+json")
+
+
+def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics) -> None:
+    """The last one added is the outermost: log, CORS, keys, body limit, routes."""
+    app.add_middleware(BodyLimit, limit_bytes=config.max_body_bytes)
+    if config.api_keys:
+        app.add_middleware(RequireApiKey, api_keys=config.api_keys)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=config.allow_origins,
+        allow_methods=config.allow_methods,
+        allow_headers=config.allow_headers,
+        allow_credentials=config.allow_credentials,
+        expose_headers=["X-Request-Id"],
+    )
+    app.add_middleware(RequestLog, metrics=metrics)

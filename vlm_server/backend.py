@@ -1,0 +1,102 @@
+"""What the routes talk to: an engine and a pipeline, opened and closed together.
+
+The protocols are all that the routes know of them, so that tests can put scripted ones in their place.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from engine.request import EngineInfo, EngineStats, Prompt, SamplingParams, StepOutput
+from vision.service import VisionStats
+from vlm_server.config import ServerConfig
+from vlm_server.detokenizer import TextDecoder
+
+
+class Engine(Protocol):
+    """See `engine.client.EngineClient`."""
+
+    @property
+    def state(self) -> str: ...
+
+    @property
+    def info(self) -> EngineInfo | None: ...
+
+    @property
+    def num_restarts(self) -> int: ...
+
+    def generate(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> AsyncGenerator[StepOutput, None]: ...
+
+    async def stats(self) -> EngineStats: ...
+
+
+class Tokenizer(TextDecoder, Protocol):
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class PromptPipeline(Protocol):
+    """See `vlm_server.pipeline.Pipeline`."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    async def chat_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        tenant: str = "",
+    ) -> Prompt: ...
+
+    def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """Both, while the server runs."""
+
+    engine: Engine
+    pipeline: PromptPipeline
+    vision_stats: Callable[[], VisionStats] = VisionStats
+
+
+OpenBackend = Callable[[ServerConfig], AbstractAsyncContextManager[Backend]]
+
+
+@contextlib.asynccontextmanager
+async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], None] = lambda fraction: None) -> AsyncIterator[Backend]:
+    """The real ones: picture workers and engine process start side by side. `on_progress` is told the share of the weights that is loaded.
+
+    Raises EngineDeadError, OSError or ValueError where the checkpoint cannot be served.
+    """
+    from engine.client import EngineClient
+    from vision.service import VisionService
+    from vlm_server.pipeline import Pipeline
+
+    folder, trusts = config.engine.model_folder, config.engine.trust_remote_code
+    async with contextlib.AsyncExitStack() as stack:
+        engine = EngineClient(config.engine, on_progress=on_progress)
+        stack.push_async_callback(engine.close)
+        start = asyncio.create_task(engine.start())
+        stack.callback(start.cancel)
+        vision = VisionService(config.vision, model_folder=folder, trust_remote_code=trusts)
+        stack.push_async_callback(vision.close)
+        pipeline = await asyncio.to_thread(
+            Pipeline.load,
+            folder,
+            images=vision,
+            chat_template=config.chat_template,
+            meta_instruction=config.meta_instruction,
+            trust_remote_code=trusts,
+        )
+        stack.callback(pipeline.close)
+        if pipeline.family is not None:
+            await vision.open()
+        await start
+        if pipeline.family is not None:
+            await vision.ready()
+        yield Backend(engine, pipeline, vision.stats)

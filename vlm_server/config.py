@@ -1,0 +1,47 @@
+"""The server's settings: the HTTP side's own, and the engine's and the vision package's inside. Never changes after start."""
+
+from dataclasses import dataclass, field
+
+from engine.config import EngineConfig
+from vision.config import VisionConfig
+
+DEFAULT_PORT = 23333
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """One server. What the flags of `vlm-server serve` set."""
+
+    engine: EngineConfig
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    model_name: str  # the id in GET /v1/models, and what a request's `model` must be
+    model_root: str  # the folder or hub id that was asked for
+    server_name: str = "0.0.0.0"
+    server_port: int = DEFAULT_PORT
+    root_path: str = ""  # the prefix that a reverse proxy strips
+    api_keys: tuple[str, ...] = ()  # none: every key is accepted
+    allow_origins: tuple[str, ...] = ("*",)
+    allow_methods: tuple[str, ...] = ("*",)
+    allow_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    chat_template: str | None = None  # a file; None: the checkpoint's own
+    meta_instruction: str | None = None  # the system text of chats that bring none
+    generation_config: str = "auto"  # auto | lmdeploy | a folder
+    strict_fields: bool = False  # refuse fields that no API documents
+    max_body_bytes: int = 128 << 20
+    sse_ping_s: float = 0.0  # seconds between the comment lines of a silent stream; 0: none
+    enable_metrics: bool = True
+    enable_docs: bool = True
+    log_level: str = "INFO"
+
+    def __post_init__(self) -> None:
+        for name, is_valid, allowed in (
+            ("model_name", bool(self.model_name), "a name"),
+            ("server_port", 0 <= self.server_port < 65536, "0 to 65535"),
+            ("root_path", self.root_path == "" or self.root_path[0] == "/" != self.root_path[-1], "/a/path or nothing"),
+            ("api_keys", all(self.api_keys), "keys that are not empty"),
+            ("max_body_bytes", self.max_body_bytes >= 1, "at least 1"),
+            ("sse_ping_s", self.sse_ping_s >= 0, "at least 0"),
+        ):
+            if not is_valid:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed, only {allowed}")

@@ -1,0 +1,69 @@
+"""What the routes of one app share: settings, backend, sampling defaults, metrics. Built by the lifespan, read from the app's state."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from engine.request import EngineDeadError, EngineInfo, Prompt
+from vlm_server.backend import Backend
+from vlm_server.config import ServerConfig
+from vlm_server.errors import ApiError
+from vlm_server.field_rules import check_fields
+from vlm_server.generation import Generation
+from vlm_server.metrics import Metrics
+from vlm_server.middleware import request_facts
+from vlm_server.protocol import ChatCompletionRequest, CompletionRequest
+from vlm_server.sampling import SamplingDefaults, sampling_params
+
+
+@dataclass(frozen=True, slots=True)
+class ServerContext:
+    config: ServerConfig
+    backend: Backend
+    defaults: SamplingDefaults
+    metrics: Metrics
+    created_s: int  # Unix time of the start
+
+    @property
+    def engine_info(self) -> EngineInfo:
+        """Raises EngineDeadError before the engine was ready once."""
+        if self.backend.engine.info is None:
+            raise EngineDeadError("the engine is starting")
+        return self.backend.engine.info
+
+    def accept(self, request: Request, body: ChatCompletionRequest | CompletionRequest) -> list[str]:
+        """The warnings for a request that we can serve. Raises ApiError 404 or 400."""
+        request_facts(request.scope)["model"] = self.config.model_name if body.model == self.config.model_name else "unknown"
+        if body.model != self.config.model_name:
+            message = f"the model {body.model!r} does not exist; this server has {self.config.model_name!r}"
+            raise ApiError(404, "model_not_found", message, param="model")
+        return check_fields(body, strict=self.config.strict_fields)
+
+    async def text_prompt(self, text_or_ids: str | list[int]) -> Prompt:
+        """A prompt without a template, tokenized in a thread."""
+        return await asyncio.to_thread(self.backend.pipeline.text_prompt, text_or_ids)
+
+    def generation(self, body: ChatCompletionRequest | CompletionRequest, prompts: list[Prompt], *, request_id: str) -> Generation:
+        """All answers to the request, not yet begun."""
+        info = self.engine_info
+        params = sampling_params(body, self.defaults, num_logprobs=body.num_logprobs, vocab_size=info.vocab_size)
+        tokenizer = self.backend.pipeline.tokenizer
+        return Generation(self.backend.engine, tokenizer, prompts, params, body, request_id=request_id, metrics=self.metrics)
+
+
+def context_of(request: Request) -> ServerContext:
+    context: ServerContext = request.app.state.context
+    return context
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._started_s = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started_s

@@ -1,0 +1,126 @@
+"""`openapi.json`, and the Swagger page at `/` with its assets from this package: the page needs no network."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse
+from starlette.staticfiles import StaticFiles
+
+from vlm_server import __version__
+from vlm_server.config import ServerConfig
+from vlm_server.examples import request_examples
+from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionStreamResponse, ErrorResponse
+
+ASSETS = Path(__file__).parent / "ui" / "swagger"
+
+# All addresses are relative, so that the page also works behind a prefix.
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<link rel="icon" href="swagger-ui/favicon-32x32.png">
+<link rel="stylesheet" href="swagger-ui/swagger-ui.css">
+</head>
+<body>
+<div id="swagger-ui"></div>
+<script src="swagger-ui/swagger-ui-bundle.js"></script>
+<script src="swagger-ui/start.js"></script>
+</body>
+</html>
+"""
+_STREAMED = {"/v1/chat/completions": ChatCompletionStreamResponse, "/v1/completions": CompletionStreamResponse}
+_ERRORS = {
+    "400": "The request is wrong; `param` names the field.",
+    "401": "The API key is missing or unknown.",
+    "404": "The model does not exist.",
+    "413": "The body is too large.",
+    "429": "Too many requests wait; try again after `Retry-After` seconds.",
+    "500": "The server failed.",
+    "503": "The engine is not ready; try again after `Retry-After` seconds.",
+}
+
+
+def add_docs(app: FastAPI, config: ServerConfig) -> None:
+    page = _PAGE.format(title=html.escape(f"{config.model_name} · vlm-server"))
+    schemas: dict[str, dict[str, Any]] = {}  # built at the first request
+
+    async def swagger(request: Request) -> HTMLResponse:
+        return HTMLResponse(page)
+
+    async def openapi(request: Request) -> JSONResponse:
+        if "openapi" not in schemas:
+            schemas["openapi"] = openapi_schema(app, config)
+        return JSONResponse(schemas["openapi"])
+
+    app.add_route("/", swagger, include_in_schema=False)
+    app.add_route("/openapi.json", openapi, include_in_schema=False)
+    app.mount("/swagger-ui", StaticFiles(directory=ASSETS), name="swagger-ui")
+
+
+def openapi_schema(app: FastAPI, config: ServerConfig) -> dict[str, Any]:
+    """FastAPI's, with our examples, errors and event streams."""
+    schema = get_openapi(
+        title="vlm-server",
+        version=__version__,
+        description="OpenAI-compatible API for image-text models.",
+        routes=app.routes,
+        servers=[{"url": config.root_path}] if config.root_path else None,
+    )
+    components = schema["components"]["schemas"]
+    for model in (*_STREAMED.values(), ErrorResponse):
+        _add_component(components, model)
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            _complete(path, method, operation, config)
+    if config.api_keys:
+        schema["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"ApiKey": []}]
+    return schema
+
+
+def _add_component(components: dict[str, Any], model: Any) -> None:
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    for name, definition in schema.pop("$defs", {}).items():
+        components.setdefault(name, definition)
+    components[model.__name__] = schema
+
+
+def _complete(path: str, method: str, operation: dict[str, Any], config: ServerConfig) -> None:
+    responses = operation["responses"]
+    responses.pop("422", None)  # our validation errors are 400
+    for status in _statuses(path, method, config):
+        responses[status] = {"description": _ERRORS[status], "content": _content(ErrorResponse.__name__)}
+    if path in _STREAMED:
+        stream_model = _STREAMED[path].__name__
+        description = "Events `data: {…}` of the shape " + stream_model + ", then `data: [DONE]`, with `stream: true`."
+        stream_schema = {"type": "string", "description": description}
+        responses["200"]["content"]["text/event-stream"] = {"schema": stream_schema, "x-event-schema": _ref(stream_model)}
+        operation["requestBody"]["content"]["application/json"]["examples"] = request_examples(config.model_name)[path]
+    for parameter in operation.get("parameters", ()):
+        parameter["example"] = config.model_name
+    if path == "/metrics":
+        responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    if path == "/health":
+        operation["security"] = []
+        responses["503"]["content"] = _content("HealthResponse")
+
+
+def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
+    keyed = ["401"] if config.api_keys and path != "/health" else []
+    if method == "post":
+        return ["400", *keyed, "404", "413", "429", "500", "503"]
+    return [*keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]
+
+
+def _content(name: str) -> dict[str, Any]:
+    return {"application/json": {"schema": _ref(name)}}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}

@@ -1,0 +1,115 @@
+"""Every error body that the server sends, and which exception becomes which.
+
+The body is OpenAI's `{"error": {...}}` with LMDeploy's flat keys beside it, so that clients of both read it. Knows nothing of routes.
+"""
+
+import http
+import re
+from collections.abc import Mapping, Sequence
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from engine.request import EngineDeadError, InvalidRequestError, OutOfMemoryError, PromptTooLongError, QueueFullError
+from vision.image import MediaError
+
+RETRY_AFTER_S = 2  # an engine that died is back after about as long
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+
+
+class ApiError(Exception):
+    """An answer other than success. `code` is a stable string, `param` the field's path in the request."""
+
+    def __init__(self, status: int, code: str, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.headers = dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        return _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+
+    def body(self) -> dict[str, object]:
+        """OpenAI's nested object; beside it LMDeploy's flat keys, where `code` is the status."""
+        nested = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": nested, **nested, "code": self.status, "object": "error"}
+
+    def response(self) -> Response:
+        return Response(msgspec.json.encode(self.body()), self.status, self.headers, media_type="application/json")
+
+
+def bad_request(code: str, message: str, *, param: str | None = None) -> ApiError:
+    return ApiError(400, code, message, param=param)
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """What the client is told of an exception. An unknown one is an internal error whose text stays with us."""
+    match error:
+        case ApiError():
+            return error
+        case MediaError():
+            return ApiError(error.status, error.code, error.message, param=error.param)
+        case PromptTooLongError():
+            return bad_request("context_length_exceeded", str(error), param="messages")
+        case InvalidRequestError():
+            return bad_request("invalid_value", str(error), param=_leading_field(str(error)))
+        case QueueFullError():
+            return ApiError(429, "queue_full", str(error), headers={"retry-after": str(error.retry_after_s)})
+        case EngineDeadError():
+            return ApiError(503, "engine_unavailable", str(error), headers={"retry-after": str(RETRY_AFTER_S)})
+        case OutOfMemoryError():
+            return ApiError(503, "out_of_memory", str(error), headers={"retry-after": str(RETRY_AFTER_S)})
+        case HTTPException():
+            return _from_http(error)
+        case _:
+            return ApiError(500, "internal_error", "internal error; the server's log has it under this request's X-Request-Id")
+
+
+def validation_error(errors: Sequence[Mapping[str, object]], *, is_json: bool) -> ApiError:
+    """The first of pydantic's errors as a 400 that names the field."""
+    if not is_json:
+        return bad_request("invalid_content_type", "the request needs the header Content-Type: application/json")
+    error = errors[0]
+    location = error["loc"]
+    assert isinstance(location, tuple)
+    code, message = _CODE_OF_KIND.get(str(error["type"]), "invalid_value"), str(error["msg"])
+    if str(error["type"]) == "json_invalid":
+        context = error.get("ctx")
+        detail = context.get("error") if isinstance(context, Mapping) else None
+        return bad_request("invalid_json", f"the body is not JSON: {detail} at character {location[-1]}")
+    if str(error["type"]).startswith("api:"):  # raised by our own validators as PydanticCustomError("api:<code>", …)
+        code = str(error["type"]).removeprefix("api:")
+    param = field_path(location[1:]) or None
+    return bad_request(code, f"{param}: {message}" if param else message, param=param)
+
+
+_CODE_OF_KIND = {"missing": "missing_required_parameter", "json_invalid": "invalid_json"}
+
+
+def field_path(location: Sequence[str | int]) -> str:
+    """`messages[0].content[1].image_url` from pydantic's location; the tags of unions are written <so> and are no fields."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith("<"):
+            path += f".{part}" if path else part
+    return path
+
+
+def _leading_field(message: str) -> str | None:
+    """The engine's messages begin with `field: `."""
+    found = re.match(r"([a-z_]+): ", message)
+    return found[1] if found else None
+
+
+def _from_http(error: HTTPException) -> ApiError:
+    phrase = http.HTTPStatus(error.status_code).phrase
+    message = error.detail if error.detail != phrase else phrase.lower()
+    return ApiError(error.status_code, _CODES.get(error.status_code, "invalid_request"), message, headers=error.headers)

@@ -1,0 +1,54 @@
+"""Requests that work when pressed in the Swagger page, picture included; also what the README shows."""
+
+from typing import Any
+
+# A red circle on white, 224 × 224, PNG.
+RED_CIRCLE = (
+    "data:image/png;base64,"
+    "iVBORw0KGgoAAAANSUhEUgAAAOAAAADgBAMAAADoA3fSAAAAGFBMVEX//////f374eHpbGzdHh7cFhbcFBTaCQnWAHJXAAAFNElEQVR42u2bTU"
+    "9bRxSGz7FRbafBM+NUWbRQwI4qVYlALmXRLrIoWfQHZNN9/2XloC4adQGtWNA0avCHiDCQ4plxVLiXAtNFU9KmeD7OvddppXlXYIMfv2fOmY87"
+    "MwBRUVFRUVFRUVFRUVFRUVFRUVFRUVFvRUj7NwEAclrAv2A0KIbjJAA0DPDe1W8FApFLaAj+yp2RPRBGFQgURjWWxCqAUQACYEvKLnJZGFDIUv"
+    "tW2/SuXmjwi43jfpBJDOI1muuXfRBXr0jApV9//AGZKgIoZOvOSg/5P140qjH7qKv9ieUQ3oP6gai+8YVr5mgVRhpyBwrZeniixTUxqgzvwqiW"
+    "5AzE09bDbq167Vu14V3zhCe5ApF98GBfTHq3Nrx32vMkegL5eK1em/x2bbh6MsjTIZ6tfWTN59pBex+9LJb8Atq878hDtrcueW4O+cuv+45Pw0"
+    "rZ9PMCYrp2KZx/JNv7kOQD5HNfenRItaPKz/k4xLNPk6rHR1XeO0+SPJKGNZe90gFH6zoPh74GAaq/e1gs5WYQAKWHxXJ+BgEqHhZL+RkEQPmF"
+    "zuoQb9zzNghQOTt21aLTofY3CIDjJmZ0yJfB3yBAZXEjGxDPvgqa1+GLGUfaOELKm4ET67orbRxAc2sQSCxxniGkoREFwKNzldAd8qaCnGNack"
+    "RUhwJdMS3Zy2qFh/JwbyGDQ2Th61XTQDKQ3RmEA1lbZUgayipeL3IiEMf3CUR8yehJQ3pOYW9EG5C1NAVob0SrQ6FIFoHYhqhJOQP4nHFi0izz"
+    "qTqkPhYDIzQJyJaITcjaRIdlTbRILQtiCwIgKWmoSQqAe5Y0tZXFh2SLtLJAMi/zGj9YlrqwAAWZx5YoDhlXVKChtSG5DK2FWCqgDN9C0kwdiJ"
+    "PnpsUAFZt2SFU4EDN0NFii9KXa0A2SBmADsSwi8D8ONJw+WJjZqZeFmnJI+eQBcaYQoFHm/5ClatrAC0YPKc0hfW1hCc7kpNH05lUvptzTIG2K"
+    "kaHyaW0I2+Q8VaSurU7tTM08KWmydDSW+ZAtpJIX8GUsDnWZ0YKqd4kDMDVncGTpo8q2Nde7QbsyV0p3LZsltjokpqmZ19Q5DTGmRikaUB8vkJ"
+    "qwR561jWhJ2rWNa2XrsnKGkjXVHdsGm82h8Tvs8K854kBRQ4qURkR7B2XtSxXlEa1+ah3X7Nt57LdqaCOad55Y90gde08yfCJV7yv6YkbtBg8Y"
+    "4w37d3TskLLQwjCVnSTDDqkxvdCY1gcqy/pQh8Z03HF8Q9fBgcA8Nbc3INM+PuBuUO3rS6WyOUyTkFHYnG0mGQ9/mPogZEI855zLuk+bPAvYER"
+    "p3nDnmBJrZb70rw8xtm8xA0Jve+5bjjvvBvBvob1F6GPRZrvlaNCUPgz5AM7vhVYvax6DX2cR0eNOjFs3736QqHyCw5LNDF9GMf/n+FHICpqOL"
+    "ldQV0PnHPqc9PY/siu5NU7Nn6ELnaX5HdkHWN5vWKwCm8Wjbr3g8T0GnJ4efD2uWinj22HMzzvdguRimn0wkmtL5Fnp2R77AhPeTSUR547wzOI"
+    "V8gZCwfrI6TKvXLM6az78bsLzP6gOkrH+6atSbJmXa3NwZFHH9AVLWOyh/PEz+jpRJ43bnp8NiLngActlorsNIvb6C1OCbMuhCSeglHYlN0VoE"
+    "KQFACDBbsqvC7gUFro+EUbgkkLc4wJZRcqQCLwUFn5lBbhTgIgIAjNSfvxYKBEAOryCvfyoUCFenNMJpUVFRUVFRUVFRUVFRUVFRUVFRUVFRb0"
+    "9/AJ9evZBWPDcSAAAAAElFTkSuQmCC"
+)
+
+
+def request_examples(model: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Path → name → OpenAPI example of the request's body."""
+    return {"/v1/chat/completions": _chat(model), "/v1/completions": _completions(model)}
+
+
+def _chat(model: str) -> dict[str, dict[str, Any]]:
+    text = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Say this is a test!"}]
+    parts = [{"type": "text", "text": "Describe the image please"}, {"type": "image_url", "image_url": {"url": RED_CIRCLE}}]
+    image = {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 64}
+    return {
+        "text": _example("Text", {"model": model, "messages": text, "max_tokens": 64}),
+        "image": _example("A picture as a data: URL", image),
+        "stream": _example("Streamed, with the usage at the end", {**image, "stream": True, "stream_options": {"include_usage": True}}),
+    }
+
+
+def _completions(model: str) -> dict[str, dict[str, Any]]:
+    prompt = "two steps to build a house:"
+    return {
+        "string": _example("One prompt", {"model": model, "prompt": prompt, "max_tokens": 32}),
+        "list": _example("Several prompts", {"model": model, "prompt": [prompt, "The capital of China is"], "max_tokens": 16}),
+    }
+
+
+def _example(summary: str, value: dict[str, Any]) -> dict[str, Any]:
+    return {"summary": summary, "value": value}

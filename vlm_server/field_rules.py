@@ -1,0 +1,116 @@
+"""What happens to a request's fields that the request models do not declare.
+
+Three kinds: listed no-ops, accepted whatever they hold; documented fields that we do not support, refused unless null or a default
+that asks for nothing; and fields that no API documents, answered with a warning, or refused with `--strict-fields`.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from pydantic import BaseModel
+
+from vlm_server.errors import bad_request
+from vlm_server.message_schema import ChatMessage, ImagePart, ImageUrl, TextPart
+from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
+
+NO_OPS = frozenset({"kwargs", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+
+# Field → the values, beside null, that ask for nothing.
+_UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
+    "session_id": (-1,),
+    "spaces_between_special_tokens": (True,),
+    "repetition_ngram_size": (0,),
+    "repetition_ngram_threshold": (0,),
+    "num_beams": (1,),
+    "do_sample": (True,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "adapter_name": (),
+    "prompt_cache_retention": (),
+    "response_format": ({"type": "text"},),
+    "migration_request": (),
+    "with_cache": (False,),
+    "preserve_cache": (False,),
+    "return_logprob": (False,),
+    "return_token_ids": (False,),
+    "return_routed_experts": (False,),
+}
+_UNSUPPORTED_IN_CHAT: dict[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "reasoning_effort": (),
+    "verbosity": ("medium",),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "moderation": (),
+    "do_preprocess": (True,),
+    "input_ids": (),
+    "image_data": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+}
+# Fields of our own and of OpenAI's answers, that clients send back with the history.
+_UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "refusal": (),
+    "audio": (),
+    "annotations": ([],),
+    "reasoning_content": ("",),
+}
+
+_RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
+    ChatCompletionRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT,
+    CompletionRequest: _UNSUPPORTED_ANYWHERE,
+    ChatMessage: _UNSUPPORTED_IN_MESSAGE,
+    StreamOptions: {"include_obfuscation": (False,)},
+    ImageUrl: {"min_pixels": (), "max_pixels": (), "file_id": ()},
+    ImagePart: {"uuid": ()},
+    TextPart: {},
+}
+
+
+def check_fields(request: BaseModel, *, strict: bool) -> list[str]:
+    """The warnings for fields that no API documents. Raises ApiError 400 for the first field that is refused."""
+    warnings = []
+    for model, name, path in _undeclared(request, ""):
+        value = (model.model_extra or {})[name]
+        rules = _RULES[type(model)]
+        if name in rules:
+            _refuse_unless_no_op(path, value, rules[name])
+        elif model is not request or name not in NO_OPS:
+            warnings.append(f"{path}: no API documents this field; it has no effect")
+    if warnings and strict:
+        path = warnings[0].split(":")[0]
+        raise bad_request("unknown_parameter", f"{path}: no API documents this field (--strict-fields)", param=path)
+    return warnings
+
+
+def _refuse_unless_no_op(path: str, value: object, no_ops: tuple[object, ...]) -> None:
+    if value is None or any(value == no_op and isinstance(value, type(no_op)) for no_op in no_ops):
+        return
+    allowed = " or ".join(["null", *(repr(no_op) for no_op in no_ops)])
+    raise bad_request("unsupported_parameter", f"{path}: not supported, only {allowed}", param=path)
+
+
+def _undeclared(model: BaseModel, prefix: str) -> Iterator[tuple[BaseModel, str, str]]:
+    """(model, field, path) for every undeclared field, at any depth."""
+    for name in model.model_extra or {}:
+        yield model, name, f"{prefix}{name}"
+    for name, value in model.__dict__.items():
+        yield from _undeclared_within(value, f"{prefix}{name}")
+
+
+def _undeclared_within(value: object, path: str) -> Iterator[tuple[BaseModel, str, str]]:
+    if isinstance(value, BaseModel):
+        yield from _undeclared(value, f"{path}.")
+    elif isinstance(value, list) and not isinstance(value, Mapping):
+        for index, item in enumerate(value):
+            if isinstance(item, BaseModel | list):
+                yield from _undeclared_within(item, f"{path}[{index}]")

@@ -1,0 +1,252 @@
+"""One request's answers while they are written: the engine's tokens in, pieces of text out.
+
+Submits one generation per answer, merges their steps, ends an answer at its stop string and closes the engine's generators
+whatever happens. Knows nothing of HTTP or of the shape of a response.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from engine.request import FinishReason, Prompt, SamplingParams, StepOutput, TokenLogprobs
+from vlm_server.backend import Engine, Tokenizer
+from vlm_server.detokenizer import Detokenizer
+from vlm_server.errors import ApiError, to_api_error
+from vlm_server.metrics import Metrics
+from vlm_server.protocol import GenerationFields
+from vlm_server.sampling import for_choice
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one step added to one answer."""
+
+    index: int
+    text: str
+    offset: int  # characters of the answer before it
+    logprobs: list[TokenLogprobs] | None  # of the tokens whose text is in it or before it
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    image_tokens: int
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "image_tokens": self.image_tokens},
+            "completion_tokens_details": None,
+        }
+
+
+@dataclass(slots=True)
+class _PendingLogprobs:
+    """A token whose text is not released: it may lack bytes, or be the beginning of a stop string."""
+
+    token: TokenLogprobs
+    start: int  # characters decoded before it
+    end: int | None = None  # after it; None while its character lacks bytes
+
+
+class Answer:
+    """One answer: counts its tokens, holds its text back as long as it may change."""
+
+    def __init__(self, index: int, params: SamplingParams, detokenizer: Detokenizer, *, includes_stop: bool) -> None:
+        self.index = index
+        self.params = params
+        self.finish_reason: FinishReason | None = None
+        self.num_tokens = 0  # end token included
+        self.num_cached_tokens = 0
+        self._detokenizer = detokenizer
+        self._includes_stop = includes_stop
+        self._pending: list[_PendingLogprobs] = []
+
+    def take(self, step: StepOutput) -> Delta | None:
+        """What the step adds; None while nothing can be released. Raises ApiError where the engine reports an error."""
+        _raise_engine_error(step)
+        self.num_cached_tokens = max(self.num_cached_tokens, step.num_cached_tokens)
+        offset = self._detokenizer.num_characters
+        text = "".join([self._add(step, place) for place in range(len(step.token_ids))])
+        if step.finish_reason is not None:
+            text += self._detokenizer.finish()
+        self.finish_reason = FinishReason.STOP if self._detokenizer.is_stopped else step.finish_reason
+        logprobs = self._released() if self.params.logprobs is not None else None
+        if not (text or logprobs or self.finish_reason):
+            return None
+        return Delta(self.index, text, offset, logprobs, self.finish_reason)
+
+    def _add(self, step: StepOutput, place: int) -> str:
+        if self._detokenizer.is_stopped:
+            return ""
+        self.num_tokens += 1
+        is_end_token = step.finish_reason is FinishReason.STOP and place == len(step.token_ids) - 1
+        if is_end_token and not self._includes_stop:
+            return ""
+        start = self._detokenizer.num_decoded
+        text = self._detokenizer.add(step.token_ids[place])
+        if step.logprobs is not None:
+            self._pending.append(_PendingLogprobs(step.logprobs[place], start))
+        if self._pending and self._detokenizer.num_decoded > start:
+            for pending in self._pending:
+                pending.end = pending.end or self._detokenizer.num_decoded
+        return text
+
+    def _released(self) -> list[TokenLogprobs]:
+        """The tokens whose text is out; at the end all but those of the stop string."""
+        num_characters = self._detokenizer.num_characters
+        if self._detokenizer.is_stopped:
+            released = [pending.token for pending in self._pending if pending.start < num_characters]
+            self._pending = []
+            return released
+        is_finished = self.finish_reason is not None
+        count = 0
+        for pending in self._pending:
+            if not is_finished and (pending.end is None or pending.end > num_characters):
+                break
+            count += 1
+        released, self._pending = [pending.token for pending in self._pending[:count]], self._pending[count:]
+        return released
+
+
+@dataclass(slots=True)
+class FinishedAnswer:
+    """All deltas of one answer, put together."""
+
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+class Generation:
+    """All answers to one request: `n` to each prompt, indices in the prompts' order."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        request: GenerationFields,
+        *,
+        request_id: str,
+        metrics: Metrics,
+    ) -> None:
+        self._engine = engine
+        self._prompts = prompts
+        self._num_choices = request.num_choices
+        self._request_id = request_id
+        self._metrics = metrics
+        includes_stop = bool(request.include_stop_str_in_output)
+        self._answers = [
+            Answer(
+                index,
+                for_choice(params, index % request.num_choices),
+                Detokenizer(
+                    tokenizer,
+                    stops=request.stop or (),
+                    includes_stop=includes_stop,
+                    skip_special_tokens=request.skip_special_tokens is not False,
+                    min_tokens=params.min_tokens,
+                ),
+                includes_stop=includes_stop,
+            )
+            for index in range(len(prompts) * request.num_choices)
+        ]
+
+    @property
+    def num_answers(self) -> int:
+        return len(self._answers)
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Every answer's pieces as they come. Closing it aborts what is still running."""
+        last_s = [0.0] * len(self._answers)
+        started_s = time.monotonic()
+        async with aclosing(self._merged() if len(self._answers) > 1 else self._run(self._answers[0])) as deltas:
+            async for delta in deltas:
+                now_s = time.monotonic()
+                if last_s[delta.index]:
+                    self._metrics.next_token(now_s - last_s[delta.index])
+                else:
+                    self._metrics.first_token(now_s - started_s)
+                last_s[delta.index] = now_s
+                yield delta
+
+    async def collect(self) -> list[FinishedAnswer]:
+        """The finished answers, by index."""
+        finished = [FinishedAnswer() for _ in self._answers]
+        async with aclosing(self.deltas()) as deltas:
+            async for delta in deltas:
+                answer = finished[delta.index]
+                answer.pieces.append(delta.text)
+                if delta.logprobs is not None:
+                    answer.logprobs = [*(answer.logprobs or ()), *delta.logprobs]
+                answer.finish_reason = delta.finish_reason
+        return finished
+
+    def usage(self) -> Usage:
+        """Each prompt counted once, the answers summed."""
+        firsts = self._answers[:: self._num_choices]
+        return Usage(
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in self._prompts),
+            completion_tokens=sum(answer.num_tokens for answer in self._answers),
+            cached_tokens=sum(answer.num_cached_tokens for answer in firsts),
+            image_tokens=sum(span.num_tokens for prompt in self._prompts for span in prompt.spans),
+        )
+
+    async def _run(self, answer: Answer) -> AsyncGenerator[Delta, None]:
+        prompt = self._prompts[answer.index // self._num_choices]
+        steps = self._engine.generate(prompt, answer.params, request_id=f"{self._request_id}-{answer.index}")
+        async with aclosing(steps):
+            async for step in steps:
+                delta = answer.take(step)
+                if delta is not None:
+                    yield delta
+                if answer.finish_reason is not None:
+                    return
+        raise ApiError(500, "internal_error", "the engine ended the answer without a finish reason")
+
+    async def _merged(self) -> AsyncGenerator[Delta, None]:
+        queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._pump(answer, queue)) for answer in self._answers]
+        try:
+            num_running = len(tasks)
+            while num_running:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    num_running -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _pump(self, answer: Answer, queue: "asyncio.Queue[Delta | Exception | None]") -> None:
+        try:
+            async with aclosing(self._run(answer)) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait(delta)
+            queue.put_nowait(None)
+        except Exception as error:  # handed to the reader, who raises it
+            queue.put_nowait(error)
+
+
+def _raise_engine_error(step: StepOutput) -> None:
+    if step.finish_reason is FinishReason.ERROR:
+        raise ApiError(500, "engine_error", step.error or "the engine failed at this request")
+    if step.finish_reason is FinishReason.ABORT:
+        raise to_api_error(ApiError(503, "aborted", "the request was aborted by the server"))

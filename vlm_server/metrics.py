@@ -1,0 +1,139 @@
+"""What `GET /metrics` shows: the server's own counters and histograms, and the engine's and the vision package's numbers.
+
+One registry per app. The engine's and the vision package's numbers are read when the page is, nothing is counted twice.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from engine.request import EngineStats
+from vision.service import VisionStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+# EngineStats field → (metric, help)
+_ENGINE_GAUGES = {
+    "num_waiting": ("num_requests_waiting", "Requests that hold no blocks."),
+    "num_running": ("num_requests_running", "Requests that hold blocks."),
+    "num_blocks": ("num_blocks", "KV blocks in all."),
+    "num_free_blocks": ("num_free_blocks", "KV blocks that hold nothing."),
+    "num_cached_blocks": ("num_cached_blocks", "KV blocks that hold a prefix which no request uses now."),
+    "num_referenced_blocks": ("num_referenced_blocks", "KV blocks that requests use."),
+    "num_batched_requests": ("batch_size", "Requests in the last step."),
+    "max_batched_requests": ("max_batch_size", "Requests in the largest step so far."),
+    "num_images_waiting": ("num_images_waiting", "Pictures that wait for the encoder."),
+    "embedding_cache_bytes": ("embedding_cache_bytes", "Memory of the picture embeddings that are kept."),
+}
+_ENGINE_COUNTERS = {
+    "num_steps": ("engine_steps", "Steps of the engine."),
+    "num_prompt_tokens": ("prompt_tokens", "Prompt tokens, those of pictures too."),
+    "num_cached_prompt_tokens": ("prefix_cache_hit_tokens", "Prompt tokens whose KV was in the prefix cache."),
+    "num_output_tokens": ("generation_tokens", "New tokens."),
+    "num_preemptions": ("preemptions", "Requests that gave their blocks back for a while."),
+    "num_images_encoded": ("images_encoded", "Pictures that went through the encoder."),
+    "num_embedding_cache_hits": ("embedding_cache_hits", "Pictures whose embedding was kept from before."),
+    "step_time_s": ("engine_step_seconds", "Time in steps."),
+    "overhead_time_s": ("engine_overhead_seconds", "Time in steps outside tensor work."),
+    "encode_time_s": ("encode_seconds", "Time in the vision encoder."),
+}
+_VISION_COUNTERS = {
+    "num_pictures": ("pictures", "Pictures that requests asked for."),
+    "num_cache_hits": ("processed_cache_hits", "Pictures that were processed before and kept."),
+    "num_cache_misses": ("processed_cache_misses", "Pictures that were not."),
+}
+
+
+_VISION_STAGES = {
+    "num_done": ("pictures_done", "Pictures through the stage, failed ones too."),
+    "time_s": ("picture_stage_seconds", "Time in the stage."),
+}
+
+
+class Metrics:
+    """One app's numbers."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._backend = _BackendCollector()
+        self._registry.register(self._backend)
+        self._requests = Counter("vlm:http_requests", "HTTP requests answered.", ["route", "status"], registry=self._registry)
+        self._active = Gauge("vlm:http_requests_active", "HTTP requests being answered.", registry=self._registry)
+        self._duration = Histogram(
+            "vlm:http_request_duration_seconds", "From the request to the last byte.", buckets=_LATENCY_BUCKETS_S, registry=self._registry
+        )
+        self._first_token = Histogram(
+            "vlm:time_to_first_token_seconds",
+            "From the submission of the prompt to the first text.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._inter_token = Histogram(
+            "vlm:inter_token_latency_seconds", "Between two pieces of one answer.", buckets=_TOKEN_BUCKETS_S, registry=self._registry
+        )
+        self._preparation = Histogram(
+            "vlm:prompt_preparation_seconds", "Template, pictures and tokenizer.", buckets=_LATENCY_BUCKETS_S, registry=self._registry
+        )
+
+    def request_started(self) -> None:
+        self._active.inc()
+
+    def request_ended(self, route: str, status: int, duration_s: float) -> None:
+        self._active.dec()
+        self._requests.labels(route, status).inc()
+        self._duration.observe(duration_s)
+
+    def prompt_prepared(self, duration_s: float) -> None:
+        self._preparation.observe(duration_s)
+
+    def first_token(self, latency_s: float) -> None:
+        self._first_token.observe(latency_s)
+
+    def next_token(self, latency_s: float) -> None:
+        self._inter_token.observe(latency_s)
+
+    def page(self, engine: EngineStats | None, vision: VisionStats, *, num_restarts: int) -> bytes:
+        """The Prometheus text. `engine` is None while the engine does not answer."""
+        self._backend.engine, self._backend.vision, self._backend.num_restarts = engine, vision, num_restarts
+        return generate_latest(self._registry)
+
+
+class _BackendCollector:
+    """Turns the latest stats into metric families."""
+
+    def __init__(self) -> None:
+        self.engine: EngineStats | None = None
+        self.vision = VisionStats()
+        self.num_restarts = 0
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("vlm:engine_up", "1 while the engine answers.", value=float(self.engine is not None))
+        yield up
+        yield CounterMetricFamily("vlm:engine_restarts", "Times that the engine process was started again.", value=self.num_restarts)
+        if self.engine is not None:
+            yield from _families(self.engine, _ENGINE_GAUGES, GaugeMetricFamily)
+            yield from _families(self.engine, _ENGINE_COUNTERS, CounterMetricFamily)
+        yield from _families(self.vision, _VISION_COUNTERS, CounterMetricFamily)
+        for field, (name, text) in _VISION_STAGES.items():
+            yield _labelled(CounterMetricFamily(f"vlm:{name}", text, labels=["stage"]), getattr(self.vision, field))
+        in_flight = GaugeMetricFamily("vlm:pictures_in_flight", "Pictures in the stage.", labels=["stage"])
+        yield _labelled(in_flight, self.vision.num_in_flight)
+        yield _labelled(CounterMetricFamily("vlm:pictures_failed", "Pictures refused.", labels=["code"]), self.vision.num_failed)
+
+
+_Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
+
+
+def _families(stats: object, table: Mapping[str, tuple[str, str]], family: _Family) -> Iterator[Metric]:
+    for field, (name, text) in table.items():
+        yield family(f"vlm:{name}", text, value=getattr(stats, field))
+
+
+def _labelled(family: GaugeMetricFamily | CounterMetricFamily, values: Mapping[str, float]) -> Metric:
+    for label, value in values.items():
+        family.add_metric([label], value)
+    return family

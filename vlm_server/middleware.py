@@ -1,0 +1,113 @@
+"""What wraps every HTTP request: its id, its log line, the limit of its body. Pure ASGI, so that streams pass through untouched."""
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import MutableMapping
+from typing import Any
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vlm_server.errors import ApiError, to_api_error
+from vlm_server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_QUIET_PATHS = frozenset({"/health", "/metrics"})  # asked for every few seconds; logged at debug
+
+
+class RequestLog:
+    """Gives each request its `X-Request-Id`, logs it in one line when it ends, and answers what nobody else caught.
+
+    Routes may put numbers for the line into `request_facts(scope)`; never a prompt, a picture or a key.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        scope["request_facts"] = facts = {"id": request_id}
+        status = 0
+        started_s = time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        self._metrics.request_started()
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            logger.exception("request %s failed", request_id)
+            if not status:
+                await to_api_error(error).response()(scope, receive, send_with_id)
+        finally:
+            duration_s = time.monotonic() - started_s
+            self._metrics.request_ended(_route(scope), status, duration_s)
+            _log(scope, status, duration_s, facts)
+
+
+def request_facts(scope: Scope) -> MutableMapping[str, Any]:
+    """What the request's log line says beside path, status and time."""
+    facts: MutableMapping[str, Any] = scope["request_facts"]
+    return facts
+
+
+def _request_id(given: str | None) -> str:
+    return given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _route(scope: Scope) -> str:
+    """The route's pattern; paths that no route knows share one name, so that a scanner cannot fill the metrics."""
+    return getattr(scope.get("route"), "path", "other")
+
+
+def _log(scope: Scope, status: int, duration_s: float, facts: MutableMapping[str, Any]) -> None:
+    level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
+    if logger.isEnabledFor(level):
+        words = " ".join(f"{name}={value}" for name, value in facts.items())
+        logger.log(level, "%s %r %d %.3fs %s", scope["method"], scope["path"], status, duration_s, words)
+
+
+class BodyLimit:
+    """Refuses a body of more than `limit_bytes` with a 413, before reading it where its length is stated."""
+
+    def __init__(self, app: ASGIApp, *, limit_bytes: int) -> None:
+        self._app = app
+        self._limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        stated = Headers(scope=scope).get("content-length", "")
+        if stated.isdecimal() and int(stated) > self._limit_bytes:
+            await self._refusal().response()(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def limited_receive() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._limit_bytes:
+                refusal = self._refusal()
+                raise HTTPException(refusal.status, refusal.message)  # the one kind that FastAPI lets through while it reads a body
+            return message
+
+        await self._app(scope, limited_receive, send)
+
+    def _refusal(self) -> ApiError:
+        return ApiError(413, "request_too_large", f"the body has more than {self._limit_bytes} bytes (--max-body-bytes)")

@@ -1,0 +1,180 @@
+"""The shapes of the answers, for `openapi.json` alone: what is sent is built by `shapes` and is not validated again."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(description="Prompt tokens that the prefix cache gave.")
+    image_tokens: int = Field(description="Prompt tokens that stand for pictures.")
+
+
+class UsageInfo(BaseModel):
+    prompt_tokens: int = Field(description="Tokens of the prompt, those of pictures included.")
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: dict[str, Any] | None = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class ChatTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+FinishReasonName = Literal["stop", "length"]
+
+
+class ChatCompletionResponseChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReasonName
+
+
+class ChatCompletionResponse(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatCompletionResponseChoice]
+    usage: UsageInfo
+    service_tier: str | None = None
+    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+
+
+class DeltaMessage(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str
+
+
+class ChatCompletionResponseStreamChoice(BaseModel):
+    index: int
+    delta: DeltaMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReasonName | None
+
+
+class ChatCompletionStreamResponse(BaseModel):
+    """One event of a streamed chat completion; after the last one comes `data: [DONE]`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatCompletionResponseStreamChoice]
+    usage: UsageInfo | None
+    warnings: list[str] = Field(default_factory=list)
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionResponseChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReasonName
+
+
+class CompletionResponse(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionResponseChoice]
+    usage: UsageInfo
+    warnings: list[str] = Field(default_factory=list)
+
+
+class CompletionResponseStreamChoice(CompletionResponseChoice):
+    finish_reason: FinishReasonName | None  # type: ignore[assignment]
+
+
+class CompletionStreamResponse(BaseModel):
+    """One event of a streamed text completion; after the last one comes `data: [DONE]`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionResponseStreamChoice]
+    usage: UsageInfo | None
+    warnings: list[str] = Field(default_factory=list)
+
+
+class ModelPermission(BaseModel):
+    id: str
+    object: Literal["model_permission"]
+    created: int
+    allow_create_engine: bool
+    allow_sampling: bool
+    allow_logprobs: bool
+    allow_search_indices: bool
+    allow_view: bool
+    allow_fine_tuning: bool
+    organization: str
+    group: str | None
+    is_blocking: bool
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str = Field(description="The folder or hub id of the checkpoint.")
+    parent: str | None
+    max_model_len: int | None = Field(description="Tokens of prompt and answer together.")
+    permission: list[ModelPermission]
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class HealthResponse(BaseModel):
+    status: Literal["healthy", "initializing", "unhealthy"]
+    message: str
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str = Field(description="A stable string.")
+
+
+class ErrorResponse(BaseModel):
+    """OpenAI's `error` object; beside it the same as flat keys, where `code` is the HTTP status."""
+
+    error: ErrorDetail
+    message: str
+    type: str
+    param: str | None
+    code: int
+    object: Literal["error"]

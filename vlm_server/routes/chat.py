@@ -1,0 +1,34 @@
+"""`POST /v1/chat/completions`."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from engine.request import Prompt
+from vlm_server.context import ServerContext, Stopwatch, context_of
+from vlm_server.protocol import ChatCompletionRequest
+from vlm_server.response_schema import ChatCompletionResponse
+from vlm_server.shapes import ChatShape, new_id
+from vlm_server.streaming import answer, unless_client_leaves
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletionResponse, tags=["chat"], summary="Continue a conversation")
+async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
+    """Messages of text and pictures in, an assistant message out; with `stream`, as server-sent events."""
+    context = context_of(request)
+    warnings = context.accept(request, body)
+    watch = Stopwatch()
+    prompt = await unless_client_leaves(request, _prompt(context, body))
+    context.metrics.prompt_prepared(watch.elapsed_s)
+    response_id = new_id("chatcmpl")
+    generation = context.generation(body, [prompt], request_id=response_id)
+    shape = ChatShape(body, context.backend.pipeline.tokenizer, response_id=response_id, warnings=warnings)
+    return await answer(request, body, generation, shape, ping_s=context.config.sse_ping_s)
+
+
+async def _prompt(context: ServerContext, body: ChatCompletionRequest) -> Prompt:
+    if isinstance(body.messages, str):
+        return await context.text_prompt(body.messages)
+    messages = [message.as_dict() for message in body.messages]
+    return await context.backend.pipeline.chat_prompt(messages, template_kwargs=body.template_kwargs() or None)

@@ -1,0 +1,37 @@
+"""`GET /health` and `GET /metrics`."""
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from engine.request import EngineError
+from vlm_server.context import context_of
+from vlm_server.errors import RETRY_AFTER_S
+from vlm_server.metrics import CONTENT_TYPE
+from vlm_server.response_schema import HealthResponse
+
+health_router = APIRouter(tags=["operation"])
+metrics_router = APIRouter(tags=["operation"])
+
+_STATUS = {"ready": "healthy", "starting": "initializing"}
+
+
+@health_router.get("/health", response_model=HealthResponse, summary="200 while the engine can take requests, else 503")
+async def health(request: Request) -> Response:
+    state = context_of(request).backend.engine.state
+    status = _STATUS.get(str(state), "unhealthy")
+    content = msgspec.json.encode({"status": status, "message": f"the engine is {state!s}"})
+    if status == "healthy":
+        return Response(content, media_type="application/json")
+    return Response(content, 503, {"retry-after": str(RETRY_AFTER_S)}, media_type="application/json")
+
+
+@metrics_router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    context = context_of(request)
+    try:
+        stats = await context.backend.engine.stats()
+    except (EngineError, TimeoutError):
+        stats = None
+    page = context.metrics.page(stats, context.backend.vision_stats(), num_restarts=context.backend.engine.num_restarts)
+    return Response(page, media_type=CONTENT_TYPE)

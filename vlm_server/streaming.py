@@ -1,0 +1,144 @@
+"""Answers as HTTP: one JSON response, or server-sent events while they are written.
+
+Headers are sent with the first piece of an answer, so that what the engine refuses still gets its own status. A client that leaves
+closes the generation, whether it waits for a response, a stream or its first piece. Plain dicts, no models: this path runs per token.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from sse_starlette import EventSourceResponse
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from vlm_server.errors import ApiError, to_api_error
+from vlm_server.generation import Delta, FinishedAnswer, Generation, Usage
+from vlm_server.middleware import request_facts
+from vlm_server.protocol import GenerationFields
+
+logger = logging.getLogger(__name__)
+
+_encode = msgspec.json.Encoder().encode
+_DONE = b"data: [DONE]\n\n"
+
+Result = TypeVar("Result")
+
+
+class Shape(Protocol):
+    """How one route writes its answers."""
+
+    def first_chunks(self, num_answers: int) -> list[dict[str, Any]]:
+        """Chunks before any text."""
+
+    def chunk(self, delta: Delta) -> dict[str, Any]: ...
+
+    def last_chunk(self, usage: Usage) -> dict[str, Any]:
+        """The chunk without choices that carries the usage."""
+
+    def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]: ...
+
+
+async def answer(request: Request, body: GenerationFields, generation: Generation, shape: Shape, *, ping_s: float) -> Response:
+    """The generation's answers, whole or streamed as the request asks."""
+    if body.stream:
+        return await stream(request, generation, shape, includes_usage=body.includes_usage, ping_s=ping_s)
+    return await respond(request, generation, shape)
+
+
+async def respond(request: Request, generation: Generation, shape: Shape) -> Response:
+    """The whole answer as one JSON response. Raises what the engine raises, and ApiError 499 where the client left."""
+    try:
+        answers = await unless_client_leaves(request, generation.collect())
+    finally:
+        _note_usage(request, generation)
+    return Response(_encode(shape.response(answers, generation.usage())), media_type="application/json")
+
+
+async def stream(request: Request, generation: Generation, shape: Shape, *, includes_usage: bool, ping_s: float) -> Response:
+    """The answer as events, begun. Raises what the engine raises before the first piece."""
+    deltas = generation.deltas()
+    try:
+        first = await unless_client_leaves(request, anext(deltas))
+    except BaseException:
+        await deltas.aclose()
+        raise
+    events = _events(request, generation, shape, first, deltas, includes_usage)
+    return _EventStream(events, deltas, ping_s=ping_s)
+
+
+class _EventStream(EventSourceResponse):
+    """sse-starlette's response with `\\n` line ends; closes the generation even if the stream never began."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None], deltas: AsyncGenerator[Delta, None], *, ping_s: float) -> None:
+        super().__init__(events, sep="\n", ping=ping_s)
+        self._events = events
+        self._deltas = deltas
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            await self._deltas.aclose()
+
+
+async def _events(
+    request: Request, generation: Generation, shape: Shape, first: Delta, deltas: AsyncGenerator[Delta, None], includes_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    try:
+        async with aclosing(deltas):
+            yield b"".join(_event(chunk) for chunk in [*shape.first_chunks(generation.num_answers), shape.chunk(first)])
+            async for delta in deltas:
+                yield _event(shape.chunk(delta))
+        last = _event(shape.last_chunk(generation.usage())) if includes_usage else b""
+        yield last + _DONE
+    except Exception as error:  # the status is sent already: the error becomes the last event
+        api_error = to_api_error(error)
+        if api_error.code == "internal_error":
+            logger.exception("a stream failed")
+        request_facts(request.scope)["error"] = api_error.code
+        yield _event(api_error.body()) + _DONE
+    finally:
+        _note_usage(request, generation)
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + _encode(chunk) + b"\n\n"
+
+
+def _note_usage(request: Request, generation: Generation) -> None:
+    usage = generation.usage()
+    request_facts(request.scope).update(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        image_tokens=usage.image_tokens,
+        completion_tokens=usage.completion_tokens,
+    )
+
+
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled as soon as the client closes its connection; then ApiError 499.
+
+    To be called once the request's body is read: nothing but the disconnect is left to be received.
+    """
+    task = asyncio.create_task(work)
+    disconnect = asyncio.create_task(_disconnect(request))
+    try:
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(499, "client_closed_request", "the client closed its connection")
+    finally:
+        task.cancel()
+        disconnect.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
