@@ -118,8 +118,14 @@ def _settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     tokenizer_config = _read_json(folder / "tokenizer_config.json")
     processor = _read_json(folder / "processor_config.json")
     image_processor = _read_json(folder / "preprocessor_config.json") or processor.get("image_processor") or {}
+    extra = tokenizer_config.get("extra_special_tokens") or {}
+    named = {
+        **tokenizer_config,
+        **(tokenizer_config.get("model_specific_special_tokens") or {}),
+        **(extra if isinstance(extra, dict) else {}),
+    }
     return {
-        **{key: value for key, value in tokenizer_config.items() if key.endswith("_token")},
+        **{key: value for key, value in named.items() if key.endswith("_token")},
         "config": config,
         "image_processor": image_processor,
         **{key: value for key, value in processor.items() if value is not None},
@@ -150,10 +156,14 @@ def _arrange_llava(settings: Settings, outputs: Arrays, size: tuple[int, int]) -
 
 def _num_tile_tokens(settings: Settings, height: int, width: int) -> int:
     """Patches of one tile, with or without the tower's class token."""
-    patch_size = settings.get("patch_size") or settings["config"]["vision_config"]["patch_size"]
+    patch_size = _patch_size(settings)
     strategy = settings.get("vision_feature_select_strategy") or settings["config"].get("vision_feature_select_strategy", "default")
     num_tokens = (height // patch_size) * (width // patch_size) + int(settings.get("num_additional_image_tokens", 0))
     return num_tokens - 1 if strategy == "default" else num_tokens
+
+
+def _patch_size(settings: Settings) -> int:
+    return int(settings.get("patch_size") or settings["config"]["vision_config"]["patch_size"])
 
 
 def _expand_repeated(settings: Settings, layout: Layout) -> str:
@@ -169,6 +179,129 @@ def _joined(batch: TensorBatch, name: str) -> "torch.Tensor":
     import torch
 
     return torch.cat([arrays[name] for arrays in batch])
+
+
+# --- LLaVA-NeXT: the whole picture, then tiles of it in its own aspect, each row of patches ended by a newline ---------------------------
+
+
+def _arrange_llava_next(settings: Settings, outputs: Arrays, size: tuple[int, int]) -> tuple[Arrays, Layout]:
+    pixels = outputs["pixel_values"][0]
+    tile_height, tile_width = pixels.shape[-2:]
+    num_tokens = _num_tile_tokens(settings, tile_height, tile_width) + _num_detail_tokens(settings, size, tile_height, tile_width)
+    return {"pixel_values": pixels, "image_sizes": outputs["image_sizes"]}, {"num_tokens": num_tokens}
+
+
+def _num_detail_tokens(settings: Settings, size: tuple[int, int], tile_height: int, tile_width: int) -> int:
+    """Patches of all tiles that show the picture and not the border around it, and a newline per row."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    height, width = size
+    patch_size = _patch_size(settings)
+    pinpoints = settings["image_processor"].get("image_grid_pinpoints") or settings["config"]["image_grid_pinpoints"]
+    best_height, best_width = select_best_resolution(size, pinpoints)
+    rows = best_height // tile_height * (tile_height // patch_size)
+    columns = best_width // tile_width * (tile_width // patch_size)
+    if width / height > columns / rows:
+        rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
+    else:
+        columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+    return rows * columns + rows
+
+
+def _encode_llava_next(model: Any, batch: TensorBatch) -> "list[torch.Tensor]":
+    pixels, sizes = _joined(batch, "pixel_values"), _joined(batch, "image_sizes")
+    return list(model.get_image_features(pixel_values=pixels, image_sizes=sizes, return_dict=True).pooler_output)
+
+
+# --- Idefics3, SmolVLM: tiles with row and column tokens, then the whole picture --------------------------------------------------------
+
+
+def _arrange_idefics3(settings: Settings, outputs: Arrays, size: tuple[int, int]) -> tuple[Arrays, Layout]:
+    rows, columns = (int(outputs[name][0][0]) for name in ("rows", "cols"))
+    layout = {"rows": rows, "columns": columns, "tokens_per_tile": int(settings["image_seq_len"])}
+    return {"pixel_values": outputs["pixel_values"][0]}, layout
+
+
+def _expand_idefics3(settings: Settings, layout: Layout) -> str:
+    fake = _named_token(settings, "fake_image_token") or "<fake_token_around_image>"
+    tile = (_named_token(settings, "image_token") or "<image>") * layout["tokens_per_tile"]
+    whole = fake + (_named_token(settings, "global_image_token") or "<global-img>") + tile + fake
+    if not layout["rows"]:
+        return whole
+    tiles = [[f"{fake}<row_{row}_col_{column}>{tile}" for column in _from_one(layout["columns"])] for row in _from_one(layout["rows"])]
+    return "".join("".join(row) + "\n" for row in tiles) + "\n" + whole
+
+
+def _from_one(count: int) -> range:
+    return range(1, count + 1)
+
+
+def _encode_idefics3(model: Any, batch: TensorBatch) -> "list[torch.Tensor]":
+    features = model.get_image_features(pixel_values=_joined(batch, "pixel_values")[None], return_dict=True).pooler_output
+    return _split_by_tiles(features[0], batch)
+
+
+def _split_by_tiles(rows: "torch.Tensor", batch: TensorBatch) -> "list[torch.Tensor]":
+    """rows: (embedding rows of all tiles, D); every tile has as many."""
+    counts = [len(arrays["pixel_values"]) for arrays in batch]
+    rows_per_tile = len(rows) // sum(counts)
+    return list(rows.split([count * rows_per_tile for count in counts]))
+
+
+# --- Qwen2-VL, Qwen2.5-VL: any size, cut into patches; positions in three axes -----------------------------------------------------------
+
+
+def _arrange_qwen_vl(settings: Settings, outputs: Arrays, size: tuple[int, int]) -> tuple[Arrays, Layout]:
+    """The processor repeats a still picture as the next frame of a video; it travels once, and T counts patches."""
+    vision = settings["config"]["vision_config"]
+    patch_size, num_frames, merge_size = (
+        vision.get(name, default) for name, default in (("patch_size", 14), ("temporal_patch_size", 2), ("spatial_merge_size", 2))
+    )
+    _, rows, columns = (int(number) for number in outputs["image_grid_thw"][0])
+    patches = outputs["pixel_values"].reshape(rows * columns, -1, num_frames, patch_size, patch_size)[:, :, 0]
+    layout = {"rows": rows // merge_size, "columns": columns // merge_size}
+    return {"pixel_values": np.ascontiguousarray(patches), "image_grid_thw": outputs["image_grid_thw"]}, layout
+
+
+def _expand_qwen_vl(settings: Settings, layout: Layout) -> str:
+    return (_named_token(settings, "image_token") or "<|image_pad|>") * (layout["rows"] * layout["columns"])
+
+
+def _grid_of_qwen_vl(layout: Layout) -> tuple[int, int]:
+    return layout["rows"], layout["columns"]
+
+
+def _encode_qwen_vl(model: Any, batch: TensorBatch) -> "list[torch.Tensor]":
+    patches = _joined(batch, "pixel_values")
+    num_frames = model.config.vision_config.temporal_patch_size
+    frames = patches.unsqueeze(2).expand(-1, -1, num_frames, -1, -1).flatten(1)
+    grids = _joined(batch, "image_grid_thw")
+    return list(model.get_image_features(pixel_values=frames, image_grid_thw=grids, return_dict=True).pooler_output)
+
+
+# --- Gemma-3: a fixed number of tokens that see each other; crops where pan and scan is on -----------------------------------------------
+
+
+def _arrange_gemma3(settings: Settings, outputs: Arrays, size: tuple[int, int]) -> tuple[Arrays, Layout]:
+    layout = {"num_crops": int(outputs["num_crops"][0]), "tokens_per_tile": int(settings.get("image_seq_length") or 256)}
+    return {"pixel_values": outputs["pixel_values"]}, layout
+
+
+def _expand_gemma3(settings: Settings, layout: Layout) -> str:
+    begin, token, end = (
+        _named_token(settings, name) or default
+        for name, default in (("boi_token", "<start_of_image>"), ("image_token", "<image_soft_token>"), ("eoi_token", "<end_of_image>"))
+    )
+    whole = f"\n\n{begin}{token * layout['tokens_per_tile']}{end}\n\n"
+    if not layout["num_crops"]:
+        return whole
+    crops = " ".join([whole] * layout["num_crops"])
+    return f"Here is the original image {whole} and here are some crops to help you see better {crops}"
+
+
+def _encode_gemma3(model: Any, batch: TensorBatch) -> "list[torch.Tensor]":
+    features = model.get_image_features(pixel_values=_joined(batch, "pixel_values"), return_dict=True).pooler_output
+    return _split_by_tiles(features.flatten(0, 1), batch)
 
 
 # --- Three-axis positions --------------------------------------------------------------------------------------------------------------
@@ -200,6 +333,26 @@ def _picture_positions(first: int, rows: int, columns: int) -> np.ndarray:
 
 # --- The table ------------------------------------------------------------------------------------------------------------------------
 
+_IDEFICS3 = Rules(
+    arrange=_arrange_idefics3, expand=_expand_idefics3, encode=_encode_idefics3, processor_options={"return_row_col_info": True}
+)
+_QWEN_VL = Rules(
+    placeholder="<|image_pad|>", arrange=_arrange_qwen_vl, expand=_expand_qwen_vl, encode=_encode_qwen_vl, grid=_grid_of_qwen_vl
+)
 FAMILIES: dict[str, Rules] = {
     "llava": Rules(arrange=_arrange_llava, expand=_expand_repeated, encode=_encode_llava),
+    "llava_next": Rules(arrange=_arrange_llava_next, expand=_expand_repeated, encode=_encode_llava_next),
+    "idefics3": _IDEFICS3,
+    "smolvlm": _IDEFICS3,
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
+    "gemma3": Rules(
+        placeholder="<start_of_image>",
+        image_token="<image_soft_token>",
+        arrange=_arrange_gemma3,
+        expand=_expand_gemma3,
+        encode=_encode_gemma3,
+        processor_options={"do_pan_and_scan": False},
+        is_atomic=True,
+    ),
 }
