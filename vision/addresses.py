@@ -17,11 +17,13 @@ LookUp = Callable[[str], Awaitable[Sequence[str]]]  # host name → textual addr
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-_REFUSED: tuple[IPNetwork, ...] = (
-    ipaddress.IPv6Network("2001::/32"),  # Teredo: carries another address
-    ipaddress.IPv6Network("2002::/16"),  # 6to4: carries another address
+_REFUSED: tuple[IPNetwork, ...] = (  # not everywhere known to `is_global`, whose list grew with Python's patch releases
+    ipaddress.IPv4Network("192.0.0.0/24"),  # protocol assignments, one of them a cloud's metadata server
     ipaddress.IPv4Network("192.88.99.0/24"),  # 6to4 relays
     ipaddress.IPv4Network("168.63.129.16/32"),  # a cloud's host agent on an address that looks public
+    ipaddress.IPv6Network("2001::/23"),  # protocol assignments, among them Teredo, which carries another address
+    ipaddress.IPv6Network("2002::/16"),  # 6to4: carries another address
+    ipaddress.IPv6Network("3fff::/20"),  # documentation
 )
 
 

@@ -7,7 +7,6 @@ import asyncio
 import os
 import stat
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
@@ -21,7 +20,8 @@ from vision.single_flight import SingleFlight
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK_BYTES = 64 << 10
-_ZLIB_OR_GZIP = zlib.MAX_WBITS | 32
+_PLAIN = ("", "identity")
+_ZLIB = ("gzip", "x-gzip", "deflate")
 _HEADERS = {"Accept": "image/*, */*;q=0.5", "Accept-Encoding": "identity"}
 
 
@@ -96,9 +96,11 @@ class Fetcher:
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         if response.status != 200:
             raise MediaError("image_fetch_failed", f"the picture's server answered with status {response.status}")
-        body = _CappedBody(self._config.max_picture_bytes, response.headers.get("Content-Encoding", "identity"))
+        body = _CappedBody(self._config.max_picture_bytes, response.headers.get("Content-Encoding", "").strip().lower())
         async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
             body.append(chunk)
+        if not body.is_complete:
+            raise MediaError("image_fetch_failed", "the picture's server broke off")
         return bytes(body.data)
 
     def _read_file(self, url: URL) -> bytes:
@@ -119,23 +121,22 @@ class _CappedBody:
     """Collects a body and refuses it as soon as it is too large, sent compressed or not."""
 
     def __init__(self, limit_bytes: int, encoding: str) -> None:
+        """Some servers compress everything, although we ask for nothing compressed. Raises MediaError for what zlib does not read."""
+        if encoding not in _PLAIN + _ZLIB:
+            raise MediaError("image_fetch_failed", "the picture's server sent it in a compression that was not asked for")
         self.data = bytearray()
         self._limit_bytes = limit_bytes
-        self._expand = _expander(encoding.strip().lower())
+        self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding in _ZLIB else None  # 32: a gzip or a zlib header
+
+    @property
+    def is_complete(self) -> bool:
+        return self._zlib is None or self._zlib.eof
 
     def append(self, chunk: bytes) -> None:
-        self.data += self._expand(chunk, self._limit_bytes - len(self.data) + 1)
+        room_bytes = self._limit_bytes - len(self.data) + 1
+        self.data += chunk[:room_bytes] if self._zlib is None else self._zlib.decompress(chunk, room_bytes)
         if len(self.data) > self._limit_bytes:
             raise too_many_bytes(self._limit_bytes)
-
-
-def _expander(encoding: str) -> Callable[[bytes, int], bytes]:
-    """Chunk and the most bytes to give → bytes. Compressed although we asked for none: some servers do it to everything."""
-    if encoding in ("", "identity"):
-        return lambda chunk, max_bytes: chunk[:max_bytes]
-    if encoding in ("gzip", "x-gzip", "deflate"):
-        return zlib.decompressobj(_ZLIB_OR_GZIP).decompress
-    raise MediaError("image_fetch_failed", "the picture's server sent it in a compression that was not asked for")
 
 
 def _parse(url: str) -> URL:
@@ -143,8 +144,8 @@ def _parse(url: str) -> URL:
     if "\\" in url or any(ord(letter) < 0x20 or letter == "\x7f" for letter in url):
         raise MediaError("url_invalid", "the picture's URL holds a backslash or a control character")
     try:
-        parsed = URL(url, encoded=url.isascii() and " " not in url)  # as it was signed, where it needs no quoting
-        is_valid = parsed.scheme == "file" or (parsed.scheme in ("http", "https") and bool(parsed.raw_host) and parsed.port != 0)
+        parsed = _as_written(url)
+        is_valid = parsed.port != 0 and "\0" not in parsed.path and (parsed.scheme == "file" or bool(parsed.raw_host))
     except ValueError:
         is_valid = False
     if not is_valid:
@@ -154,12 +155,17 @@ def _parse(url: str) -> URL:
 
 def _redirected(url: URL, location: str) -> URL:
     try:
-        target = url.join(URL(location, encoded=location.isascii() and " " not in location))
+        target = str(url.join(_as_written(location)))
     except ValueError:
         raise MediaError("image_fetch_failed", "the picture's server redirects to an invalid URL") from None
-    if target.scheme not in ("http", "https"):
+    if not target.startswith(("http://", "https://")):
         raise MediaError("url_blocked", "the picture's server redirects to something that is not http or https")
-    return _parse(str(target))
+    return _parse(target)
+
+
+def _as_written(url: str) -> URL:
+    """Without quoting anew what was signed as it is, unless it holds letters that no URL can."""
+    return URL(url, encoded=url.isascii() and " " not in url)
 
 
 def _unreachable(error: OSError) -> MediaError:

@@ -37,6 +37,7 @@ class _Worker:
 
     def __init__(self, module: str, environment: Mapping[str, str]) -> None:
         """Blocks for the moment that starting a process takes."""
+        self.ending: asyncio.Task[None] | None = None
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.connection.setblocking(False)
         with theirs:
@@ -65,7 +66,7 @@ class _Worker:
             reader.close()
 
     def end(self) -> None:
-        """Kills it, hung or stopped ones too. Blocks until the kernel took it away. May be called again, from any thread."""
+        """Kills it, hung or stopped ones too. Blocks until the kernel took it away."""
         self.process.kill()
         self.process.wait()
         self.connection.close()
@@ -214,8 +215,10 @@ class WorkerPool:
         return worker, ready
 
     async def _end(self, worker: _Worker) -> None:
-        await asyncio.to_thread(worker.end)
-        self._workers.discard(worker)  # only now: `close()` ends it again where this was cancelled
+        if worker.ending is None:
+            worker.ending = asyncio.create_task(asyncio.to_thread(worker.end))
+        await asyncio.shield(worker.ending)
+        self._workers.discard(worker)  # only now: where this is cancelled, `close()` waits for it
 
     def _closed_error(self) -> WorkerError:
         return WorkerError(f"{self._module} was stopped")

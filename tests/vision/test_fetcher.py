@@ -1,0 +1,451 @@
+import asyncio
+import gzip
+import os
+import zlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.vision.picture_server import Gate, PictureServer, body, redirect_to
+from tests.vision.pictures import data_url, png
+from tests.vision.processes import num_descriptors, until
+from vision.config import VisionConfig
+from vision.fetcher import Fetcher
+from vision.image import MediaError
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[PictureServer]:
+    server = PictureServer()
+    await server.open()
+    yield server
+    await server.close()
+
+
+@pytest.fixture
+async def fetcher() -> AsyncIterator[Fetcher]:
+    fetcher = unopened()
+    await fetcher.open()
+    yield fetcher
+    await fetcher.close()
+
+
+def unopened(**limits: Any) -> Fetcher:
+    """One that may dial this machine, where the tests' servers are, and where every name leads."""
+
+    async def look_up(host: str) -> list[str]:
+        return ["127.0.0.1"]
+
+    return Fetcher(VisionConfig(**({"allow_private_media": ("127.0.0.0/8",)} | limits)), look_up=look_up)
+
+
+async def refusal(fetcher: Fetcher, url: str) -> MediaError:
+    """Why an unopened fetcher refuses the URL."""
+    await fetcher.open()
+    try:
+        with pytest.raises(MediaError) as caught:
+            await fetcher.fetch(url)
+    finally:
+        await fetcher.close()
+    return caught.value
+
+
+async def test_a_picture_is_fetched_and_the_client_names_itself(server: PictureServer, fetcher: Fetcher) -> None:
+    assert await fetcher.fetch(server.url()) == png()
+
+    (request,) = server.requests
+    assert "vlm-server" in request.headers["User-Agent"]
+    assert request.headers["Accept-Encoding"] == "identity"
+
+
+async def test_loopback_is_refused_unless_it_is_opened(server: PictureServer) -> None:
+    error = await refusal(Fetcher(VisionConfig()), server.url())
+
+    assert error.code == "url_blocked"
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "host", ["2130706433", "0x7f.1", "0177.0.0.1", "127.1", "127.0.0.1.", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "１２７.0.0.1"]
+)
+async def test_no_spelling_of_loopback_reaches_it(server: PictureServer, host: str) -> None:
+    error = await refusal(Fetcher(VisionConfig()), server.url(host=host))
+
+    assert error.code == "url_blocked"
+    assert server.requests == []
+
+
+async def test_a_name_that_leads_to_a_private_address_is_refused(server: PictureServer) -> None:
+    async def look_up(host: str) -> list[str]:
+        return ["127.0.0.1", "10.0.0.1", "::1"]
+
+    error = await refusal(Fetcher(VisionConfig(), look_up=look_up), server.url(host="innocent.example"))
+
+    assert error.code == "url_blocked"
+    assert server.requests == []
+
+
+async def test_the_checked_address_is_the_one_dialled(server: PictureServer) -> None:
+    answers = [["127.0.0.1"], ["127.0.0.2"]]  # the second look-up would lead elsewhere
+
+    async def look_up(host: str) -> list[str]:
+        return answers.pop(0)
+
+    fetcher = Fetcher(VisionConfig(allow_private_media=("127.0.0.1/32",)), look_up=look_up)
+    await fetcher.open()
+
+    assert await fetcher.fetch(server.url(host="rebind.example")) == png()
+    assert len(answers) == 1, "one look-up, whose answer was checked and dialled"
+    assert server.requests[0].host == f"rebind.example:{server.port}"
+    await fetcher.close()
+
+
+async def test_names_that_lead_to_an_opened_network_are_fetched(server: PictureServer, fetcher: Fetcher) -> None:
+    assert await fetcher.fetch(server.url(host="intranet.example")) == png()
+
+
+async def test_a_name_without_an_address_is_a_failed_fetch() -> None:
+    async def look_up(host: str) -> list[str]:
+        raise OSError("no such name")
+
+    assert (await refusal(Fetcher(VisionConfig(), look_up=look_up), "http://nowhere.example/")).code == "image_fetch_failed"
+
+
+async def test_redirects_are_followed(server: PictureServer, fetcher: Fetcher) -> None:
+    server.pages |= {"/a": redirect_to("/b?x=1"), "/b": redirect_to(server.url("/c", host="other.example")), "/c": redirect_to("picture")}
+
+    assert await fetcher.fetch(server.url("/a")) == png()
+    assert [request.path_qs for request in server.requests] == ["/a", "/b?x=1", "/c", "/picture"]
+
+
+async def test_more_redirects_than_allowed_are_refused(server: PictureServer) -> None:
+    server.pages["/loop"] = redirect_to("/loop")
+
+    error = await refusal(unopened(), server.url("/loop"))
+
+    assert (error.code, error.message) == ("image_fetch_failed", "the picture's URL redirects more than 3 times")
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost", "[::1]", "169.254.169.254", "2130706434", "0x7f000002"])
+async def test_redirects_to_private_addresses_are_refused(server: PictureServer, host: str) -> None:
+    async def look_up(host: str) -> list[str]:
+        return ["127.0.0.2"]
+
+    server.pages["/away"] = redirect_to(server.url(host=host))
+    fetcher = Fetcher(VisionConfig(allow_private_media=("127.0.0.1/32",)), look_up=look_up)
+
+    error = await refusal(fetcher, server.url("/away"))
+
+    assert error.code == "url_blocked"
+    assert [request.path for request in server.requests] == ["/away"]
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/x", "data:image/png;base64,AAAA", "gopher://127.0.0.1"])
+async def test_redirects_to_other_schemes_are_refused(server: PictureServer, location: str) -> None:
+    server.pages["/away"] = redirect_to(location)
+
+    assert (await refusal(unopened(), server.url("/away"))).code == "url_blocked"
+
+
+@pytest.mark.parametrize("location", ["", "http://[", "http://a:99999999/"])
+async def test_redirects_to_nowhere_are_a_failed_fetch(server: PictureServer, location: str) -> None:
+    server.pages["/away"] = redirect_to(location)
+
+    assert (await refusal(unopened(max_redirects=0), server.url("/away"))).code in ("image_fetch_failed", "url_invalid")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "picture.png", "/etc/passwd", "ftp://a/b", "javascript:1", "http:", "http://", "http:///a", "http://[::1"),
+        *("http://a:99999/", "http://a\\@b/", "http://a/\nb", "file:///a%00b"),
+    ],
+)
+async def test_what_is_not_a_url_is_refused(url: str) -> None:
+    assert (await refusal(unopened(), url)).code == "url_invalid"
+
+
+async def test_signed_urls_are_asked_for_as_they_were_written(server: PictureServer, fetcher: Fetcher) -> None:
+    path = "/picture?sign=a%2Bb%2Fc%3D&x=%7E+1%20"
+
+    await fetcher.fetch(server.url(path))
+
+    assert server.requests[0].raw_path == path
+
+
+async def test_letters_that_a_url_cannot_hold_are_quoted(server: PictureServer, fetcher: Fetcher) -> None:
+    server.pages["/ein bild ü.png"] = body(png())
+
+    assert await fetcher.fetch(server.url("/ein bild ü.png")) == png()
+    assert server.requests[0].raw_path == "/ein%20bild%20%C3%BC.png"
+
+
+@pytest.mark.parametrize("status", [201, 204, 304, 400, 403, 404, 500, 503])
+async def test_an_answer_other_than_200_is_a_failed_fetch(server: PictureServer, status: int) -> None:
+    async def page(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=status)
+
+    server.pages["/status"] = page
+
+    error = await refusal(unopened(), server.url("/status"))
+
+    assert (error.code, str(status) in error.message) == ("image_fetch_failed", True)
+
+
+async def test_a_refused_connection_is_a_failed_fetch(server: PictureServer) -> None:
+    url = server.url()
+    await server.close()  # from here on nobody listens there
+
+    assert (await refusal(unopened(), url)).code == "image_fetch_failed"
+
+
+async def test_the_byte_limit_is_exact(server: PictureServer) -> None:
+    server.pages |= {"/fits": body(b"a" * 1000), "/large": body(b"a" * 1001)}
+    fetcher = unopened(max_picture_bytes=1000)
+    await fetcher.open()
+    assert len(await fetcher.fetch(server.url("/fits"))) == 1000
+    await fetcher.close()
+
+    error = await refusal(fetcher, server.url("/large"))
+
+    assert (error.code, error.message) == ("image_too_large", "the picture has more than the allowed 1000 bytes")
+
+
+async def test_a_body_without_end_is_cut_at_the_limit(server: PictureServer) -> None:
+    num_sent = 0
+
+    async def page(request: web.Request) -> web.StreamResponse:
+        nonlocal num_sent
+        response = web.StreamResponse()  # chunked: no length is declared
+        await response.prepare(request)
+        while True:
+            await response.write(b"a" * 10_000)
+            num_sent += 10_000
+
+    server.pages["/endless"] = page
+
+    assert (await refusal(unopened(max_picture_bytes=50_000), server.url("/endless"))).code == "image_too_large"
+    assert num_sent < 50_000_000
+
+
+@pytest.mark.parametrize("declared", ["10", "99999999999"])
+async def test_a_declared_length_is_not_believed(declared: str) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: " + declared.encode() + b"\r\n\r\n" + b"a" * 300)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+
+    assert (await refusal(unopened(), url)).code == "image_fetch_failed"
+
+    server.close()
+    await server.wait_closed()
+
+
+@pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("x-gzip", gzip.compress)])
+async def test_a_compressed_body_is_read_up_to_the_limit(server: PictureServer, encoding: str, compress: Any) -> None:
+    server.pages |= {
+        "/fits": body(compress(b"a" * 100_000), Content_Encoding=encoding),
+        "/bomb": body(compress(b"a" * 100_001), Content_Encoding=encoding),
+    }
+    fetcher = unopened(max_picture_bytes=100_000)
+    await fetcher.open()
+
+    assert await fetcher.fetch(server.url("/fits")) == b"a" * 100_000
+    await fetcher.close()
+    assert (await refusal(fetcher, server.url("/bomb"))).code == "image_too_large"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "data"), [("br", b"x"), ("zstd", b"x"), ("gzip", b"not gzip"), ("gzip", gzip.compress(b"a" * 5000)[:30])]
+)
+async def test_other_and_broken_compressions_are_a_failed_fetch(server: PictureServer, encoding: str, data: bytes) -> None:
+    server.pages["/odd"] = body(data, Content_Encoding=encoding)
+
+    assert (await refusal(unopened(), server.url("/odd"))).code == "image_fetch_failed"
+
+
+async def test_a_server_that_does_not_answer_is_given_up(server: PictureServer) -> None:
+    server.pages["/silent"] = Gate(b"")
+
+    error = await refusal(unopened(first_byte_timeout_s=0.1), server.url("/silent"))
+
+    assert error.code == "image_fetch_timeout"
+
+
+async def test_a_server_that_drips_is_given_up(server: PictureServer) -> None:
+    async def page(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(b"a")
+            await asyncio.sleep(0.01)
+
+    server.pages["/drip"] = page
+
+    error = await refusal(unopened(first_byte_timeout_s=5, fetch_timeout_s=0.15), server.url("/drip"))
+
+    assert error.code == "image_fetch_timeout"
+
+
+async def test_a_name_server_that_does_not_answer_is_given_up() -> None:
+    async def look_up(host: str) -> list[str]:
+        await asyncio.Event().wait()
+        return []
+
+    fetcher = Fetcher(VisionConfig(connect_timeout_s=0.1), look_up=look_up)
+
+    assert (await refusal(fetcher, "http://slow.example/")).code == "image_fetch_timeout"
+
+
+async def test_equal_urls_in_flight_share_one_download(server: PictureServer, fetcher: Fetcher) -> None:
+    gate = server.pages["/gate"] = Gate(png())
+    fetches = [asyncio.create_task(fetcher.fetch(server.url("/gate"))) for _ in range(50)]
+    await until(lambda: len(server.requests) == 1)
+
+    gate.is_open.set()
+
+    assert await asyncio.gather(*fetches) == [png()] * 50
+    assert len(server.requests) == 1
+
+
+async def test_tenants_share_no_download(server: PictureServer, fetcher: Fetcher) -> None:
+    gate = server.pages["/gate"] = Gate(png())
+    fetches = [asyncio.create_task(fetcher.fetch(server.url("/gate"), tenant=tenant)) for tenant in "ab"]
+
+    await until(lambda: len(server.requests) == 2)
+
+    gate.is_open.set()
+    await asyncio.gather(*fetches)
+
+
+async def test_a_download_goes_on_until_its_last_caller_left(server: PictureServer, fetcher: Fetcher) -> None:
+    gate = server.pages["/gate"] = Gate(png())
+    first, second, third = (asyncio.create_task(fetcher.fetch(server.url("/gate"))) for _ in range(3))
+    await until(lambda: len(server.requests) == 1)
+
+    first.cancel()
+    await asyncio.wait((first,))
+    gate.is_open.set()
+
+    assert await second == await third == png()
+    assert gate.num_left == 0
+
+
+async def test_a_download_that_nobody_waits_for_is_cancelled(server: PictureServer, fetcher: Fetcher) -> None:
+    gate = server.pages["/gate"] = Gate(png())
+    fetches = [asyncio.create_task(fetcher.fetch(server.url("/gate"))) for _ in range(2)]
+    await until(lambda: len(server.requests) == 1)
+
+    for fetch in fetches:
+        fetch.cancel()
+
+    await until(lambda: gate.num_left == 1)
+    assert all(fetch.cancelled() for fetch in fetches)
+
+
+async def test_a_shared_failure_reaches_every_caller_and_is_not_kept(server: PictureServer, fetcher: Fetcher) -> None:
+    results = await asyncio.gather(*(fetcher.fetch(server.url("/later")) for _ in range(3)), return_exceptions=True)
+    server.pages["/later"] = body(png())
+
+    assert [type(result) for result in results] == [MediaError] * 3
+    assert await fetcher.fetch(server.url("/later")) == png()
+
+
+async def test_environment_proxies_are_not_used(server: PictureServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    fetcher = unopened()
+    await fetcher.open()
+
+    assert await fetcher.fetch(server.url()) == png()
+    await fetcher.close()
+
+
+async def test_cookies_are_not_kept(server: PictureServer, fetcher: Fetcher) -> None:
+    server.pages["/cookie"] = body(png(), Set_Cookie="a=b; Path=/")
+
+    await fetcher.fetch(server.url("/cookie"))
+    await fetcher.fetch(server.url("/picture"))
+
+    assert "Cookie" not in server.requests[1].headers
+
+
+async def test_data_urls_are_read(fetcher: Fetcher) -> None:
+    assert await fetcher.fetch(data_url(png())) == png()
+
+
+async def test_files_are_refused_unless_a_folder_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+
+    assert (await refusal(unopened(), f"file://{tmp_path}/a.png")).code == "url_blocked"
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    """An allowed folder beside a secret."""
+    root = tmp_path / "allowed"
+    (root / "sub").mkdir(parents=True)
+    (root / "sub" / "a b.png").write_bytes(png())
+    (root / "link.png").symlink_to(root / "sub" / "a b.png")
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "allowed2").mkdir()
+    (tmp_path / "allowed2" / "secret").write_bytes(b"secret")
+    (root / "escape").symlink_to(tmp_path / "secret")
+    (root / "folder").symlink_to(tmp_path)
+    os.mkfifo(root / "pipe")
+    return root
+
+
+@pytest.mark.parametrize("prefix", ["file://", "FILE://", "file://localhost"])
+async def test_files_under_the_allowed_folder_are_read(local: Path, prefix: str) -> None:
+    fetcher = unopened(allowed_local_media_path=str(local))
+    await fetcher.open()
+
+    assert await fetcher.fetch(f"{prefix}{local}/sub/a%20b.png") == png()
+    assert await fetcher.fetch(f"{prefix}{local}/link.png") == png()
+    await fetcher.close()
+
+
+@pytest.mark.parametrize(
+    "path", ["/escape", "/folder/secret", "/../secret", "/sub/../../secret", "/%2e%2e/secret", "/..%2fsecret", "2/secret"]
+)
+async def test_no_path_leads_out_of_the_allowed_folder(local: Path, path: str) -> None:
+    error = await refusal(unopened(allowed_local_media_path=str(local)), f"file://{local}{path}")
+
+    assert error.code == "url_blocked"
+
+
+@pytest.mark.parametrize("path", ["/missing", "/sub", "/pipe"])
+async def test_what_is_not_a_file_is_a_failed_fetch(local: Path, path: str) -> None:
+    error = await refusal(unopened(allowed_local_media_path=str(local)), f"file://{local}{path}")
+
+    assert error.code == "image_fetch_failed"
+
+
+async def test_files_of_other_hosts_are_refused(local: Path) -> None:
+    assert (await refusal(unopened(allowed_local_media_path=str(local)), f"file://elsewhere{local}/link.png")).code == "url_blocked"
+
+
+async def test_files_over_the_limit_are_refused(local: Path) -> None:
+    fetcher = unopened(allowed_local_media_path=str(local), max_picture_bytes=10)
+
+    assert (await refusal(fetcher, f"file://{local}/link.png")).code == "image_too_large"
+
+
+async def test_nothing_stays_open_after_fetches_of_all_kinds(server: PictureServer) -> None:
+    before = num_descriptors()
+    server.pages |= {"/large": body(b"a" * 200_000), "/away": redirect_to("http://10.0.0.1/"), "/gate": Gate(b"")}
+    fetcher = unopened(max_picture_bytes=100_000, first_byte_timeout_s=0.1)
+    await fetcher.open()
+    urls = [server.url(path) for path in ("/picture", "/large", "/away", "/gate", "/missing")] * 4
+
+    await asyncio.gather(*(fetcher.fetch(url, tenant=str(at)) for at, url in enumerate(urls)), return_exceptions=True)
+
+    await fetcher.close()
+    await until(lambda: num_descriptors() == before)
