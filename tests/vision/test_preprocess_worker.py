@@ -1,0 +1,83 @@
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.vision.pictures import noise
+from tests.vision.processes import is_gone, num_descriptors
+from vision.config import VisionConfig
+from vision.image import ImageOptions, MediaError
+from vision.preprocess import PreprocessSettings
+from vision.preprocess_pool import PreprocessPool
+from vision.shared_array import SharedArray
+from vision.workers import WorkerError
+
+FAKE = "tests.vision.fake_processor:FakeProcessor"
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[PreprocessPool]:
+    pool = PreprocessPool(VisionConfig(), PreprocessSettings("model", True, FAKE))
+    assert await pool.open() == "fake model True"
+    yield pool
+    await pool.close()
+
+
+def picture(width: int = 8, height: int = 6) -> SharedArray:
+    return SharedArray.copy_of(noise(width, height))
+
+
+async def test_arrays_layout_and_number_of_tokens_come_back(pool: PreprocessPool) -> None:
+    before = num_descriptors()
+
+    result, arrays = await pool.process(picture(), ImageOptions())
+
+    assert (result.num_tokens, result.layout) == (12, {"rows": 3})
+    assert np.array_equal(arrays["pixel_values"].numpy(), noise(8, 6)[::2, ::2])
+    assert arrays["sizes"].numpy().tolist() == [3, 4]
+    for shared in arrays.values():
+        shared.close()
+    assert num_descriptors() == before
+
+
+async def test_errors_of_the_processor_reach_the_caller_without_their_text(pool: PreprocessPool) -> None:
+    with pytest.raises(MediaError, match="too small for this model") as refused:
+        await pool.process(picture(), ImageOptions(detail="low"))
+    with pytest.raises(MediaError) as failed:
+        await pool.process(picture(), ImageOptions(detail="high"))
+
+    assert refused.value.code == "image_too_small"
+    assert failed.value.code == "image_preprocess_failed"
+    assert "secret" not in failed.value.message
+
+
+async def test_a_dead_worker_costs_its_own_picture_only(pool: PreprocessPool) -> None:
+    (process_id,) = pool.process_ids
+
+    dying, living = await asyncio.gather(
+        pool.process(picture(13, 4), ImageOptions()), pool.process(picture(), ImageOptions()), return_exceptions=True
+    )
+
+    assert isinstance(dying, MediaError)
+    assert dying.status == 503
+    assert not isinstance(living, BaseException)
+    assert living[0].num_tokens == 12
+    assert is_gone(process_id)
+
+
+async def test_the_worker_has_one_thread_of_arithmetic_and_no_device(pool: PreprocessPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = (await asyncio.to_thread(Path(f"/proc/{pool.process_ids[0]}/environ").read_bytes)).split(b"\0")
+
+    assert {b"OMP_NUM_THREADS=1", b"OMP_WAIT_POLICY=PASSIVE", b"CUDA_VISIBLE_DEVICES=", b"HF_HUB_OFFLINE=1"} <= set(environment)
+
+
+async def test_a_processor_that_cannot_be_loaded_is_named() -> None:
+    before = num_descriptors()
+    pool = PreprocessPool(VisionConfig(), PreprocessSettings("missing", False, FAKE))
+
+    with pytest.raises(WorkerError, match="FileNotFoundError: there is no such model"):
+        await pool.open()
+
+    assert (pool.process_ids, num_descriptors()) == ([], before)
