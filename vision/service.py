@@ -121,6 +121,11 @@ class VisionService:
         )
 
     @property
+    def process_ids(self) -> list[int]:
+        """Of the decode workers, then of the preprocessing workers."""
+        return self._decode_pool.process_ids + self._preprocess_pool.process_ids
+
+    @property
     def is_ready(self) -> bool:
         starting = self._starting
         return starting is not None and starting.done() and not starting.cancelled() and starting.exception() is None

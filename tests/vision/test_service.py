@@ -1,0 +1,200 @@
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.vision.picture_server import Gate, PictureServer, body
+from tests.vision.pictures import data_url, noise, png
+from tests.vision.processes import freeze, is_gone, num_descriptors, until
+from vision.config import VisionConfig
+from vision.image import ImageOptions, ImageRef, MediaError, ProcessedImage
+from vision.service import VisionService
+from vision.workers import WorkerError
+
+FAKE = "tests.vision.fake_processor:FakeProcessor"
+
+
+def unopened(*, model_folder: str = "model", **limits: Any) -> VisionService:
+    config = VisionConfig(**({"allow_private_media": ("127.0.0.0/8",), "num_decode_workers": 1} | limits))
+    return VisionService(config, model_folder=model_folder, processor=FAKE)
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[VisionService]:
+    service = unopened()
+    await service.open()
+    yield service
+    await service.close()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[PictureServer]:
+    server = PictureServer()
+    await server.open()
+    yield server
+    await server.close()
+
+
+def refs(*urls: str, **options: Any) -> list[ImageRef]:
+    return [ImageRef(url, f"messages[0].content[{at}].image_url", ImageOptions(**options)) for at, url in enumerate(urls)]
+
+
+def close(images: list[ProcessedImage]) -> None:
+    for image in images:
+        for shared in image.arrays.values():
+            shared.close()
+
+
+async def test_pictures_come_back_in_order_with_everything_the_model_needs(service: VisionService, server: PictureServer) -> None:
+    web, inline = await service.load(refs(server.url(), data_url(png(20, 10, seed=1))))
+
+    assert (web.width, web.height, web.num_tokens, web.layout) == (8, 6, 12, {"rows": 3})
+    assert (inline.width, inline.height, inline.num_tokens, inline.layout) == (20, 10, 50, {"rows": 5})
+    assert np.array_equal(web.arrays["pixel_values"].numpy(), noise(8, 6)[::2, ::2])
+    assert set(web.timings_s) == {"fetch", "decode", "preprocess"}
+    assert all(seconds >= 0 for seconds in web.timings_s.values())
+    close([web, inline])
+
+
+async def test_one_service_through_hits_misses_tenants_options_and_errors(service: VisionService, server: PictureServer) -> None:
+    """One walk in one service, because each start of a preprocessing worker takes seconds."""
+    await service.ready()
+    before = num_descriptors()
+
+    # Equal pictures in one call are processed once, however they came.
+    first, second, third = await service.load(refs(server.url(), data_url(png()), server.url()))
+    assert first.content_hash == second.content_hash == third.content_hash
+    assert service.stats().num_done["preprocess"] == 1
+
+    # Each caller owns what it got: closing one result leaves the others and the cache alone.
+    close([first])
+    assert np.array_equal(second.arrays["pixel_values"].numpy(), noise(8, 6)[::2, ::2])
+    close([second, third])
+
+    # A picture that is known skips decoding and preprocessing.
+    (again,) = await service.load(refs(data_url(png())))
+    assert np.array_equal(again.arrays["pixel_values"].numpy(), noise(8, 6)[::2, ::2])
+    assert set(again.timings_s) == {"fetch"}
+    assert (service.stats().num_done["decode"], service.stats().num_cache_hits) == (1, 1)
+    close([again])
+
+    # Options and tenants are part of what is known; other pictures have other hashes.
+    (sized,) = await service.load(refs(data_url(png()), max_pixels=100))
+    (other,) = await service.load(refs(data_url(png(seed=2))))
+    (theirs,) = await service.load(refs(data_url(png())), tenant="other")
+    assert len({first.content_hash, sized.content_hash, other.content_hash}) == 3
+    assert theirs.content_hash == first.content_hash
+    assert service.stats().num_done["preprocess"] == 4
+    close([sized, other, theirs])
+
+    # The first error cancels the rest and names its part of the request.
+    gate = server.pages["/gate"] = Gate(png())
+    server.pages["/broken"] = body(png()[:50])
+    for bad_url, code in [
+        (server.url("/broken"), "image_decode_failed"),
+        ("http://10.0.0.1/", "url_blocked"),
+        (server.url("/missing"), "image_fetch_failed"),
+        ("nonsense", "url_invalid"),
+    ]:
+        with pytest.raises(MediaError) as caught:
+            await service.load(refs(data_url(png()), server.url("/gate"), bad_url))
+        assert (caught.value.code, caught.value.param) == (code, "messages[0].content[2].image_url")
+        assert service.stats().num_failed[code] == 1
+    await until(lambda: gate.num_left == len([request for request in server.requests if request.path == "/gate"]))
+
+    # Two parts that share a download and its failure each name their own.
+    results = await asyncio.gather(
+        service.load([ImageRef(server.url("/broken"), "a")]), service.load([ImageRef(server.url("/broken"), "b")]), return_exceptions=True
+    )
+    assert [result.param for result in results if isinstance(result, MediaError)] == ["a", "b"]
+
+    # Nothing is in flight any more, and only the four cached pictures' descriptors are open.
+    stats = service.stats()
+    assert stats.num_in_flight == {"fetch": 0, "decode": 0, "preprocess": 0}
+    assert stats.cache_bytes == 4 * (3 * 4 * 3 + 2 * 8)
+    await service.close()
+    await until(lambda: num_descriptors() < before)
+
+
+async def test_cancelled_calls_give_everything_back(service: VisionService, server: PictureServer) -> None:
+    await service.ready()
+    gate = server.pages["/gate"] = Gate(png())
+    close(await service.load(refs(server.url())))  # so that the connections of ordinary work are open
+    before = num_descriptors()
+    (decode_worker, _) = service.process_ids
+
+    fetching = asyncio.create_task(service.load(refs(server.url("/gate"))))
+    await until(lambda: len(server.requests) == 2)
+    freeze(decode_worker)
+    decoding = asyncio.create_task(service.load(refs(data_url(png(seed=1)))))
+    waiting = asyncio.create_task(service.load(refs(data_url(png(seed=2)), data_url(png(seed=3)))))
+    await until(lambda: service.stats().num_in_flight == {"fetch": 1, "decode": 2, "preprocess": 0})
+
+    for task in (fetching, decoding, waiting):
+        task.cancel()
+    await asyncio.wait((fetching, decoding, waiting))
+
+    await until(lambda: gate.num_left == 1)
+    assert service.stats().num_in_flight == {"fetch": 0, "decode": 0, "preprocess": 0}
+    close(await service.load(refs(data_url(png(seed=4)))))
+    await until(lambda: num_descriptors() <= before + 2)  # the new cached picture's two arrays
+    assert is_gone(decode_worker)
+
+
+async def test_no_more_pictures_are_in_flight_than_allowed(server: PictureServer) -> None:
+    service = unopened(max_pictures_in_flight=2)
+    await service.open()
+    gate = server.pages["/gate"] = Gate(png())
+    call = asyncio.create_task(service.load(refs(*(server.url(f"/gate?{at}") for at in range(6)))))
+
+    await until(lambda: len(server.requests) == 2)
+    assert service.stats().num_in_flight["fetch"] == 2
+
+    gate.is_open.set()
+    images = await call
+    assert [image.num_tokens for image in images] == [12] * 6
+    close(images)
+    await service.close()
+
+
+async def test_a_cache_of_no_bytes_keeps_nothing_and_all_still_works() -> None:
+    service = unopened(processed_cache_bytes=0)
+    await service.open()
+
+    for _ in range(2):
+        first, second = await service.load(refs(data_url(png()), data_url(png())))
+        assert np.array_equal(first.arrays["pixel_values"].numpy(), second.arrays["pixel_values"].numpy())
+        close([first, second])
+
+    assert (service.stats().num_done["preprocess"], service.stats().cache_bytes) == (2, 0)
+    await service.close()
+
+
+async def test_a_service_whose_workers_cannot_start_says_so() -> None:
+    before = num_descriptors()
+    service = unopened(model_folder="missing")
+    await service.open()
+
+    with pytest.raises(WorkerError, match="there is no such model"):
+        await service.ready()
+    with pytest.raises(MediaError) as caught:
+        await service.load(refs(data_url(png())))
+
+    assert (caught.value.status, caught.value.param, service.is_ready) == (503, "messages[0].content[0].image_url", False)
+    await service.close()
+    assert num_descriptors() == before
+
+
+async def test_closing_while_the_workers_start_leaves_no_process(server: PictureServer) -> None:
+    before = num_descriptors()
+    service = unopened()
+    await service.open()
+    await until(lambda: len(service.process_ids) == 2)
+    process_ids = service.process_ids
+
+    await service.close()
+
+    assert all(is_gone(process_id) for process_id in process_ids)
+    assert num_descriptors() == before
