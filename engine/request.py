@@ -122,7 +122,9 @@ class Prompt:
     position_delta: int = 0  # position of slot i beyond the prompt is i + position_delta, on every axis
 
 
-def make_cache_keys(token_ids: Sequence[int], images: Sequence[ImageInput], spans: Sequence[ImageSpan], *, salt: str = "") -> tuple[int, ...]:
+def make_cache_keys(
+    token_ids: Sequence[int], images: Sequence[ImageInput], spans: Sequence[ImageSpan], *, salt: str = ""
+) -> tuple[int, ...]:
     """Token ids, with every image slot replaced by an integer drawn from the image's content hash and the row, and the first slot salted.
 
     Two prompts share KV blocks exactly as far as their keys agree, so different pictures under equal text never do.

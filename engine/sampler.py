@@ -14,10 +14,11 @@ from torch import Tensor
 
 from engine.request import SampledToken, SamplingParams, TokenLogprobs
 
-PREFIXES = (64, 1024)  # candidates that top-k and top-p look at before all of the vocabulary is sorted
+NUM_CANDIDATES = 64  # that top-k and top-p look at before all of the vocabulary is sorted
 MASS_TOLERANCE = 1e-6  # of top_p: float32 sums of a few tokens may fall short by this much
 MIN_TEMPERATURE = 1e-6  # lower ones would divide by float32's zero
-_BLOCK = 256  # entries summed at once in `_draw`
+_BLOCK = 256  # entries summed or compared at once
+_TOP_BLOCK = 64
 _MASK64 = (1 << 64) - 1
 
 
@@ -166,18 +167,17 @@ def _choose_from_all(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Rows without top-k and top-p: nothing has to be sorted."""
     weights = _scaled(logits, logits.amax(-1, keepdim=True), rows).exp_()
     if any(row.params.min_p for row in rows):
-        weights.masked_fill_(weights < _column([row.params.min_p for row in rows], weights), 0)
+        weights *= weights >= _column([row.params.min_p for row in rows], weights)
     return _draw(weights, _uniforms(rows, logits))
 
 
-def _choose_from_best(logits: Tensor, rows: Sequence[SamplingRow], prefixes: Sequence[int] = PREFIXES) -> Tensor:
-    """Rows with top-k or top-p: looks at the best candidates; rows that may keep more of them are done again with more."""
+def _choose_from_best(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Rows with top-k or top-p: looks at the best candidates; rows that may keep more of them are done again with the whole vocabulary."""
     best = logits.amax(-1, keepdim=True)
-    scores, token_ids = _best(logits, prefixes[0] if prefixes else logits.shape[1])
+    scores, token_ids = _best(logits, NUM_CANDIDATES)
     weights = _scaled(scores, best, rows).exp_()
-    totals = weights.new_full((len(rows), 1), torch.nan)
-    unlimited = [index for index, row in enumerate(rows) if row.params.top_k == 0]
-    if unlimited:
+    totals = weights.new_full((len(rows), 1), torch.inf)
+    if unlimited := [index for index, row in enumerate(rows) if not 0 < row.params.top_k < logits.shape[1]]:
         scaled = _scaled(logits[unlimited], best[unlimited], [rows[index] for index in unlimited])
         totals[unlimited] = scaled.exp_().sum(-1, keepdim=True)
     keeps = _keeps(weights, totals, rows)
@@ -185,36 +185,69 @@ def _choose_from_best(logits: Tensor, rows: Sequence[SamplingRow], prefixes: Seq
     chosen = token_ids.gather(-1, _draw((weights * keeps).gather(-1, order), _uniforms(rows, logits))[:, None])[:, 0]
     if scores.shape[1] < logits.shape[1]:
         worst_kept = scores.gather(-1, keeps.sum(-1, keepdim=True) - 1)
-        again = (worst_kept <= scores[:, -1:])[:, 0].nonzero()[:, 0].tolist()  # what comes after the prefix may belong to it
+        again = (worst_kept <= scores[:, -1:])[:, 0].nonzero()[:, 0].tolist()  # what comes after the candidates may be kept too
         if again:
-            chosen[again] = _choose_from_best(logits[again], [rows[index] for index in again], prefixes[1:])
+            chosen[again] = _choose_from_sorted(logits[again], best[again], [rows[index] for index in again])
     return chosen
+
+
+def _choose_from_sorted(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """As `_choose_from_best`, over the whole vocabulary. Only values are sorted: a threshold, and how many of its equals stay."""
+    weights = _scaled(logits, best, rows).exp_()
+    in_order = _sorted(weights)
+    num_kept = _keeps(in_order, weights.sum(-1, keepdim=True), rows).sum(-1, keepdim=True)
+    threshold = in_order.gather(-1, num_kept - 1)
+    is_above, is_equal = weights > threshold, weights == threshold
+    num_equal = num_kept - is_above.sum(-1, keepdim=True)
+    keeps = is_above | (is_equal & (is_equal.cumsum(-1) <= num_equal))
+    return _draw(weights * keeps, _uniforms(rows, logits))
+
+
+def _sorted(weights: Tensor) -> Tensor:
+    """Each row's values, best first. numpy sorts floats with vector instructions, 50 times as fast as torch on CPU."""
+    if weights.device.type != "cpu":
+        return weights.sort(dim=-1, descending=True).values
+    return torch.from_numpy(-np.sort(-weights.numpy(), -1))
 
 
 def _best(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
     """The best scores of each row and their token ids, best first, of equals the smaller token id first.
 
-    Both (num_rows, num_candidates), or all of the vocabulary where it is smaller.
+    Both (num_rows, num_candidates), or all of the vocabulary where it is smaller. Which of the last one's equals are there is left open.
     """
     if num_candidates >= logits.shape[1]:
         scores, token_ids = logits.sort(dim=-1, descending=True, stable=True)
         return scores, token_ids
-    scores, token_ids = logits.topk(num_candidates, -1)
-    token_ids, order = token_ids.sort(-1)
-    scores, order = scores.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    scores, token_ids = _best_blocks(logits, num_candidates)
+    scores, order = scores.topk(num_candidates, -1)
+    token_ids, by_id = token_ids.gather(-1, order).sort(-1)
+    scores, order = scores.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
     return scores, token_ids.gather(-1, order)
+
+
+def _best_blocks(logits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """Some scores and their token ids, among them the best: the blocks with the best maxima. Maxima are cheap, torch's topk is not."""
+    num_rows, vocab_size = logits.shape
+    all_ids = torch.arange(vocab_size, device=logits.device)
+    if vocab_size % _TOP_BLOCK or vocab_size <= 2 * num_candidates * _TOP_BLOCK:
+        return logits, all_ids.expand(num_rows, -1)
+    blocks = logits.reshape(num_rows, -1, _TOP_BLOCK)
+    chosen = blocks.amax(-1).topk(num_candidates, -1).indices
+    row_ids = torch.arange(num_rows, device=logits.device)[:, None]
+    return blocks[row_ids, chosen].flatten(1), all_ids.view(-1, _TOP_BLOCK)[chosen].flatten(1)
 
 
 def _keeps(weights: Tensor, totals: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Which candidates each row keeps: (num_rows, num_candidates) bool, a run from the first on, at least one.
 
-    weights: (num_rows, num_candidates), best first, the first is 1. totals: (num_rows, 1), over the vocabulary, read where top_k is 0.
+    weights: (num_rows, num_candidates), best first, the first is 1. totals: (num_rows, 1), what top_p is a share of, where top_k does not
+    bound it by these candidates; infinite where they do not tell.
     """
     ranks = torch.arange(weights.shape[1], device=weights.device)
     top_k = torch.tensor([[row.params.top_k or weights.shape[1]] for row in rows], device=weights.device)
     keeps = ranks < top_k
     sums = (weights * keeps).cumsum(-1, dtype=torch.float64)
-    totals = torch.where(totals.isnan(), sums[:, -1:], totals.double())
+    totals = torch.where(top_k < weights.shape[1], sums[:, -1:], totals.double())
     top_p = torch.tensor([[row.params.top_p] for row in rows], dtype=torch.float64, device=weights.device)
     limits = torch.where(top_p < 1, top_p * totals * (1 - MASS_TOLERANCE), torch.inf)
     keeps &= sums - weights < limits
@@ -224,9 +257,11 @@ def _keeps(weights: Tensor, totals: Tensor, rows: Sequence[SamplingRow]) -> Tens
 
 
 def _scaled(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """(logits - best) / temperature: at most 0, so its exponential neither overflows nor is 0 everywhere. A row without choice gives 0s."""
-    best = torch.where(best.isfinite(), best, 0)
-    return (logits - best).div_(_column([max(row.params.temperature, MIN_TEMPERATURE) for row in rows], logits))
+    """(logits - best) / temperature: at most 0, so its exponential neither overflows nor is 0 everywhere, unless nothing is left."""
+    scaled = logits - torch.where(best.isfinite(), best, 0)
+    if all(row.params.temperature == 1 for row in rows):
+        return scaled
+    return scaled.div_(_column([max(row.params.temperature, MIN_TEMPERATURE) for row in rows], logits))
 
 
 def _draw(weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -236,8 +271,10 @@ def _draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     exchanging neighbours. weights: (num_rows, num_entries), at least 0. Summed by blocks first, so that few entries are added one by one.
     """
     num_rows, num_entries = weights.shape
-    blocks = torch.nn.functional.pad(weights, (0, -num_entries % _BLOCK)).view(num_rows, -1, _BLOCK)
-    block_sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    if num_entries % _BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -num_entries % _BLOCK))
+    blocks = weights.view(num_rows, -1, _BLOCK)
+    block_sums = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     targets = uniforms[:, None] * block_sums[:, -1:]
     block = _first_above(block_sums, targets)
     before = torch.nn.functional.pad(block_sums, (1, 0)).gather(-1, block)

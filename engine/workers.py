@@ -38,14 +38,12 @@ class Ranks:
         self._channels: list[Channel] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._folder: str | None = None
-        group = ParallelGroup()
-        if config.tp > 1:
-            self._folder = tempfile.mkdtemp(prefix="vlm-ranks-")  # mode 0700
-            rendezvous = str(Path(self._folder) / "rendezvous")
-            for rank in range(1, config.tp):
-                self._spawn(StartRank(config, rank, rendezvous))
-            group = join(config, 0, rendezvous)
-        self.runner = ModelRunner(config, group, on_progress=on_progress)
+        try:
+            group = self._start_others(config) if config.tp > 1 else ParallelGroup()
+            self.runner = ModelRunner(config, group, on_progress=on_progress)
+        except BaseException:
+            self.close()
+            raise
 
     def execute(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
         """As `ModelRunner.execute`, on every rank at once."""
@@ -67,6 +65,13 @@ class Ranks:
             dist.destroy_process_group()
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start_others(self, config: EngineConfig) -> ParallelGroup:
+        self._folder = tempfile.mkdtemp(prefix="vlm-ranks-")  # mode 0700
+        rendezvous = str(Path(self._folder) / "rendezvous")
+        for rank in range(1, config.tp):
+            self._spawn(StartRank(config, rank, rendezvous))
+        return join(config, 0, rendezvous)
 
     def _spawn(self, start: StartRank) -> None:
         ours, theirs = socket.socketpair()

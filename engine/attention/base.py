@@ -3,9 +3,11 @@
 One backend object serves one rank for its lifetime. `prepare` is called once per step, `attend` once per layer.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,15 +37,23 @@ class LayerCache:
 def allocate_cache(
     shapes: list[LayerShape], *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[LayerCache]:
-    """Uninitialised memory for every layer; on CPU its pages cost nothing until they are used."""
+    """Zeroed memory for every layer: a masked slot still takes part in sums with weight 0, which a stray NaN would survive."""
     num_slots = num_blocks * block_size
     return [
         LayerCache(
-            torch.empty(num_slots, shape.num_kv_heads, shape.key_dim, dtype=dtype, device=device),
-            torch.empty(num_slots, shape.num_kv_heads, shape.value_dim, dtype=dtype, device=device),
+            _zeros((num_slots, shape.num_kv_heads, shape.key_dim), dtype, device),
+            _zeros((num_slots, shape.num_kv_heads, shape.value_dim), dtype, device),
         )
         for shape in shapes
     ]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On CPU the pages stay untouched, and so cost nothing, until they are used: numpy asks for zeroed ones where torch writes zeros."""
+    if device.type != "cpu" or 0 in shape:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True)
