@@ -60,7 +60,7 @@ class TextTokenizer:
 def load_tokenizer(model_folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, or in a `*.gguf` file. Blocks while files are read.
 
-    Raises OSError or ValueError, naming the folder, where there is none that can be read.
+    Raises ValueError naming the folder where there is none that can be read.
     """
     path = Path(model_folder)
     if path.suffix == ".gguf":
@@ -81,7 +81,10 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _loaded(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from engine.request import InvalidRequestError, Prompt
-from tests.image_fixtures import SIZES, FakeImages, picture, reference_processor, tiny_folder
+from tests.image_fixtures import SIZES, FakeImages, picture, reference_model, reference_processor, tiny_folder
 from tests.tiny_models import image_model_names
 from vlm_server.chat_template import TemplateError
 from vlm_server.pipeline import ImagesNotSupportedError, Pipeline
@@ -97,6 +98,24 @@ async def test_spans_cover_every_row_of_every_picture_in_order(
     assert [(image, row) for _, image, row in slots] == expected
     assert len(prompt.images) == sum(part.startswith("@") for _, content in conversation for part in content)
     assert all(span.is_atomic == (name == "gemma3") for span in prompt.spans)
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+async def test_a_prompts_positions_equal_the_references(name: str, conversation: list[tuple[str, list[str]]], pipelines: Any) -> None:
+    pipeline = pipelines(name)
+
+    prompt = await pipeline.chat_prompt(openai_messages(conversation))
+
+    if not prompt.images:
+        assert (prompt.positions, prompt.position_delta) == (None, 0)
+        return
+    token_ids = torch.tensor([prompt.token_ids])
+    grids = torch.from_numpy(np.concatenate([image.arrays["image_grid_thw"].numpy() for image in prompt.images]))
+    kinds = (token_ids == pipeline.family.image_token_id).int()
+    expected, delta = reference_model(name).model.get_rope_index(token_ids, kinds, image_grid_thw=grids)
+    assert prompt.positions == tuple(tuple(axis) for axis in expected[:, 0].tolist())
+    assert prompt.position_delta == delta.item()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
