@@ -48,17 +48,21 @@ def bad_request(code: str, message: str, *, param: str | None = None) -> ApiErro
     return ApiError(400, code, message, param=param)
 
 
-def to_api_error(error: Exception) -> ApiError:
-    """What the client is told of an exception. An unknown one is an internal error whose text stays with us."""
+def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
+    """What the client is told of an exception. An unknown one is an internal error whose text stays with us.
+
+    param: the field that is named where the exception names none.
+    """
     match error:
         case ApiError():
             return error
         case MediaError():
-            return ApiError(error.status, error.code, error.message, param=error.param)
+            message = f"{error.param}: {error.message}" if error.param else error.message
+            return ApiError(error.status, error.code, message, param=error.param)
         case PromptTooLongError():
-            return bad_request("context_length_exceeded", str(error), param="messages")
+            return bad_request("context_length_exceeded", str(error), param=param)
         case InvalidRequestError():
-            return bad_request("invalid_value", str(error), param=_leading_field(str(error)))
+            return bad_request("invalid_value", str(error), param=_leading_field(str(error)) or param)
         case QueueFullError():
             return ApiError(429, "queue_full", str(error), headers={"retry-after": str(error.retry_after_s)})
         case EngineDeadError():
@@ -105,7 +109,7 @@ def field_path(location: Sequence[str | int]) -> str:
 
 def _leading_field(message: str) -> str | None:
     """The engine's messages begin with `field: `."""
-    found = re.match(r"([a-z_]+): ", message)
+    found = re.match(r"([a-z_][\w.\[\]]*): ", message)
     return found[1] if found else None
 
 

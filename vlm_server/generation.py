@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from engine.request import FinishReason, Prompt, SamplingParams, StepOutput, TokenLogprobs
+from engine.request import FinishReason, InvalidRequestError, Prompt, SamplingParams, StepOutput, TokenLogprobs
 from vlm_server.backend import Engine, Tokenizer
 from vlm_server.detokenizer import Detokenizer
 from vlm_server.errors import ApiError, to_api_error
@@ -146,6 +146,7 @@ class Generation:
         self._engine = engine
         self._prompts = prompts
         self._num_choices = request.num_choices
+        self._input_field = request.input_field
         self._request_id = request_id
         self._metrics = metrics
         includes_stop = bool(request.include_stop_str_in_output)
@@ -209,12 +210,15 @@ class Generation:
         prompt = self._prompts[answer.index // self._num_choices]
         steps = self._engine.generate(prompt, answer.params, request_id=f"{self._request_id}-{answer.index}")
         async with aclosing(steps):
-            async for step in steps:
-                delta = answer.take(step)
-                if delta is not None:
-                    yield delta
-                if answer.finish_reason is not None:
-                    return
+            try:
+                async for step in steps:
+                    delta = answer.take(step)
+                    if delta is not None:
+                        yield delta
+                    if answer.finish_reason is not None:
+                        return
+            except InvalidRequestError as error:
+                raise to_api_error(error, param=self._input_field) from error
         raise ApiError(500, "internal_error", "the engine ended the answer without a finish reason")
 
     async def _merged(self) -> AsyncGenerator[Delta, None]:

@@ -4,7 +4,7 @@ Every declared field has its effect. A documented field that is not declared her
 `--strict-fields`, one that no API documents. Bounds stand here and nowhere else, so that a 400 names the field.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
@@ -37,6 +37,8 @@ class StreamOptions(BaseModel):
 
 class GenerationFields(BaseModel):
     """What both routes know. A null field is as good as an absent one."""
+
+    input_field: ClassVar[str]  # which one holds the prompt
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -93,6 +95,8 @@ def _messages_kind(value: object) -> str:
 class ChatCompletionRequest(GenerationFields):
     """A conversation to be continued by one assistant message."""
 
+    input_field: ClassVar[str] = "messages"
+
     messages: Annotated[
         Annotated[UnicodeText, Tag("<string>")] | Annotated[list[ChatMessage], Field(min_length=1), Tag("<list>")],
         Discriminator(_messages_kind),
@@ -130,6 +134,8 @@ _TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 class CompletionRequest(GenerationFields):
     """Text to be continued, without a chat template."""
+
+    input_field: ClassVar[str] = "prompt"
 
     prompt: Annotated[
         Annotated[UnicodeText, Tag("<string>")]

@@ -66,6 +66,7 @@ async def stream(request: Request, generation: Generation, shape: Shape, *, incl
         first = await unless_client_leaves(request, anext(deltas))
     except BaseException:
         await deltas.aclose()
+        _note_usage(request, generation)
         raise
     events = _events(request, generation, shape, first, deltas, includes_usage)
     return _EventStream(events, deltas, ping_s=ping_s)

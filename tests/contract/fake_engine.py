@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -39,19 +40,19 @@ def reply_to(prompt: Prompt, params: SamplingParams) -> Sequence[int]:
 
 
 class FakeEngine:
-    """Writes what `script` says, `group` tokens a step. With `gate` set, each step waits for it."""
+    """Writes what `script` says, `group` tokens a step."""
 
     def __init__(self) -> None:
         self.state = "ready"
         self.num_restarts = 0
         self.script: Script = reply_to
         self.group = 1
-        self.gate: asyncio.Event | None = None
+        self.hangs_after: int | None = None  # steps, then nothing more comes
         self.refusal: EngineError | None = None
         self.fails_after: int | None = None  # steps, then the engine dies
         self.running: set[str] = set()
         self.requests: list[tuple[Prompt, SamplingParams]] = []
-        self.left = asyncio.Event()  # a generation was closed before its end
+        self.left = threading.Event()  # a generation was closed before its end
         self.info: EngineInfo | None = EngineInfo(
             model_type="fake",
             device="cpu",
@@ -78,7 +79,9 @@ class FakeEngine:
             for number, output in enumerate(self._outputs(prompt, params, request_id)):
                 if self.fails_after is not None and number >= self.fails_after:
                     raise EngineDeadError("the engine process ended")
-                await (self.gate.wait() if self.gate else asyncio.sleep(0))
+                if self.hangs_after is not None and number >= self.hangs_after:
+                    await asyncio.Event().wait()
+                await asyncio.sleep(0)
                 is_over = output.finish_reason is not None
                 yield output
         finally:
@@ -123,7 +126,7 @@ class FakePipeline:
     def __init__(self) -> None:
         self.tokenizer = ByteTokenizer()
         self.loading: set[str] = set()
-        self.left = asyncio.Event()
+        self.left = threading.Event()
         self.template_kwargs: dict[str, Any] | None = None
 
     async def chat_prompt(
@@ -174,6 +177,11 @@ class FakeBackend:
     def __init__(self) -> None:
         self.engine = FakeEngine()
         self.pipeline = FakePipeline()
+
+    def reset(self) -> None:
+        """As new, for the next test on the same server."""
+        self.engine.__init__()  # type: ignore[misc]
+        self.pipeline.__init__()  # type: ignore[misc]
 
     @contextlib.asynccontextmanager
     async def open(self, config: ServerConfig) -> AsyncIterator[Backend]:

@@ -1,0 +1,128 @@
+"""`APIClient`: a small synchronous client with the methods, defaults and generator behaviour of LMDeploy's.
+
+As there: every method is a generator, also without streaming (it yields once); nothing is raised for an error status, the error's body
+is yielded; there is no timeout; and what is passed as `**kwargs` travels as one field named `kwargs`, without effect.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import requests
+
+logger = logging.getLogger(__name__)
+
+Messages = str | list[dict[str, Any]]
+
+
+def json_loads(content: str | bytes) -> Any:
+    """The decoded JSON; an empty string, and a line in the log, where it is none."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        logger.warning("not JSON: %.200r", content)
+        return ""
+
+
+def get_model_list(api_url: str, headers: Mapping[str, str] | None = None) -> list[str] | None:
+    """The ids of `GET /v1/models` at `api_url`; None where the server refuses."""
+    response = requests.get(api_url, headers=dict(headers or {}), timeout=None)
+    if not response.ok:
+        return None
+    return [str(model["id"]) for model in response.json()["data"]]
+
+
+class APIClient:
+    """A server at `api_server_url`, e.g. http://localhost:23333."""
+
+    def __init__(self, api_server_url: str, api_key: str | None = None, **kwargs: object) -> None:
+        self.api_server_url = api_server_url
+        self.models_v1_url = f"{api_server_url}/v1/models"
+        self.chat_completions_v1_url = f"{api_server_url}/v1/chat/completions"
+        self.completions_v1_url = f"{api_server_url}/v1/completions"
+        self.encode_v1_url = f"{api_server_url}/v1/encode"
+        self.api_key = api_key
+        self.headers = {"content-type": "application/json"}
+        if api_key is not None:
+            self.headers["Authorization"] = f"Bearer {api_key}"
+        self._available_models: list[str] | None = None
+
+    @property
+    def available_models(self) -> list[str] | None:
+        """The served models' names, asked for once; None where the server refuses."""
+        if self._available_models is None:
+            self._available_models = get_model_list(self.models_v1_url, self.headers)
+        return self._available_models
+
+    def chat_completions_v1(
+        self,
+        model: str,
+        messages: Messages,
+        temperature: float | None = 0.7,
+        top_p: float | None = 1.0,
+        logprobs: bool | None = False,
+        top_logprobs: int | None = 0,
+        n: int | None = 1,
+        max_completion_tokens: int | None = None,
+        max_tokens: int | None = None,
+        stop: str | list[str] | None = None,
+        stream: bool | None = False,
+        presence_penalty: float | None = 0.0,
+        frequency_penalty: float | None = 0.0,
+        user: str | None = None,
+        repetition_penalty: float | None = 1.0,
+        ignore_eos: bool | None = False,
+        skip_special_tokens: bool | None = True,
+        spaces_between_special_tokens: bool | None = True,
+        top_k: int | None = 40,
+        min_new_tokens: int | None = None,
+        min_p: float | None = 0.0,
+        logit_bias: dict[str, float] | None = None,
+        stream_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Any]:
+        """The response, or with `stream` its chunks, as dicts."""
+        body = {name: value for name, value in locals().items() if name != "self"}
+        yield from self._post(self.chat_completions_v1_url, body)
+
+    def completions_v1(
+        self,
+        model: str,
+        prompt: str | list[Any],
+        suffix: str | None = None,
+        temperature: float | None = 0.7,
+        n: int | None = 1,
+        max_completion_tokens: int | None = 16,
+        max_tokens: int | None = 16,
+        stream: bool | None = False,
+        stop: str | list[str] | None = None,
+        top_p: float | None = 1.0,
+        top_k: int | None = 40,
+        user: str | None = None,
+        repetition_penalty: float | None = 1.0,
+        ignore_eos: bool | None = False,
+        skip_special_tokens: bool | None = True,
+        spaces_between_special_tokens: bool | None = True,
+        stream_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Any]:
+        """The response, or with `stream` its chunks, as dicts."""
+        body = {name: value for name, value in locals().items() if name != "self"}
+        yield from self._post(self.completions_v1_url, body)
+
+    def _post(self, url: str, body: dict[str, Any]) -> Iterator[Any]:
+        response = requests.post(url, headers=self.headers, json=body, stream=bool(body["stream"]), timeout=None)
+        if not body["stream"]:
+            yield json_loads(response.content)
+            return
+        with response:
+            yield from _events(response)
+
+
+def _events(response: requests.Response) -> Iterator[Any]:
+    """The decoded lines of an event stream without its `[DONE]`; an error's body is one undecorated line."""
+    for line in response.iter_lines(delimiter=b"\n"):
+        data = line.removeprefix(b"data:").strip()
+        if data and data != b"[DONE]":
+            yield json_loads(data)

@@ -1,0 +1,148 @@
+"""The flags of `vlm-server serve`, with LMDeploy's names where one exists, and the `ServerConfig` they make.
+
+One table: each flag says which field of which config it sets; its default is that field's. Imports nothing heavy, so that `-h` is quick.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from engine.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
+from vision.config import VisionConfig
+from vlm_server.config import ServerConfig
+
+LOG_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
+
+_CONFIGS = {"engine": EngineConfig, "vision": VisionConfig, "server": ServerConfig}
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """`--name` sets `field` of `config`; `kind` is a type, a tuple of choices, bool for on and off, or list for several strings."""
+
+    name: str
+    config: str  # engine | vision | server | checkpoint
+    help: str
+    kind: Callable[[str], Any] | tuple[str, ...] = str
+    field: str = ""
+    default: object = None  # where the field's own is not it
+
+    @property
+    def target(self) -> str:
+        return self.field or self.name.replace("-", "_")
+
+
+FLAGS: dict[str, tuple[Flag, ...]] = {
+    "model": (
+        Flag("model-name", "checkpoint", "the model's id for clients (default: MODEL as given)"),
+        Flag("revision", "checkpoint", "branch, tag or commit on the hub"),
+        Flag("download-dir", "checkpoint", "folder for downloads (default: the hub's cache, see HF_HOME)"),
+        Flag("trust-remote-code", "engine", "run code that the checkpoint brings", bool),
+        Flag("load-format", "engine", "how weights are stored; dummy: random ones", LOAD_FORMATS),
+        Flag("dtype", "engine", "of weights and KV cache; auto on a CPU: float32", DTYPES),
+        Flag("chat-template", "server", "Jinja file in place of the checkpoint's chat template"),
+        Flag("meta-instruction", "server", "system text of chats that bring none"),
+        Flag(
+            "generation-config",
+            "server",
+            "sampling defaults: auto (the checkpoint's), lmdeploy (LMDeploy's old ones) or a folder",
+        ),
+    ),
+    "server": (
+        Flag("server-name", "server", "address to listen on"),
+        Flag("server-port", "server", "port to listen on; 0: any free one", int),
+        Flag("root-path", "server", "prefix that a reverse proxy strips, e.g. /vlm"),
+        Flag("api-keys", "server", "keys, one of which every request must bring (default: none needed)", list),
+        Flag("allow-origins", "server", "CORS: origins", list),
+        Flag("allow-methods", "server", "CORS: methods", list),
+        Flag("allow-headers", "server", "CORS: headers", list),
+        Flag("allow-credentials", "server", "CORS: credentials", bool),
+        Flag("strict-fields", "server", "refuse request fields that no API documents, instead of a warning", bool),
+        Flag("max-body-bytes", "server", "largest request body", int),
+        Flag("sse-ping-s", "server", "seconds between comment lines in a silent stream; 0: none", float),
+        Flag("metrics", "server", "GET /metrics", bool, "enable_metrics"),
+        Flag("fastapi-docs", "server", "GET / and /openapi.json", bool, "enable_docs"),
+        Flag("log-level", "server", "what is logged", LOG_LEVELS),
+    ),
+    "engine": (
+        Flag("device", "engine", "where the model runs", DEVICES),
+        Flag("tp", "engine", "tensor-parallel processes", int),
+        Flag("session-len", "engine", "tokens of prompt and answer together (default: the checkpoint's)", int),
+        Flag("max-batch-size", "engine", "requests computed at once", int),
+        Flag("cache-max-entry-count", "engine", "KV cache: below 1 a share of the free memory, else blocks (default: by device)", float),
+        Flag("cache-block-seq-len", "engine", "tokens per KV block", int),
+        Flag("enable-prefix-caching", "engine", "keep the KV of prompts for later ones that begin alike", bool),
+        Flag("max-prefill-token-num", "engine", "prompt tokens computed in one step", int),
+        Flag("max-waiting", "engine", "requests that may wait; more are refused with 429", int),
+        Flag("num-threads", "engine", "CPU threads of the engine (default: all cores)", int),
+        Flag("embedding-cache-bytes", "engine", "memory for the embeddings of pictures seen before", int),
+        Flag("encoder-share", "engine", "share of the time that encoding pictures may take from running answers", float),
+        Flag("seed", "engine", "of requests without their own, and of dummy weights", int),
+    ),
+    "pictures": (
+        Flag("allow-private-media", "vision", "networks (CIDR) that picture URLs may point to although they are not public", list),
+        Flag("allowed-local-media-path", "vision", "folder that file: URLs may name (default: none)"),
+        Flag("max-picture-bytes", "vision", "largest picture as sent", int),
+        Flag("max-picture-pixels", "vision", "largest picture, width × height", int),
+        Flag("max-redirects", "vision", "redirects followed for one picture", int),
+        Flag("fetch-timeout-s", "vision", "seconds for one picture's download", float),
+        Flag("num-decode-workers", "vision", "processes that decode pictures", int),
+        Flag("num-preprocess-workers", "vision", "processes that resize and tile pictures", int),
+    ),
+}
+
+
+def add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            _add(group, flag)
+
+
+def normalized(arguments: Sequence[str]) -> list[str]:
+    """`--session_len` as `--session-len`; values stay as they are."""
+    return [_normalized(argument) for argument in arguments]
+
+
+def values_for(config: str, parsed: argparse.Namespace) -> dict[str, Any]:
+    """The fields of one config, as the flags set them."""
+    flags = (flag for group in FLAGS.values() for flag in group if flag.config == config)
+    return {flag.target: _frozen(getattr(parsed, flag.target)) for flag in flags}
+
+
+def _frozen(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _normalized(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+
+
+def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
+    default = _default(flag)
+    shown = "" if default is None or "(default:" in flag.help else f" (default: {_shown(default)})"
+    options: dict[str, Any] = {"dest": flag.target, "default": default, "help": flag.help.replace("%", "%%") + shown}
+    if flag.kind is bool:
+        group.add_argument(f"--{flag.name}", action=argparse.BooleanOptionalAction, **options)
+        return
+    if flag.kind is list:
+        options |= {"nargs": "*", "metavar": "X"}
+    elif isinstance(flag.kind, tuple):
+        options |= {"choices": flag.kind}
+    else:
+        options |= {"type": flag.kind, "metavar": "N" if flag.kind in (int, float) else "X"}
+    group.add_argument(f"--{flag.name}", **options)
+
+
+def _default(flag: Flag) -> Any:
+    if flag.config == "checkpoint":
+        return None
+    return next(field.default for field in fields(_CONFIGS[flag.config]) if field.name == flag.target)
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return " ".join(map(str, default)) or "none" if isinstance(default, tuple) else str(default) or "none"

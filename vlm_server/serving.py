@@ -1,0 +1,121 @@
+"""Runs one server in this process until it is told to stop: binds first, loads, says when it is ready. The only place that prints."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+
+import uvicorn
+
+from engine.request import EngineError
+from vlm_server.app import create_app
+from vlm_server.backend import Backend, open_backend
+from vlm_server.config import ServerConfig
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 5  # for requests that run when the server is told to stop
+
+_ANYWHERE = ("0.0.0.0", "::", "")
+
+
+class ServingError(Exception):
+    """The server could not start; the message says why."""
+
+
+def serve(config: ServerConfig) -> None:
+    """Blocks until the server is stopped by a signal. Raises ServingError."""
+    if config.server_name in _ANYWHERE and not config.api_keys:
+        logger.warning(
+            "listening on every address without API keys: whoever reaches port %d can use the model and make this server fetch "
+            "pictures; set --api-keys, or --server-name 127.0.0.1",
+            config.server_port,
+        )
+    with _listener(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_run(config, listener))
+
+
+async def _run(config: ServerConfig, listener: socket.socket) -> None:
+    started_s = time.monotonic()
+    progress = ProgressLine(f"Loading {config.model_root}")
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                backend = await stack.enter_async_context(open_backend(config, on_progress=progress.show))
+            except (EngineError, OSError, ValueError) as error:
+                raise ServingError(f"{config.model_root} cannot be served: {error}") from error
+            finally:
+                progress.close()
+            url = _url(listener)
+            ready = f"Ready in {time.monotonic() - started_s:.0f} s: {config.model_name} at {url} (API at {url}/v1, docs at {url}/)"
+            await _Server(config, backend, ready).serve(sockets=[listener])
+    finally:
+        progress.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which prints `ready` once it takes requests."""
+
+    def __init__(self, config: ServerConfig, backend: Backend, ready: str) -> None:
+        @contextlib.asynccontextmanager
+        async def opened(config: ServerConfig) -> AsyncIterator[Backend]:
+            yield backend
+
+        app = create_app(config, open_backend=opened)
+        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S, server_header=False))
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            print(self._ready, flush=True)
+
+
+class ProgressLine:
+    """One line on stderr: redrawn on a terminal, a line per quarter elsewhere."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._last = -1.0
+        self._is_terminal = sys.stderr.isatty()
+
+    def show(self, fraction: float) -> None:
+        """`fraction` of the weights is loaded, 0 to 1."""
+        step = 0.01 if self._is_terminal else 0.25
+        if fraction < 1 and fraction - self._last < step:
+            return
+        self._last = fraction
+        bar = ("#" * round(20 * fraction)).ljust(20, ".")
+        line = f"{self._text} [{bar}] {fraction:4.0%}"
+        print(f"\r{line}" if self._is_terminal else line, end="" if self._is_terminal else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._is_terminal and self._last >= 0:
+            print(file=sys.stderr)
+        self._last = -1.0
+
+
+def _listener(config: ServerConfig) -> socket.socket:
+    """Bound before the weights are loaded, so that a taken port is known at once."""
+    try:
+        address = socket.getaddrinfo(config.server_name or None, config.server_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(address[0], socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address[4])
+    except OSError as error:
+        raise ServingError(f"cannot listen on {config.server_name}:{config.server_port}: {error.strerror or error}") from error
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = "127.0.0.1" if host in _ANYWHERE else f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}"
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvicorn's choice: uvloop where there is one."""
+    return uvicorn.Config("", log_config=None).get_loop_factory()
