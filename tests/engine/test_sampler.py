@@ -10,7 +10,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from engine.request import SamplingParams
-from engine.sampler import SamplingRow, sample, uniform
+from engine.sampler import MASS_TOLERANCE, SamplingRow, sample, uniform
 
 PROBABILITIES = (0.23, 0.20, 0.18, 0.11, 0.10, 0.08, 0.05, 0.03, 0.02)
 NUM_DRAWS = 10_000
@@ -72,6 +72,7 @@ def changed(logits: Sequence[float], *, eos: Sequence[int] = (), **row: Any) -> 
         ({"min_p": 1.0}, 1),
         ({"top_k": 4, "top_p": 0.6}, 3),  # top_p of what top_k left: 0.43 of 0.72 is less than 0.6
         ({"top_k": 3, "top_p": 0.7}, 2),  # 0.43 of 0.61 is more than 0.7
+        ({"top_k": 100, "top_p": 0.6}, 3),
         ({"top_p": 0.9, "min_p": 0.8}, 2),
         ({}, 9),
     ],
@@ -106,27 +107,49 @@ def test_order_of_the_vocabulary_does_not_matter_to_what_is_kept() -> None:
 def test_of_equals_at_the_border_the_smaller_token_ids_are_kept() -> None:
     assert set(draw([0.1] * 10, top_p=0.5)) == {0, 1, 2, 3, 4}
     assert set(draw([0.1] * 10, top_k=3)) == {0, 1, 2}
-    assert set(draw([1e-4] * 10_000, top_k=100, num_draws=2_000)) == set(range(100))
+    assert set(draw([1e-3] * 1_000, top_k=100, num_draws=2_000)) == set(range(100))
+    assert set(draw([1e-4] * 16_384, top_k=10, num_draws=200)) == set(range(10))
 
 
-@pytest.mark.parametrize("params", [{"top_p": 0.9}, {"top_k": 3_000}, {}, {"top_p": 0.001}])
-def test_large_vocabularies_are_drawn_in_their_proportions(params: dict[str, Any]) -> None:
-    """Flat enough that the prefixes do not hold the mass."""
-    vocab_size = 5_003
-    scores = torch.linspace(0, 2, vocab_size)[torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))]
-    probabilities = scores.softmax(-1).double()
-    order = probabilities.argsort(descending=True, stable=True)
-    mass_before = probabilities[order].cumsum(0) - probabilities[order]
-    kept = order[(mass_before < params.get("top_p", 1.0)) & (torch.arange(vocab_size) < params.get("top_k", vocab_size))]
+def plain_choice(scores: Sequence[float], row: SamplingRow) -> int:
+    """The definition, in double precision: sort, cut, and walk through what is kept in the order of the vocabulary."""
+    params, best = row.params, max(scores)
+    weights = [math.exp((score - best) / params.temperature) for score in scores]
+    order = sorted(range(len(scores)), key=lambda token_id: -scores[token_id])[: params.top_k or None]
+    total, mass, kept = sum(weights[token_id] for token_id in order), 0.0, []
+    for token_id in order:
+        if mass < params.top_p * total * (1 - MASS_TOLERANCE) and weights[token_id] >= params.min_p:
+            kept.append(token_id)
+        mass += weights[token_id]
+    target, mass = uniform(row.seed, row.num_output_tokens) * sum(weights[token_id] for token_id in kept), 0.0
+    for token_id in sorted(kept):
+        mass += weights[token_id]
+        if mass > target:
+            return token_id
+    raise AssertionError("nothing is kept")
 
-    rows = [make_row(num_output=step, seed=3, **params) for step in range(1_000)]
-    tokens = [token.token_id for token in sample(scores.repeat(1_000, 1), rows, eos_token_ids=())]
 
-    assert set(tokens) <= set(kept.tolist())
-    sums = torch.zeros(vocab_size, dtype=torch.float64).scatter(0, kept, probabilities[kept]).cumsum(0)
-    quantiles = torch.tensor([sums[token] / sums[-1] for token in tokens]).sort().values
-    distance = (quantiles - torch.arange(1_000) / 1_000).abs().max()
-    assert distance < 1.95 / math.sqrt(1_000) + 1 / len(kept)  # Kolmogorov-Smirnov at 99.9 %
+@pytest.mark.parametrize("vocab_size", [50, 5_003, 16_384])
+@pytest.mark.parametrize("spread", [0.5, 2.0, 6.0])  # from flat, so that everything has to be sorted, to steep
+def test_every_choice_is_that_of_the_definition(vocab_size: int, spread: float) -> None:
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"top_p": 0.9},
+        {"top_p": 0.5},
+        {"top_k": 40, "top_p": 0.8, "temperature": 0.8},
+        {"top_k": 63},
+        {"top_k": 64},
+        {"top_k": 65, "top_p": 0.99},
+        {"top_k": 3_000, "top_p": 0.5, "temperature": 1.5},
+        {"min_p": 0.05},
+        {"top_p": 0.999, "min_p": 0.01},
+    ]
+    logits = torch.randn(40, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * spread
+    rows = [make_row(seed=index, num_output=index, **kinds[index % len(kinds)]) for index in range(40)]
+
+    tokens = [token.token_id for token in sample(logits.clone(), rows, eos_token_ids=())]
+
+    assert tokens == [plain_choice(scores, row) for scores, row in zip(logits.tolist(), rows, strict=True)]
 
 
 def test_uniform_numbers_are_uniform_and_depend_on_seed_and_counter() -> None:
