@@ -12,7 +12,7 @@ import time
 
 import msgspec
 
-from vision.frames import Failure, Frame, receive_frame, send_frame
+from vision.frames import Failure, Frame, receive_frame, send_frame, serve_frames
 from vision.image import MediaError
 
 _NUM_DESCRIPTORS = 64
@@ -25,26 +25,24 @@ class DecodeLimits(msgspec.Struct, frozen=True):
 
 
 def main(fd: int) -> None:
-    from vision.pixels import decode_picture
+    import vision.pixels  # noqa: F401  (before memory is limited)
 
     connection = socket.socket(fileno=fd)
     limits = msgspec.msgpack.decode(receive_frame(connection).body, type=DecodeLimits)
     _limit_process(limits)
     send_frame(connection, Frame())  # ready
-    while True:
-        try:
-            request = receive_frame(connection)
-        except EOFError:
-            return
-        _limit_cpu(limits.cpu_s)
-        try:
-            pixels = decode_picture(request.arrays["data"].numpy().tobytes(), max_pixels=limits.max_pixels)
-            reply = Frame(arrays={"pixels": pixels})
-        except MediaError as error:
-            reply = Frame(failure=Failure(error.code, error.message, error.status))
-        request.close()
-        send_frame(connection, reply)
-        reply.close()
+    serve_frames(connection, lambda request: _decode(request, limits))
+
+
+def _decode(request: Frame, limits: DecodeLimits) -> Frame:
+    from vision.pixels import decode_picture
+
+    _limit_cpu(limits.cpu_s)
+    try:
+        pixels = decode_picture(request.arrays["data"].numpy().tobytes(), max_pixels=limits.max_pixels)
+        return Frame(arrays={"pixels": pixels})
+    except MediaError as error:
+        return Frame(failure=Failure(error.code, error.message, error.status))
 
 
 def _limit_process(limits: DecodeLimits) -> None:

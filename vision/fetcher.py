@@ -73,14 +73,12 @@ class Fetcher:
         try:
             async with asyncio.timeout(self._config.fetch_timeout_s):
                 return await self._follow(url)
-        except (BlockedAddressError, aiohttp.ClientConnectorDNSError) as error:
-            raise _unreachable(error) from None
         except TimeoutError:  # aiohttp's own timeouts are among these
             raise MediaError("image_fetch_timeout", "the picture's server took too long to send it") from None
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
             raise MediaError("url_invalid", "the picture's URL is not valid") from None
-        except (aiohttp.ClientError, OSError, zlib.error):
-            raise MediaError("image_fetch_failed", "the picture's server could not be reached or broke off") from None
+        except (aiohttp.ClientError, OSError, zlib.error) as error:
+            raise _unreachable(error) from None
 
     async def _follow(self, url: URL) -> bytes:
         """Follows redirects by hand: each hop is checked as the first one is."""
@@ -168,10 +166,10 @@ def _as_written(url: str) -> URL:
     return URL(url, encoded=url.isascii() and " " not in url)
 
 
-def _unreachable(error: OSError) -> MediaError:
-    if isinstance(error, BlockedAddressError) or isinstance(error.__cause__, BlockedAddressError):
+def _unreachable(error: Exception) -> MediaError:
+    if isinstance(error, BlockedAddressError) or isinstance(error.__cause__, BlockedAddressError):  # the latter from the resolver
         return MediaError("url_blocked", "the picture's URL leads to an address that is not fetched from (--allow-private-media)")
-    return MediaError("image_fetch_failed", "the picture's host name has no address")
+    return MediaError("image_fetch_failed", "the picture's server could not be found or reached, or broke off")
 
 
 def _read_regular_file(path: str, limit_bytes: int) -> bytes:

@@ -5,9 +5,11 @@ anything here. Knows nothing of what the frames are about, and of processes only
 """
 
 import array
+import contextlib
 import os
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -120,6 +122,17 @@ def receive_frame(connection: socket.socket) -> Frame:
     finally:
         reader.close()
     return frame
+
+
+def serve_frames(connection: socket.socket, answer: Callable[[Frame], Frame]) -> None:
+    """A worker's life: answers one frame after the other until the other end closes. Closes both frames' arrays."""
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            request = receive_frame(connection)
+            reply = answer(request)
+            request.close()
+            send_frame(connection, reply)
+            reply.close()
 
 
 def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from vision.frames import Failure, Frame, receive_frame, send_frame
+from vision.frames import Failure, Frame, receive_frame, send_frame, serve_frames
 from vision.image import ImageOptions, MediaError
 from vision.shared_array import SharedArray
 
@@ -60,15 +60,7 @@ def main(fd: int) -> None:
         send_frame(connection, Frame(failure=Failure("processor_not_loaded", f"{type(error).__name__}: {error}")))
         return
     send_frame(connection, Frame(msgspec.msgpack.encode(PreprocessInfo(preprocessor.fingerprint))))
-    while True:
-        try:
-            request = receive_frame(connection)
-        except EOFError:
-            return
-        reply = _process(preprocessor, request)
-        request.close()
-        send_frame(connection, reply)
-        reply.close()
+    serve_frames(connection, lambda request: _process(preprocessor, request))
 
 
 def _load(settings: PreprocessSettings) -> Preprocessor:
@@ -84,15 +76,20 @@ def _load(settings: PreprocessSettings) -> Preprocessor:
 
 def _process(preprocessor: Preprocessor, request: Frame) -> Frame:
     options = msgspec.msgpack.decode(request.body, type=ImageOptions)
+    pixels = request.arrays["pixels"].numpy()
     try:
-        arrays, layout, num_tokens = preprocessor.process(request.arrays["pixels"].numpy(), options)
+        arrays, layout, num_tokens = preprocessor.process(pixels, options)
         body = msgspec.msgpack.encode(PreprocessResult(num_tokens, layout))
         return Frame(body, {name: SharedArray.copy_of(values) for name, values in arrays.items()})
     except MediaError as error:
         return Frame(failure=Failure(error.code, error.message, error.status))
-    except Exception:  # processors refuse odd sizes with errors of their own, whose texts are not for clients
+    except ValueError as error:  # how processors refuse odd shapes; their texts are not for clients
+        height, width, _ = pixels.shape
+        logger.info("a picture of %d × %d pixels is refused: %s", width, height, error)
+        return Frame(failure=Failure("image_preprocess_failed", f"the model does not take a picture of {width} × {height} pixels"))
+    except Exception:
         logger.exception("the image processor failed")
-        return Frame(failure=Failure("image_preprocess_failed", "the model's image processor does not take the picture"))
+        return Frame(failure=Failure("image_preprocess_failed", "the model's image processor failed at the picture", 500))
 
 
 if __name__ == "__main__":

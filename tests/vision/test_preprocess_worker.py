@@ -49,8 +49,8 @@ async def test_errors_of_the_processor_reach_the_caller_without_their_text(pool:
         await pool.process(picture(), ImageOptions(detail="high"))
 
     assert refused.value.code == "image_too_small"
-    assert failed.value.code == "image_preprocess_failed"
-    assert "secret" not in failed.value.message
+    assert (failed.value.code, failed.value.status) == ("image_preprocess_failed", 400)
+    assert failed.value.message == "the model does not take a picture of 8 × 6 pixels"
 
 
 async def test_a_dead_worker_costs_its_own_picture_only(pool: PreprocessPool) -> None:
