@@ -3,6 +3,7 @@
 All chunks of a step go through as one packed sequence; positions and the attention keep them apart. Not split over ranks.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -27,14 +28,12 @@ class FallbackDecoder(nn.Module):
         text = model.config.get_text_config()
         other_types = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
         if other_types or not model._supports_attention_backend:
-            raise UnsupportedModelError(
-                f"{model.config.model_type}: its layers ({', '.join(sorted(other_types)) or 'own attention code'}) cannot run on a paged cache"
-            )
+            reason = ", ".join(sorted(other_types)) or "its own attention code"
+            raise UnsupportedModelError(f"{model.config.model_type} cannot run on a paged cache because of {reason}")
         self.body: PreTrainedModel = getattr(model.base_model, "language_model", model.base_model)
         self.embedding: nn.Module = model.get_input_embeddings()
         self._given = _GivenHidden()
-        setattr(model, model.base_model_prefix, self._given)  # what remains of the model is its head
-        self.head = model
+        self.head = _with_body(model, self._given)
         self.call = _AttentionCall()
         for module in self.body.modules():
             if getattr(module, "layer_idx", None) is not None:
@@ -79,6 +78,14 @@ class _AttentionCall:
         return self.backend.attend(module.layer_idx, query, key, value, rule)[None], None
 
 
+def _with_body(model: PreTrainedModel, body: nn.Module) -> PreTrainedModel:
+    """A shallow copy around another body: what remains of the model is its head. The original stays whole."""
+    head = copy.copy(model)
+    head._modules = dict(model._modules)
+    setattr(head, model.base_model_prefix, body)
+    return head
+
+
 def _paged_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
@@ -90,8 +97,16 @@ class _GivenHidden(nn.Module):
 
     hidden: Tensor
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> "_BodyOutput":
+        return _BodyOutput(last_hidden_state=self.hidden)
+
+
+class _BodyOutput(BaseModelOutputWithPast):
+    """Image-text bodies return more, which their heads pass on unread: None here."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 class _Recorder:
