@@ -5,6 +5,7 @@ be killed at any moment. Its first frame holds the limits. The server imports th
 """
 
 import math
+import os
 import resource
 import socket
 import sys
@@ -31,6 +32,7 @@ def main(fd: int) -> None:
     limits = msgspec.msgpack.decode(receive_frame(connection).body, type=DecodeLimits)
     _limit_process(limits)
     send_frame(connection, Frame())  # ready
+    _silence()
     serve_frames(connection, lambda request: _decode(request, limits))
 
 
@@ -51,6 +53,12 @@ def _limit_process(limits: DecodeLimits) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (held_bytes + limits.memory_bytes,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (_NUM_DESCRIPTORS,) * 2)
+
+
+def _silence() -> None:
+    """What the decoders print about hostile files would fill the server's log."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
 
 def _limit_cpu(cpu_s: float) -> None:

@@ -42,3 +42,10 @@ class SingleFlight(Generic[Key, Value]):
             del self._flights[key]
         if not flight.task.done():
             flight.task.cancel()
+            flight.task.add_done_callback(_ignore_result)
+
+
+def _ignore_result(task: "asyncio.Task[Any]") -> None:
+    """Nobody is left to hear of an error."""
+    if not task.cancelled():
+        task.exception()

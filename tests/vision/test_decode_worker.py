@@ -1,6 +1,7 @@
 import asyncio
 import io
 import os
+import random
 import signal
 import struct
 import zlib
@@ -234,6 +235,26 @@ print("torch" in sys.modules, "aiohttp" in sys.modules, "asyncio" in sys.modules
     assert first == "MPO", "which is a JPEG with another picture behind it"
     assert plugins.split() == [f"PIL.{form}ImagePlugin" for form in ("Avif", "Bmp", "Gif", "Jpeg", "Png", "Tiff", "WebP")]
     assert others_loaded == "False False False"
+
+
+async def test_mutated_pictures_give_pixels_or_an_error_and_leave_the_worker_alive(pool: DecodePool) -> None:
+    chance = random.Random(7)
+    image = Image.fromarray(noise(12, 9))
+    originals = [encoded(image, form) for form in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF")]
+    before = pool.process_ids
+    num_decoded = 0
+
+    for original in originals * 30:
+        mutated = bytearray(original)
+        for _ in range(chance.randint(1, 8)):
+            mutated[chance.randrange(len(mutated))] = chance.randrange(256)
+        try:
+            num_decoded += (await decoded(pool, bytes(mutated))).size > 0
+        except MediaError as error:
+            assert error.code in ("image_decode_failed", "image_too_large")  # noqa: PT017
+
+    assert 20 < num_decoded < 190, "some survive, some do not"
+    assert pool.process_ids == before
 
 
 async def test_a_jpeg_named_otherwise_is_still_a_jpeg(pool: DecodePool) -> None:
