@@ -20,7 +20,7 @@ from vlm_server.context import ServerContext
 from vlm_server.docs import add_docs
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.metrics import Metrics
-from vlm_server.middleware import BodyLimit, RequestLog, request_facts
+from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
 from vlm_server.routes import chat, completions, health, models
 from vlm_server.sampling import SamplingDefaults
 
@@ -36,7 +36,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
             app.state.context = ServerContext(config, backend, defaults, metrics, created_s=int(time.time()))
             yield
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, root_path=config.root_path)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     for router in (models.router, chat.router, completions.router, health.health_router):
         app.include_router(router)
     if config.enable_metrics:
@@ -72,7 +72,7 @@ def _is_json(content_type: str) -> bool:
 
 
 def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics) -> None:
-    """The last one added is the outermost: log, CORS, keys, body limit, routes."""
+    """The last one added is the outermost: prefix, log, CORS, keys, body limit, routes."""
     app.add_middleware(BodyLimit, limit_bytes=config.max_body_bytes)
     if config.api_keys:
         app.add_middleware(RequireApiKey, api_keys=config.api_keys)
@@ -85,3 +85,4 @@ def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics) -> Non
         expose_headers=["X-Request-Id"],
     )
     app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(RootPath, root_path=config.root_path)

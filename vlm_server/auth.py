@@ -36,7 +36,7 @@ class RequireApiKey:
 
 
 def _is_open(scope: Scope) -> bool:
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = scope["path"]
     return path in OPEN_PATHS or (path.startswith(OPEN_PREFIX) and ".." not in path)
 
 

@@ -81,6 +81,19 @@ def _log(scope: Scope, status: int, duration_s: float, facts: MutableMapping[str
         logger.log(level, "%s %r %d %.3fs %s", scope["method"], scope["path"], status, duration_s, words)
 
 
+class RootPath:
+    """Strips the prefix under which a reverse proxy shows this server from paths that still have it."""
+
+    def __init__(self, app: ASGIApp, *, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._root_path and scope["path"].startswith(f"{self._root_path}/"):
+            scope = {**scope, "path": scope["path"].removeprefix(self._root_path)}
+        await self._app(scope, receive, send)
+
+
 class BodyLimit:
     """Refuses a body of more than `limit_bytes` with a 413, before reading it where its length is stated."""
 

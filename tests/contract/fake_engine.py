@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from engine.request import (
@@ -39,10 +39,56 @@ def reply_to(prompt: Prompt, params: SamplingParams) -> Sequence[int]:
     return [*text.encode(), EOS]
 
 
+class Activity:
+    """What is being generated or loaded now, for tests in another thread to wait on."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running: set[str] = set()
+        self._num_begun = 0
+        self._num_left = 0
+
+    @contextlib.contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """Counts as left where the block is ended by its caller: cancelled or closed."""
+        self._note(self._running.add, name, num_begun=1)
+        try:
+            yield
+        except BaseException as error:
+            self._note(self._running.discard, name, num_left=int(not isinstance(error, Exception)))
+            raise
+        self._note(self._running.discard, name)
+
+    def has_begun_within(self, limit_s: float) -> bool:
+        return self._wait(lambda: self._num_begun > 0, limit_s)
+
+    def was_left_within(self, limit_s: float) -> bool:
+        """Whether nothing runs any more, and something was ended early."""
+        return self._wait(lambda: not self._running and self._num_left > 0, limit_s)
+
+    def is_idle_within(self, limit_s: float) -> bool:
+        return self._wait(lambda: not self._running, limit_s)
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def _wait(self, is_met: Callable[[], bool], limit_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(is_met, timeout=limit_s)
+
+    def _note(self, change: Callable[[str], None], name: str, *, num_begun: int = 0, num_left: int = 0) -> None:
+        with self._changed:
+            change(name)
+            self._num_begun += num_begun
+            self._num_left += num_left
+            self._changed.notify_all()
+
+
 class FakeEngine:
     """Writes what `script` says, `group` tokens a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, activity: Activity) -> None:
+        self.activity = activity
         self.state = "ready"
         self.num_restarts = 0
         self.script: Script = reply_to
@@ -50,9 +96,7 @@ class FakeEngine:
         self.hangs_after: int | None = None  # steps, then nothing more comes
         self.refusal: EngineError | None = None
         self.fails_after: int | None = None  # steps, then the engine dies
-        self.running: set[str] = set()
         self.requests: list[tuple[Prompt, SamplingParams]] = []
-        self.left = threading.Event()  # a generation was closed before its end
         self.info: EngineInfo | None = EngineInfo(
             model_type="fake",
             device="cpu",
@@ -73,24 +117,17 @@ class FakeEngine:
         if len(prompt.token_ids) >= SESSION_LEN:
             raise PromptTooLongError(len(prompt.token_ids), SESSION_LEN)
         self.requests.append((prompt, params))
-        self.running.add(request_id)
-        is_over = False
-        try:
+        with self.activity.during(request_id):
             for number, output in enumerate(self._outputs(prompt, params, request_id)):
                 if self.fails_after is not None and number >= self.fails_after:
                     raise EngineDeadError("the engine process ended")
                 if self.hangs_after is not None and number >= self.hangs_after:
                     await asyncio.Event().wait()
                 await asyncio.sleep(0)
-                is_over = output.finish_reason is not None
                 yield output
-        finally:
-            self.running.discard(request_id)
-            if not is_over:
-                self.left.set()
 
     async def stats(self) -> EngineStats:
-        return EngineStats(num_running=len(self.running), max_batched_requests=3, num_cached_prompt_tokens=7, num_embedding_cache_hits=2)
+        return EngineStats(num_running=len(self.activity), max_batched_requests=3, num_cached_prompt_tokens=7, num_embedding_cache_hits=2)
 
     def _outputs(self, prompt: Prompt, params: SamplingParams, request_id: str) -> list[StepOutput]:
         token_ids = list(self.script(prompt, params))
@@ -123,10 +160,9 @@ def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
 class FakePipeline:
     """Writes `role: text` lines; a picture is four tokens, known by its URL. URLs with `bad` cannot be loaded, with `slow` never end."""
 
-    def __init__(self) -> None:
+    def __init__(self, activity: Activity) -> None:
+        self.activity = activity
         self.tokenizer = ByteTokenizer()
-        self.loading: set[str] = set()
-        self.left = threading.Event()
         self.template_kwargs: dict[str, Any] | None = None
 
     async def chat_prompt(
@@ -163,25 +199,24 @@ class FakePipeline:
         if "bad" in url:
             raise MediaError("image_decode_failed", f"{param}: not a picture", param=param)
         if "slow" in url:
-            self.loading.add(url)
-            try:
+            with self.activity.during(url):
                 await asyncio.Event().wait()
-            finally:
-                self.loading.discard(url)
-                self.left.set()
 
 
 class FakeBackend:
     """Opens as the server does; keeps the doubles at hand for the test."""
 
     def __init__(self) -> None:
-        self.engine = FakeEngine()
-        self.pipeline = FakePipeline()
+        self.activity = Activity()
+        self.engine = FakeEngine(self.activity)
+        self.pipeline = FakePipeline(self.activity)
 
     def reset(self) -> None:
         """As new, for the next test on the same server."""
-        self.engine.__init__()  # type: ignore[misc]
-        self.pipeline.__init__()  # type: ignore[misc]
+        fresh = FakeBackend()
+        self.activity = fresh.activity
+        vars(self.engine).update(vars(fresh.engine))
+        vars(self.pipeline).update(vars(fresh.pipeline))
 
     @contextlib.asynccontextmanager
     async def open(self, config: ServerConfig) -> AsyncIterator[Backend]:
