@@ -18,15 +18,18 @@ from vision.encoder import VisionEncoder
 from vision.image import ImageOptions, ImageRef, ProcessedImage
 from vision.processor import ImagePreprocessor
 from vision.shared_array import SharedArray
+from vlm_server.embedded import embedded_model_folder
 
-SIZES = {"wide": (30, 110), "tall": (120, 25), "exact": (32, 32), "large": (90, 150), "small": (9, 7)}  # height, width
+SIZES = {"wide": (30, 110), "tall": (120, 25), "exact": (32, 32), "large": (90, 150), "small": (9, 7), "dot": (1, 1)}  # height, width
+
+EMBEDDED = "embedded"  # the embedded model, among the tiny ones
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="tiny-image-models-")
 
 
 @functools.cache
 def tiny_folder(name: str) -> Path:
-    return write_tiny(name, Path(_FOLDER.name) / name)
+    return embedded_model_folder() if name == EMBEDDED else write_tiny(name, Path(_FOLDER.name) / name)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ Knows nothing of requests, caches or scheduling.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -14,6 +15,16 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 from vision.families import FAMILIES, MEAN_AND_STD, normalize
 
 _LANGUAGE_MODELS = ("language_model", "text_model")
+
+
+class _Array(Protocol):
+    """A tensor, or an array in shared memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> object: ...
 
 
 class VisionEncoder:
@@ -48,9 +59,9 @@ class VisionEncoder:
         """The tower and projector of a whole model that is loaded anyway; nothing is copied."""
         return cls(model)
 
-    def batch_key(self, arrays: Mapping[str, torch.Tensor]) -> tuple[object, ...]:
+    def batch_key(self, arrays: Mapping[str, _Array]) -> tuple[object, ...]:
         """Pictures with equal keys may be encoded in one batch; they may differ in their number of tiles."""
-        return tuple((name, str(tensor.dtype), tuple(tensor.shape[1:])) for name, tensor in sorted(arrays.items()))
+        return tuple((name, str(array.dtype), tuple(array.shape[1:])) for name, array in sorted(arrays.items()))
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Mapping[str, torch.Tensor]]) -> list[torch.Tensor]:

@@ -218,7 +218,7 @@ def _encode_llava_next(model: Any, batch: TensorBatch) -> "list[torch.Tensor]":
 
 def _arrange_idefics3(settings: Settings, outputs: Arrays, size: tuple[int, int]) -> tuple[Arrays, Layout]:
     rows, columns = (int(outputs[name][0][0]) for name in ("rows", "cols"))
-    layout = {"rows": rows, "columns": columns, "tokens_per_tile": int(settings["image_seq_len"])}
+    layout = {"rows": rows, "columns": columns, "tokens_per_tile": int(settings.get("image_seq_len") or 169)}
     return {"pixel_values": outputs["pixel_values"][0]}, layout
 
 

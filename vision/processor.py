@@ -21,7 +21,7 @@ from vision.image import ImageOptions
 
 LOW_DETAIL_PIXELS = 512 * 512  # what `detail: low` leaves of a picture, as in OpenAI's own budget
 
-_PROBE_SIZES = ((61, 90), (500, 333))  # smaller and larger than a tile, neither square nor even
+_PROBE_SIZES = ((41, 300), (700, 90))  # one below and one above a usual tile, neither square: both are padded, cropped or tiled
 _RAW = {"do_rescale": False, "do_normalize": False}
 
 

@@ -1,3 +1,5 @@
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from PIL import Image
 
 from engine.request import InvalidRequestError, Prompt
 from tests.image_fixtures import SIZES, FakeImages, picture, reference_model, reference_processor, tiny_folder
+from tests.tiny_gguf import write_gguf
 from tests.tiny_models import image_model_names
 from vlm_server.chat_template import TemplateError
 from vlm_server.pipeline import ImagesNotSupportedError, Pipeline
+from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
 FAMILIES = image_model_names()
 PICTURES = {name: picture(size, seed) for seed, (name, size) in enumerate(SIZES.items())}
@@ -27,6 +31,7 @@ CONVERSATIONS = {
         ("assistant", ["A red circle."]),
         ("user", ["And this? 你好\n\n", "@tall"]),
     ],
+    "smallest": [("user", ["@dot", "@exact", "What is left of what?"])],
     "no picture": [("user", ["How many?"]), ("assistant", ["12345"]), ("user", ["def main():\n\n    return"])],
 }
 
@@ -218,6 +223,49 @@ async def test_a_text_prompt_is_its_tokens_and_no_more(text_pipeline: Pipeline) 
 
     assert text_pipeline.tokenizer.decode(text.token_ids) == "How many?"
     assert ids == text
+
+
+@pytest.mark.parametrize("name", ["qwen2", "internlm2", "gemma3_text"])
+async def test_every_text_model_has_its_pipeline(name: str) -> None:
+    pipeline = Pipeline.load(tiny_folder(name))
+
+    prompt = await pipeline.chat_prompt([{"role": "user", "content": "How many?"}])
+    pipeline.close()
+
+    assert pipeline.family is None
+    text = pipeline.tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+    assert text.endswith("<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n")
+
+
+async def test_a_gguf_file_has_its_pipeline(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", TextTokenizer(load_tokenizer(tiny_folder("llama"))))
+    pipeline = Pipeline.load(tmp_path / "tiny.gguf")
+
+    prompt = await pipeline.chat_prompt([{"role": "user", "content": "How many?"}])
+    pipeline.close()
+
+    assert pipeline.tokenizer.decode(prompt.token_ids, skip_special_tokens=False) == "gguf: How many?"
+
+
+async def test_long_texts_leave_the_event_loop_free(text_pipeline: Pipeline) -> None:
+    messages = [{"role": "user", "content": "What is in this picture? 你好 " * 20_000}]
+    longest_s = 0.0
+
+    async def tick() -> None:
+        nonlocal longest_s
+        while True:
+            before_s = time.monotonic()
+            await asyncio.sleep(0)
+            longest_s = max(longest_s, time.monotonic() - before_s)
+
+    ticking = asyncio.create_task(tick())
+    before_s = time.monotonic()
+    prompt = await text_pipeline.chat_prompt(messages)
+    took_s = time.monotonic() - before_s
+    ticking.cancel()
+
+    assert len(prompt.token_ids) > 100_000
+    assert longest_s < took_s / 2
 
 
 async def test_an_empty_prompt_is_refused(text_pipeline: Pipeline) -> None:

@@ -1,14 +1,13 @@
 import functools
-import json
 from pathlib import Path
 
-import gguf
 import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.image_fixtures import tiny_folder
+from tests.tiny_gguf import write_gguf
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
 TEXTS = [
@@ -96,28 +95,3 @@ def test_a_gguf_file_brings_its_own_tokenizer(tmp_path: Path) -> None:
     for text in TEXTS:
         assert tokenizer.encode(text) == TextTokenizer(load_tokenizer(tiny_folder("llama"))).encode(text)
     assert tokenizer.token_id("<|im_end|>") == tokenizer.reference.eos_token_id
-
-
-def write_gguf(file: Path, tokenizer: TextTokenizer) -> None:
-    """Metadata of a Llama with the byte-level tokenizer in it, and no weights."""
-    model = json.loads(tokenizer.reference.backend_tokenizer.to_str())["model"]
-    tokens = [token for token, _ in sorted(tokenizer.reference.get_vocab().items(), key=lambda item: item[1])]
-    special = set(tokenizer.reference.all_special_tokens)
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(256)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
-    writer.add_bos_token_id(tokens.index("<|endoftext|>"))
-    writer.add_eos_token_id(tokens.index("<|im_end|>"))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
