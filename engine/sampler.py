@@ -19,7 +19,6 @@ MASS_TOLERANCE = 1e-6  # of top_p: float32 sums of a few tokens may fall short b
 MIN_TEMPERATURE = 1e-6  # lower ones would divide by float32's zero
 _BLOCK = 256  # entries summed or compared at once
 _TOP_BLOCK = 64
-_SLICE = 1 << 18  # logits worked on at once on CPU: temporaries that stay in the cache
 _MASK64 = (1 << 64) - 1
 
 
@@ -142,17 +141,11 @@ def _choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         params = row.params
         groups[0 if params.temperature == 0 else 1 if params.top_k == 0 and params.top_p == 1 else 2].append(index)
     chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    at_once = len(rows) if logits.device.type != "cpu" else max(1, _SLICE // logits.shape[1])
     for group, choose in zip(groups, (_choose_best, _choose_from_all, _choose_from_best), strict=True):
-        for part in (group[start : start + at_once] for start in range(0, len(group), at_once)):
-            chosen[part] = choose(_take_rows(logits, part), [rows[index] for index in part])
+        if group:
+            part = logits if len(group) == len(rows) else logits[group]
+            chosen[group] = choose(part, [rows[index] for index in group])
     return chosen
-
-
-def _take_rows(logits: Tensor, row_ids: Sequence[int]) -> Tensor:
-    """A view where the rows lie side by side, else a copy."""
-    is_run = row_ids[-1] - row_ids[0] == len(row_ids) - 1
-    return logits[row_ids[0] : row_ids[-1] + 1] if is_run else logits[row_ids]
 
 
 def _choose_best(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -193,8 +186,8 @@ def _choose_from_best(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     if scores.shape[1] < logits.shape[1]:
         worst_kept = scores.gather(-1, keeps.sum(-1, keepdim=True) - 1)
         again = (worst_kept <= scores[:, -1:])[:, 0].nonzero()[:, 0].tolist()  # what comes after the candidates may be kept too
-        if again:
-            chosen[again] = _choose_from_sorted(logits[again], best[again], [rows[index] for index in again])
+        for part in [[index] for index in again] if logits.device.type == "cpu" else [again] if again else []:
+            chosen[part] = _choose_from_sorted(logits[part], best[part], [rows[index] for index in part])
     return chosen
 
 

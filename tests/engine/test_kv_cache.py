@@ -189,6 +189,31 @@ def test_a_fork_at_a_block_border_copies_nothing() -> None:
     assert child.block_ids[2] != parent.block_ids[2]
 
 
+def test_a_fork_of_less_than_is_published_publishes_its_own_blocks() -> None:
+    blocks = BlockManager(8, SIZE)
+    parent = fill(blocks, [1] * 8)
+    child = make_table([1, 1, 1, 1, 2, 2, 2, 2])
+    blocks.fork(parent, child, 4)
+
+    blocks.append(child, 4, 8)
+    blocks.commit(child, 8)
+
+    assert blocks.match(make_table([1, 1, 1, 1, 2, 2, 2, 2, 0])) == 2
+    assert state(blocks) == (3, 0, 5)
+
+
+def test_a_freed_table_can_be_filled_anew() -> None:
+    blocks = BlockManager(8, SIZE)
+    table = fill(blocks, [1] * 8)
+    blocks.free(table)
+    blocks.free(fill(blocks, [2] * 32))
+
+    blocks.append(table, 0, 8)
+    blocks.commit(table, 8)
+
+    assert blocks.match(make_table([1] * 9)) == 2
+
+
 def test_a_copy_that_does_not_fit_changes_nothing() -> None:
     blocks = BlockManager(1, SIZE)
     parent, child = make_table([1] * 2), make_table([1] * 2)
