@@ -171,15 +171,13 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step: a slot for every row that decodes, then prefill within the budget. Empty e.g. while pictures are encoded."""
-        num_preemptions = self.num_preemptions
         chunks, copies = self._schedule_decodes()
         num_left = self.config.max_prefill_token_num
         for row in self._running:
             if not row.is_decoding and (end := self._chunk_end(row, row.request.num_computed, num_left)) > row.request.num_computed:
                 chunks.append(self._chunk(row, end))
                 num_left -= len(chunks[-1].token_ids)
-        if self.num_preemptions == num_preemptions:
-            chunks += self._admit(num_left)
+        chunks += self._admit(num_left)
         return Plan(tuple(chunks), tuple(copies))
 
     def commit(self, plan: Plan, sampled: Mapping[str, SampledToken]) -> list[StepOutput]:

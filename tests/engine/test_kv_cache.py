@@ -227,6 +227,16 @@ def test_a_copy_that_does_not_fit_changes_nothing() -> None:
     assert blocks.append(child, 2, 3) == []
 
 
+def test_blocks_that_a_table_has_beyond_its_need_do_not_count_as_room_for_a_copy() -> None:
+    blocks = BlockManager(4, SIZE)
+    parent, child = make_table([1] * 16), make_table([1] * 6)
+    blocks.allocate(parent, 16)
+    blocks.fork(parent, child, 6)
+
+    assert blocks.append(parent, 6, 7) is None
+    assert parent.block_ids[:2] == child.block_ids
+
+
 def test_of_two_that_computed_the_same_block_the_second_takes_the_firsts() -> None:
     blocks = BlockManager(8, SIZE)
     first, second = make_table([1] * 5), make_table([1] * 5)

@@ -277,6 +277,19 @@ def test_a_small_request_does_not_overtake_one_that_waits_for_blocks() -> None:
     assert [chunk.request_id for chunk in step(scheduler)[0].chunks] == ["large", "small"]
 
 
+def test_every_running_row_can_have_its_next_block_when_another_is_admitted() -> None:
+    scheduler = make_scheduler(num_blocks=10, max_prefill_token_num=40)
+    add(scheduler, "a", range(7))
+    step(scheduler)
+
+    add(scheduler, "b", range(100, 132))  # the eight blocks that are left
+    assert [chunk.request_id for chunk in step(scheduler)[0].chunks] == ["a"]
+
+    scheduler.abort("b")
+    add(scheduler, "c", range(100, 124))
+    assert [chunk.request_id for chunk in step(scheduler)[0].chunks] == ["a", "c"]
+
+
 # Abort and failure
 
 
