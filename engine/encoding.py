@@ -9,6 +9,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from vision.encoder import VisionEncoder
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH_IMAGES = 8
+MAX_BATCH_TOKENS = 2048  # image tokens encoded together; one picture may have more
 
 
 class EmbeddingCache:
@@ -125,6 +126,8 @@ class _CancelledError(Exception):
 
 
 def choose_batch(encoder: VisionEncoder, needed: Sequence[ImageInput]) -> list[ImageInput]:
-    """The first picture and those behind it of the same shape."""
-    keys = [encoder.batch_key(image.arrays) for image in needed]
-    return [image for image, key in zip(needed, keys, strict=True) if key == keys[0]][:MAX_BATCH_IMAGES]
+    """The first picture and those behind it of the same shape, as many as the batch takes."""
+    key = encoder.batch_key(needed[0].arrays)
+    chosen = [image for image in needed if encoder.batch_key(image.arrays) == key]
+    ends = accumulate(image.num_tokens for image in chosen)
+    return [image for image, end in zip(chosen, ends, strict=True) if end <= MAX_BATCH_TOKENS] or chosen[:1]

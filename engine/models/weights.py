@@ -39,10 +39,13 @@ class Checkpoint(Protocol):
 
 
 def canonical(name: str) -> str:
-    """`model.language_model.layers.0…`, `language_model.model.layers.0…` and `model.layers.0…` all become `layers.0…`."""
+    """`model.language_model.layers.0…`, `language_model.model.layers.0…` and `model.layers.0…` all become `layers.0…`.
+
+    Towers lose the level that older releases of the reference wrote: `vision_tower.vision_model.…`.
+    """
     while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None):
         name = name[len(prefix) :]
-    return name
+    return name.replace("vision_tower.vision_model.", "vision_tower.", 1)
 
 
 class SafetensorsCheckpoint:

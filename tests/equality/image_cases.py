@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,11 @@ class Case:
     pictures: list[np.ndarray]
 
 
-def draw_case(seed: int) -> Case:
+def draw_case(seed: int, draw_picture: Callable[[int], np.ndarray] | None = None) -> Case:
+    """draw_picture: (height, width, 3) uint8 from a seed; None: noise of any size."""
     rng = random.Random(seed)
     count = PICTURE_COUNTS[seed % len(PICTURE_COUNTS)]
-    pictures = [picture((rng.randrange(8, 160), rng.randrange(8, 160)), seed * 8 + i) for i in range(count)]
+    pictures = [(draw_picture or _noise)(seed * 8 + i) for i in range(count)]
     turns: list[list[str | int]] = [[_words(rng)] for _ in range(rng.choice((1, 3)))]
     for number in range(count):
         turn = turns[rng.randrange(0, len(turns), 2)]  # pictures are the user's
@@ -83,6 +85,11 @@ def _messages(case: Case, picture_part: Any) -> list[dict[str, Any]]:
         }
         for number, turn in enumerate(case.turns)
     ]
+
+
+def _noise(seed: int) -> np.ndarray:
+    rng = random.Random(seed)
+    return picture((rng.randrange(8, 160), rng.randrange(8, 160)), seed)
 
 
 def _words(rng: random.Random) -> str:
