@@ -72,6 +72,7 @@ _LEGACY_SWITCHES = {"--disable-metrics": "--no-metrics", "--disable-fastapi-docs
 def _serve(parsed: argparse.Namespace) -> int:
     """Serve a model over HTTP. Flags take - and _ alike."""
     logging.basicConfig(level=parsed.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(max(logging.WARNING, logging.getLogger().level))  # one line per file of a download
     from vlm_server.checkpoint import CheckpointError
     from vlm_server.serving import ServingError, serve
 

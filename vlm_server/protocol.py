@@ -88,6 +88,16 @@ class GenerationFields(BaseModel):
         return value
 
 
+# What the renderer of templates takes for itself.
+_NOT_FOR_CLIENTS = frozenset(
+    {
+        *("self", "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("tokenizer_kwargs", "processor_kwargs"),
+    }
+)
+
+
 def _messages_kind(value: object) -> str:
     return "<string>" if isinstance(value, str) else "<list>"
 
@@ -113,6 +123,14 @@ class ChatCompletionRequest(GenerationFields):
             raise PydanticCustomError("api:invalid_value", "only with logprobs: true")
         return value
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_variables(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in value or {}:
+            if not name.isidentifier() or name in _NOT_FOR_CLIENTS:
+                raise PydanticCustomError("api:invalid_value", "{name} is no variable of a chat template", {"name": repr(name)})
+        return value
+
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -129,7 +147,7 @@ def _prompt_kind(value: object) -> str:
     return {str: "<strings>", int: "<tokens>", list: "<token lists>"}.get(type(first), "<strings>")
 
 
-_TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
 
 class CompletionRequest(GenerationFields):

@@ -20,11 +20,20 @@ MODEL = "org/tiny-vlm"
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """Where it listens; `backend` and `loop` are there for tests that script the engine."""
+    """Where it listens, and the doubles behind it, for tests that script the engine."""
 
     url: str
     model: str
-    backend: FakeBackend
+    scripted: FakeBackend | None
+
+    @property
+    def is_scripted(self) -> bool:
+        return self.scripted is not None
+
+    @property
+    def backend(self) -> FakeBackend:
+        assert self.scripted is not None, "this test needs the scripted engine"
+        return self.scripted
 
 
 def fake_config(**overrides: object) -> ServerConfig:

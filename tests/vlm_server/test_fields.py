@@ -191,6 +191,8 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    ({"chat_template_kwargs": {"chat_template": "{{ x }}"}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"not a name": 1}}, "chat_template_kwargs"),
     ({"stream_options": {"include_usage": "maybe"}}, "stream_options.include_usage"),
 ]
 
@@ -203,6 +205,13 @@ def test_a_bad_value_is_refused_with_the_fields_path(server: RunningServer, fiel
     assert response.json()["error"]["param"] == param
     assert response.json()["message"].startswith(param)
     assert not server.backend.engine.requests
+
+
+def test_a_token_id_that_no_vocabulary_has_is_refused(server: RunningServer) -> None:
+    response = post_completion(server, prompt=[[1, 2], [10**30]])
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "prompt[1][0]"
 
 
 @pytest.mark.parametrize(
