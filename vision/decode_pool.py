@@ -12,6 +12,7 @@ from vision.image import MediaError
 from vision.shared_array import SharedArray
 from vision.workers import WorkerError, WorkerPool, WorkerTimeoutError
 
+_IN_PLACE_BYTES = 256 << 10  # copied in less time than a thread takes to start; more is copied beside the event loop
 _ABANDON_S = 0.5  # a new decode worker is ready in less
 
 
@@ -47,7 +48,9 @@ class DecodePool:
 
     async def decode(self, data: bytes) -> SharedArray:
         """`(height, width, 3)` uint8, the caller's. Raises MediaError: image_decode_failed, image_too_large."""
-        shared = await asyncio.to_thread(SharedArray.copy_of, np.frombuffer(data, np.uint8))
+        source = np.frombuffer(data, np.uint8)
+        is_small = len(data) <= _IN_PLACE_BYTES
+        shared = SharedArray.copy_of(source) if is_small else await asyncio.to_thread(SharedArray.copy_of, source)
         try:
             reply = await self._pool.call(Frame(arrays={"data": shared}))
         except WorkerTimeoutError:

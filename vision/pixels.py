@@ -133,7 +133,7 @@ def _to_rgb(image: Image.Image) -> ToRGB:
 
 
 def _plain(strip: Image.Image) -> Image.Image:
-    return strip.convert("RGB")
+    return strip if strip.mode == "RGB" else strip.convert("RGB")
 
 
 def _over_white(strip: Image.Image) -> Image.Image:

@@ -28,6 +28,7 @@ from vision.workers import WorkerError
 
 logger = logging.getLogger(__name__)
 
+_IN_PLACE_BYTES = 256 << 10  # hashed in less than a millisecond; more is hashed beside the event loop
 STAGES = ("fetch", "decode", "preprocess")
 
 
@@ -155,7 +156,7 @@ class VisionService:
         with self._clock.stage("fetch", timings_s):
             data = await self._fetcher.fetch(ref.url, tenant=tenant)
         fingerprint = await self._fingerprint()
-        key = tenant, await asyncio.to_thread(_content_hash, data, ref.options, fingerprint)
+        key = tenant, await _content_hash(data, ref.options, fingerprint)
         image = self._cache.get(key)
         if image is None:
             image = await self._flights.run(key, lambda: self._process(key, data, ref.options))
@@ -196,11 +197,14 @@ class StageClock:
             self.time_s[name] += timings_s[name]
 
 
-def _content_hash(data: bytes, options: ImageOptions, fingerprint: str) -> bytes:
+async def _content_hash(data: bytes, options: ImageOptions, fingerprint: str) -> bytes:
     """Of everything that changes what the encoder sees; lengths keep the parts apart."""
     settings = msgspec.msgpack.encode((options, fingerprint))
     digest = hashlib.blake2b(len(settings).to_bytes(8, "little") + settings, digest_size=32)
-    digest.update(data)
+    if len(data) <= _IN_PLACE_BYTES:
+        digest.update(data)
+    else:
+        await asyncio.to_thread(digest.update, data)
     return digest.digest()
 
 

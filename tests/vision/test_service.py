@@ -74,10 +74,11 @@ async def test_one_service_through_hits_misses_tenants_options_and_errors(servic
     close([second, third])
 
     # A picture that is known skips decoding and preprocessing.
+    num_hits = service.stats().num_cache_hits
     (again,) = await service.load(refs(data_url(png())))
     assert np.array_equal(again.arrays["pixel_values"].numpy(), noise(8, 6)[::2, ::2])
     assert set(again.timings_s) == {"fetch"}
-    assert (service.stats().num_done["decode"], service.stats().num_cache_hits) == (1, 1)
+    assert (service.stats().num_done["decode"], service.stats().num_cache_hits) == (1, num_hits + 1)
     close([again])
 
     # Options and tenants are part of what is known; other pictures have other hashes.
@@ -198,3 +199,14 @@ async def test_closing_while_the_workers_start_leaves_no_process(server: Picture
 
     assert all(is_gone(process_id) for process_id in process_ids)
     assert num_descriptors() == before
+
+
+async def test_large_pictures_take_the_same_way(service: VisionService) -> None:
+    data = png(500, 400)
+    assert len(data) > 256 << 10
+
+    first, second = await service.load(refs(data_url(data), data_url(data)))
+
+    assert (first.width, first.height, first.content_hash) == (500, 400, second.content_hash)
+    assert np.array_equal(first.arrays["pixel_values"].numpy(), noise(500, 400)[::2, ::2])
+    close([first, second])
