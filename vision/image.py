@@ -45,7 +45,7 @@ class MediaError(Exception):
 
     def __init__(self, code: str, message: str, *, param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.code = code  # stable: url_invalid, url_blocked, image_fetch_failed, image_fetch_timeout, image_too_large, image_decode_failed, …
+        self.code = code  # stable: url_invalid, url_blocked, image_fetch_failed, image_fetch_timeout, image_too_large, image_decode_failed
         self.message = message
         self.param = param  # the ImageRef's
         self.status = status  # of the HTTP answer
