@@ -7,51 +7,28 @@ Order of arrival decides everything: who is admitted first, who gets the prefill
 request always gets on, and everyone becomes the oldest.
 """
 
-from bisect import bisect_right, insort
+from bisect import insort
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
-from engine.kv_cache import BlockManager, BlockTable
+from engine.kv_cache import BlockManager
 from engine.request import (
     Chunk,
     EngineStats,
     FinishReason,
     ImageInput,
-    ImagePiece,
     ImageSpan,
     InvalidRequestError,
     Plan,
-    PromptTooLongError,
     QueueFullError,
     Request,
     RequestStatus,
     SampledToken,
     StepOutput,
 )
+from engine.row import Row, validate
 
 MAX_IMAGES_AHEAD = 16  # pictures that `images_needed` names at once
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    """A live request with what only the scheduler needs to know of it."""
-
-    request: Request
-    order: int  # of arrival
-    table: BlockTable
-    span_ends: list[int] = field(default_factory=list)
-
-    @property
-    def is_decoding(self) -> bool:
-        """Only its newest output token is left to compute."""
-        return self.request.num_computed == len(self.request.token_ids) - 1 >= self.request.num_prompt_tokens
-
-    def spans_from(self, slot: int) -> Iterator[ImageSpan]:
-        """The spans that end after `slot`, in order."""
-        spans = self.request.prompt.spans
-        for index in range(bisect_right(self.span_ends, slot), len(spans)):
-            yield spans[index]
 
 
 class Scheduler:
@@ -69,12 +46,12 @@ class Scheduler:
         self.num_cached_prompt_tokens = 0
         self.num_output_tokens = 0
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._rows: dict[str, _Row] = {}
-        self._waiting: list[_Row] = []  # both in order of arrival
-        self._running: list[_Row] = []
+        self._rows: dict[str, Row] = {}
+        self._waiting: list[Row] = []  # both in order of arrival
+        self._running: list[Row] = []
         self._num_added = 0
         self._ready_images: set[bytes] = set()
-        self._pending: dict[bytes, _Row] = {}  # hash of a full block that is still to be computed → the running row that will
+        self._pending: dict[bytes, Row] = {}  # hash of a full block that is still to be computed → the running row that will
 
     @property
     def has_work(self) -> bool:
@@ -109,11 +86,10 @@ class Scheduler:
         """Let a request wait. Raises PromptTooLongError, InvalidRequestError or QueueFullError."""
         if request.request_id in self.requests:
             raise InvalidRequestError(f"request_id: {request.request_id!r} is in use, only a new one is allowed")
-        _validate(request, self.session_len)
+        validate(request, self.session_len)
         if len(self._waiting) >= self.config.max_waiting:
             raise QueueFullError(f"{len(self._waiting)} requests wait already, at most {self.config.max_waiting} may; try again later")
-        span_ends = [span.start + span.num_tokens for span in request.prompt.spans]
-        row = _Row(request, self._num_added, BlockTable(request.cache_keys), span_ends)
+        row = Row(request, self._num_added)
         request.block_ids = row.table.block_ids
         self._num_added += 1
         self.requests[request.request_id] = request
@@ -223,14 +199,14 @@ class Scheduler:
         chunks: list[Chunk] = []
         copies: list[tuple[int, int]] = []
         for row in list(self._running):
-            if row.is_decoding and row.request.status is RequestStatus.RUNNING:
+            if row.is_decoding:  # not if it was preempted for an older one
                 new_copies = self._append_slot(row)
                 if new_copies is not None:
                     copies += new_copies
                     chunks.append(self._chunk(row, len(row.request.token_ids)))
         return chunks, copies
 
-    def _append_slot(self, row: _Row) -> list[tuple[int, int]] | None:
+    def _append_slot(self, row: Row) -> list[tuple[int, int]] | None:
         """Room for the row's newest token. None: the row itself was the youngest and had to go."""
         request = row.request
         while (copies := self.blocks.append(row.table, request.num_computed, len(request.token_ids))) is None:
@@ -240,7 +216,7 @@ class Scheduler:
                 return None
         return copies
 
-    def _preempt(self, row: _Row) -> None:
+    def _preempt(self, row: Row) -> None:
         """Back to waiting: without blocks, with its output. Its published blocks may still be there when its turn comes."""
         self._running.remove(row)
         self._release(row)
@@ -273,18 +249,18 @@ class Scheduler:
             num_left -= end - start
         return chunks
 
-    def _without_cut_spans(self, row: _Row, num_matched: int) -> int:
+    def _without_cut_spans(self, row: Row, num_matched: int) -> int:
         """The largest number of matched blocks that does not end inside an atomic span."""
         size = self.blocks.block_size
         while (span := next(row.spans_from(num_matched * size), None)) and span.is_atomic and span.start < num_matched * size:
             num_matched = span.start // size
         return num_matched
 
-    def _waits_for_image(self, row: _Row, slot: int) -> bool:
+    def _waits_for_image(self, row: Row, slot: int) -> bool:
         span = next(row.spans_from(slot), None)
         return span is not None and span.start <= slot and not self._is_ready(row, span)
 
-    def _start(self, row: _Row, num_matched: int) -> bool:
+    def _start(self, row: Row, num_matched: int) -> bool:
         """Give a waiting row blocks for all its slots, and let it run. False where blocks are short.
 
         One block per running row is left over, since each will soon need its next one: fewer preemptions.
@@ -304,7 +280,7 @@ class Scheduler:
         insort(self._running, row, key=_order)
         return True
 
-    def _chunk_end(self, row: _Row, start: int, num_left: int) -> int:
+    def _chunk_end(self, row: Row, start: int, num_left: int) -> int:
         """Where a chunk of prefill from `start` ends: at the budget, before a picture that is not ready, never inside an atomic span.
 
         An atomic span that is larger than the whole budget is taken when none of the budget is spent.
@@ -323,21 +299,21 @@ class Scheduler:
                 return span_end if is_first else span.start
         return end
 
-    def _chunk(self, row: _Row, end: int) -> Chunk:
+    def _chunk(self, row: Row, end: int) -> Chunk:
         request, start = row.request, row.request.num_computed
         return Chunk(
             request.request_id,
             request.token_ids[start:end],
             start,
             row.table.block_ids[: self.blocks.num_blocks_for(end)],
-            None if request.prompt.positions is None else _positions(request, start, end),
-            tuple(_image_pieces(row, start, end)),
+            row.positions(start, end),
+            row.image_pieces(start, end),
             end == len(request.token_ids),
         )
 
     # Private: the parts of `commit`
 
-    def _advance(self, row: _Row, chunk: Chunk) -> None:
+    def _advance(self, row: Row, chunk: Chunk) -> None:
         request = row.request
         assert chunk.start == request.num_computed, f"{request.request_id} has {request.num_computed} slots, not {chunk.start}"
         request.num_computed += len(chunk.token_ids)
@@ -345,7 +321,7 @@ class Scheduler:
             if self._pending.get(digest) is row:
                 del self._pending[digest]
 
-    def _append(self, row: _Row, sampled: SampledToken) -> StepOutput:
+    def _append(self, row: Row, sampled: SampledToken) -> StepOutput:
         request, token_id = row.request, sampled.token_id
         request.token_ids.append(token_id)
         request.cache_keys.append(token_id)
@@ -379,7 +355,7 @@ class Scheduler:
         self._remove(row, reason)
         return StepOutput(request_id=request_id, finish_reason=reason, error=error, num_cached_tokens=row.request.num_cached)
 
-    def _remove(self, row: _Row, reason: FinishReason) -> None:
+    def _remove(self, row: Row, reason: FinishReason) -> None:
         (self._running if row.request.status is RequestStatus.RUNNING else self._waiting).remove(row)
         self._release(row)
         row.request.status = RequestStatus.FINISHED
@@ -387,16 +363,16 @@ class Scheduler:
         del self.requests[row.request.request_id]
         del self._rows[row.request.request_id]
 
-    def _release(self, row: _Row) -> None:
+    def _release(self, row: Row) -> None:
         for digest in self.blocks.digests(row.table, row.table.num_published) if row.table.block_ids else ():
             if self._pending.get(digest) is row:
                 del self._pending[digest]
         self.blocks.free(row.table)
 
-    def _is_ready(self, row: _Row, span: ImageSpan) -> bool:
+    def _is_ready(self, row: Row, span: ImageSpan) -> bool:
         return row.request.prompt.images[span.image].content_hash in self._ready_images
 
-    def _missing_images(self, row: _Row) -> Iterator[ImageInput]:
+    def _missing_images(self, row: Row) -> Iterator[ImageInput]:
         """Pictures that the row has yet to compute and that are not ready, in order. Those in the prefix cache are not needed."""
         images = row.request.prompt.images
         missing = [span for span in row.spans_from(row.request.num_computed) if not self._is_ready(row, span)]
@@ -407,45 +383,5 @@ class Scheduler:
             yield images[span.image]
 
 
-def _order(row: _Row) -> int:
+def _order(row: Row) -> int:
     return row.order
-
-
-def _image_pieces(row: _Row, start: int, end: int) -> Iterator[ImagePiece]:
-    """Where rows of embeddings go in the chunk of the slots `start … end`."""
-    for span in row.spans_from(start):
-        if span.start >= end:
-            return
-        first, last = max(start, span.start), min(end, span.start + span.num_tokens)
-        content_hash = row.request.prompt.images[span.image].content_hash
-        yield ImagePiece(content_hash, first - start, span.offset + first - span.start, last - first, span.is_atomic)
-
-
-def _positions(request: Request, start: int, end: int) -> tuple[list[int], ...]:
-    """The prompt's own positions, and beyond it the slot plus the prompt's delta, on every axis."""
-    prompt, num_prompt = request.prompt, request.num_prompt_tokens
-    assert prompt.positions is not None
-    beyond = range(max(start, num_prompt) + prompt.position_delta, end + prompt.position_delta)
-    return tuple([*axis[start:end], *beyond] for axis in prompt.positions)
-
-
-def _validate(request: Request, session_len: int) -> None:
-    """Raises InvalidRequestError for a prompt that contradicts itself or the window."""
-    prompt, num_tokens = request.prompt, request.num_prompt_tokens
-    if num_tokens == 0:
-        raise InvalidRequestError("prompt: it has no tokens, at least 1 is needed")
-    if num_tokens >= session_len:
-        raise PromptTooLongError(num_tokens, session_len)
-    if len(prompt.cache_keys) != num_tokens:
-        raise InvalidRequestError(f"prompt.cache_keys: {len(prompt.cache_keys)} keys, only one per token ({num_tokens}) is allowed")
-    if prompt.positions is not None and any(len(axis) != num_tokens for axis in prompt.positions):
-        raise InvalidRequestError(f"prompt.positions: only one per token ({num_tokens}) on every axis is allowed")
-    slot = 0
-    for span in prompt.spans:
-        if span.start < slot or span.num_tokens < 1 or span.start + span.num_tokens > num_tokens:
-            raise InvalidRequestError(f"prompt.spans: {span} is not allowed, only spans in order, disjoint, within {num_tokens} slots")
-        if not 0 <= span.image < len(prompt.images):
-            raise InvalidRequestError(f"prompt.spans: image {span.image} is not allowed, only below {len(prompt.images)}")
-        if not 0 <= span.offset <= prompt.images[span.image].num_tokens - span.num_tokens:
-            raise InvalidRequestError(f"prompt.spans: {span} takes rows that image {span.image} does not have")
-        slot = span.start + span.num_tokens

@@ -1,0 +1,79 @@
+"""A live request as the scheduler sees it: its place in the order of arrival, its blocks, and which pictures lie where in its slots.
+
+Knows nothing of other requests, of budgets or of what is ready.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+
+from engine.kv_cache import BlockTable
+from engine.request import ImagePiece, ImageSpan, InvalidRequestError, PromptTooLongError, Request
+
+
+class Row:
+    """One request, from `Scheduler.add` to its end."""
+
+    __slots__ = ("order", "request", "span_ends", "table")
+
+    def __init__(self, request: Request, order: int) -> None:
+        self.request = request
+        self.order = order  # of arrival
+        self.table = BlockTable(request.cache_keys)
+        self.span_ends = [span.start + span.num_tokens for span in request.prompt.spans]
+
+    def __repr__(self) -> str:
+        request = self.request
+        slots = f"{request.num_computed} of {len(request.token_ids)} slots"
+        return f"<{request.request_id} {request.status} {slots}, blocks {self.table.block_ids}>"
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only its newest output token is left to compute."""
+        return self.request.num_computed == len(self.request.token_ids) - 1 >= self.request.num_prompt_tokens
+
+    def spans_from(self, slot: int) -> Iterator[ImageSpan]:
+        """The spans that end after `slot`, in order."""
+        spans = self.request.prompt.spans
+        for index in range(bisect_right(self.span_ends, slot), len(spans)):
+            yield spans[index]
+
+    def image_pieces(self, start: int, end: int) -> tuple[ImagePiece, ...]:
+        """Where rows of embeddings go in a chunk of the slots `start … end`."""
+        pieces = []
+        for span in self.spans_from(start):
+            if span.start >= end:
+                break
+            first, last = max(start, span.start), min(end, span.start + span.num_tokens)
+            content_hash = self.request.prompt.images[span.image].content_hash
+            pieces.append(ImagePiece(content_hash, first - start, span.offset + first - span.start, last - first, span.is_atomic))
+        return tuple(pieces)
+
+    def positions(self, start: int, end: int) -> tuple[list[int], ...] | None:
+        """The prompt's own positions, and beyond it the slot plus the prompt's delta, on every axis. None: the prompt has none."""
+        prompt, num_prompt = self.request.prompt, self.request.num_prompt_tokens
+        if prompt.positions is None:
+            return None
+        beyond = range(max(start, num_prompt) + prompt.position_delta, end + prompt.position_delta)
+        return tuple([*axis[start:end], *beyond] for axis in prompt.positions)
+
+
+def validate(request: Request, session_len: int) -> None:
+    """Raises PromptTooLongError, or InvalidRequestError for a prompt that contradicts itself."""
+    prompt, num_tokens = request.prompt, request.num_prompt_tokens
+    if num_tokens == 0:
+        raise InvalidRequestError("prompt: it has no tokens, at least 1 is needed")
+    if num_tokens >= session_len:
+        raise PromptTooLongError(num_tokens, session_len)
+    if len(prompt.cache_keys) != num_tokens:
+        raise InvalidRequestError(f"prompt.cache_keys: {len(prompt.cache_keys)} keys, only one per token ({num_tokens}) is allowed")
+    if prompt.positions is not None and any(len(axis) != num_tokens for axis in prompt.positions):
+        raise InvalidRequestError(f"prompt.positions: only one per token ({num_tokens}) on every axis is allowed")
+    slot = 0
+    for span in prompt.spans:
+        if span.start < slot or span.num_tokens < 1 or span.start + span.num_tokens > num_tokens:
+            raise InvalidRequestError(f"prompt.spans: {span} is not allowed, only spans in order, disjoint, within {num_tokens} slots")
+        if not 0 <= span.image < len(prompt.images):
+            raise InvalidRequestError(f"prompt.spans: image {span.image} is not allowed, only below {len(prompt.images)}")
+        if not 0 <= span.offset <= prompt.images[span.image].num_tokens - span.num_tokens:
+            raise InvalidRequestError(f"prompt.spans: {span} takes rows that image {span.image} does not have")
+        slot = span.start + span.num_tokens
