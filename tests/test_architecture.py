@@ -1,0 +1,221 @@
+"""The arrows between our modules, and that the code has no others.
+
+A module may import what stands beside it in MAY_IMPORT, and nothing else of ours. A new module or a new arrow is a change here, made on
+purpose: first ask whether the arrow could point the other way, or whether a plain value could be passed instead.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("engine", "vision", "vlm_server")
+
+# Names are separated by blanks; a leading dot stands for the module's own top-level package, a trailing .* for all modules in a folder.
+MAY_IMPORT = {
+    "engine": "vision",
+    "engine.attention": "",
+    "engine.attention.base": ".batch",
+    "engine.attention.torch_backend": ".attention.base .batch .request",
+    "engine.batch": ".request",
+    "engine.channel": "vision.shared_array",
+    "engine.client": ".channel .config .messages .request",
+    "engine.config": "",
+    "engine.core": ".config .encoding .request .sampler .scheduler .workers",
+    "engine.encoding": ".request vision.encoder",
+    "engine.kv_cache": "",
+    "engine.layers": "",
+    "engine.layers.embedding": ".layers.linear .layers.parallel",
+    "engine.layers.linear": ".layers.parallel",
+    "engine.layers.norm": ".layers.linear",
+    "engine.layers.parallel": "",
+    "engine.layers.rotary": "",
+    "engine.messages": ".config .request",
+    "engine.model_runner": (
+        ".attention.base .attention.torch_backend .batch .config .layers.parallel .models.decoder .models.fallback "
+        ".models.registry .models.weights .request vision.encoder"
+    ),
+    "engine.models": "",
+    "engine.models.decoder": ".attention.base .layers.embedding .layers.linear .layers.norm .layers.parallel .layers.rotary",
+    "engine.models.fallback": ".attention.base .models.registry .models.weights",
+    "engine.models.registry": ".models.decoder",
+    "engine.models.weights": ".layers.linear .models.registry",
+    "engine.process": ".channel .core .messages .models.registry .request",
+    "engine.request": "vision.shared_array",
+    "engine.row": ".kv_cache .request",
+    "engine.sampler": ".request",
+    "engine.scheduler": ".config .kv_cache .request .row",
+    "engine.workers": ".channel .config .layers.parallel .messages .model_runner .request",
+    "vision": "",
+    "vision.addresses": ".config",
+    "vision.cache": "",
+    "vision.config": "",
+    "vision.data_url": ".image",
+    "vision.decode": ".frames .image .pixels",
+    "vision.decode_pool": ".config .decode .frames .image .shared_array .workers",
+    "vision.encoder": ".families",
+    "vision.families": "",
+    "vision.fetcher": ".addresses .config .data_url .image .single_flight",
+    "vision.frames": ".image .shared_array",
+    "vision.image": ".shared_array",
+    "vision.pixels": ".image .shared_array",
+    "vision.preprocess": ".frames .image .shared_array",
+    "vision.preprocess_pool": ".config .frames .image .preprocess .shared_array .workers",
+    "vision.processor": ".families .image",
+    "vision.service": (
+        ".addresses .cache .config .decode_pool .fetcher .image .preprocess .preprocess_pool .shared_array .single_flight .workers"
+    ),
+    "vision.shared_array": "",
+    "vision.single_flight": "",
+    "vision.workers": ".frames",
+    "vlm_server": "",
+    "vlm_server.app": (
+        ".auth .backend .config .context .docs .errors .metrics .middleware .routes.* .sampling engine.request vision.image"
+    ),
+    "vlm_server.auth": ".errors",
+    "vlm_server.backend": ".config .detokenizer .pipeline engine.client engine.request vision.service",
+    "vlm_server.chat_template": "engine.request",
+    "vlm_server.checkpoint": ".embedded vision",
+    "vlm_server.cli": ".checkpoint .config .environment .flags .serving engine.config vision.config vlm_server",
+    "vlm_server.client": "",
+    "vlm_server.config": "engine.config vision.config",
+    "vlm_server.context": ".backend .config .errors .field_rules .generation .metrics .middleware .protocol .sampling engine.request",
+    "vlm_server.detokenizer": "",
+    "vlm_server.docs": ".config .examples .response_schema vlm_server",
+    "vlm_server.embedded": "",
+    "vlm_server.environment": "vlm_server",
+    "vlm_server.errors": "engine.request vision.image",
+    "vlm_server.examples": "",
+    "vlm_server.field_rules": ".errors .message_schema .protocol",
+    "vlm_server.flags": ".config engine.config vision.config",
+    "vlm_server.generation": ".backend .detokenizer .errors .metrics .protocol .sampling engine.request",
+    "vlm_server.logprobs": "engine.request",
+    "vlm_server.message_schema": "",
+    "vlm_server.metrics": "engine.request vision.service",
+    "vlm_server.middleware": ".errors .metrics",
+    "vlm_server.pipeline": ".chat_template .tokenizer engine.request vision.families vision.image",
+    "vlm_server.protocol": ".message_schema",
+    "vlm_server.response_schema": "",
+    "vlm_server.routes": "",
+    "vlm_server.routes.chat": ".context .protocol .response_schema .shapes .streaming engine.request",
+    "vlm_server.routes.completions": ".context .protocol .response_schema .shapes .streaming engine.request",
+    "vlm_server.routes.health": ".context .errors .metrics .response_schema engine.request",
+    "vlm_server.routes.models": ".context .errors .response_schema",
+    "vlm_server.sampling": ".errors .protocol engine.request",
+    "vlm_server.serving": ".app .backend .config engine.request",
+    "vlm_server.shapes": ".backend .generation .logprobs .protocol",
+    "vlm_server.streaming": ".errors .generation .middleware .protocol",
+    "vlm_server.tokenizer": "vision",
+}
+
+# Whole packages that a package never imports, whatever the table says: vision knows neither other package, the engine no server.
+NEVER = {"vision": {"engine", "vlm_server"}, "engine": {"vlm_server"}, "vlm_server": set()}
+
+# Bookkeeping, the engine's client and the decode worker start without torch.
+WITHOUT_TORCH = ("engine.request", "engine.config", "engine.kv_cache", "engine.scheduler", "engine.client", "vision.decode")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def imports(tree: ast.AST, *, module: str, is_package: bool) -> Iterator[str]:
+    """Our modules that a syntax tree names in its imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")[: None if is_package and node.level == 1 else -node.level + is_package]
+                base = ".".join([*parts, *filter(None, [node.module])])
+            names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] in PACKAGES)
+
+
+def imports_of(module: str) -> set[str]:
+    path = MODULES[module]
+    return set(imports(ast.parse(path.read_text()), module=module, is_package=path.name == "__init__.py")) - {module}
+
+
+def allowed_for(module: str) -> set[str]:
+    package = module.split(".")[0]
+    names = [package + name if name.startswith(".") else name for name in MAY_IMPORT[module].split()]
+    folders = tuple(name.removesuffix("*") for name in names if name.endswith(".*"))
+    return set(names) | {other for other in MODULES if folders and other.startswith(folders)}
+
+
+def test_every_module_is_in_the_table_and_every_entry_is_a_module() -> None:
+    assert sorted(MODULES) == sorted(MAY_IMPORT), "add new modules to MAY_IMPORT and remove those that are gone"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_what_the_table_allows(module: str) -> None:
+    if module in MAY_IMPORT:
+        assert imports_of(module) - allowed_for(module) == set(), f"arrows from {module} that MAY_IMPORT does not have"
+
+
+def test_the_table_names_only_modules_that_exist() -> None:
+    named = {name for module in MAY_IMPORT for name in allowed_for(module) if not name.endswith(".*")}
+
+    assert named - set(MODULES) == set()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_keep_their_distance(package: str) -> None:
+    imported = {name.split(".")[0] for module in MODULES if module.split(".")[0] == package for name in imports_of(module)}
+
+    assert imported & NEVER[package] == set()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    arrows = {module: {name for name in imports_of(module) if name in MODULES} for module in MODULES}
+
+    assert find_circle(arrows) is None
+
+
+def find_circle(arrows: dict[str, set[str]]) -> list[str] | None:
+    """Takes away modules that import nothing that is left; what remains, if anything, holds a circle."""
+    left = dict(arrows)
+    while leaves := [module for module, names in left.items() if not names & set(left)]:
+        for module in leaves:
+            del left[module]
+    if not left:
+        return None
+    path = [next(iter(left))]
+    while len(set(path)) == len(path):
+        path.append(min(left[path[-1]] & set(left)))
+    return path[path.index(path[-1]) :]
+
+
+def test_a_circle_would_be_found() -> None:
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c", "b"]
+    assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def test_imports_are_found_however_they_are_written() -> None:
+    source = "import engine.config as c, os\ndef f():\n  from vision import image\n  from . import request\n  from .layers.linear import x"
+
+    found = set(imports(ast.parse(source), module="engine.core", is_package=False))
+
+    assert found == {"engine.config", "vision.image", "engine.request", "engine.layers.linear"}
+    assert set(imports(ast.parse("from .config import x"), module="engine", is_package=True)) == {"engine.config"}
+    assert set(imports(ast.parse("from ..request import x"), module="engine.layers", is_package=True)) == {"engine.request"}
+
+
+def test_bookkeeping_never_loads_torch() -> None:
+    """Each module in a fresh interpreter, where nothing else may have loaded it."""
+    code = "import importlib, sys; importlib.import_module(sys.argv[1]); sys.exit('torch' in sys.modules)"
+
+    loading = [module for module in WITHOUT_TORCH if subprocess.run([sys.executable, "-c", code, module], cwd=ROOT).returncode]
+
+    assert loading == []
