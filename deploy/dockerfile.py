@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 KNOWN = frozenset(["FROM", "ARG", "ENV", "RUN", "COPY", "WORKDIR", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD", "LABEL"])
 
-_VARIABLE = re.compile(r"\$(?:(?P<plain>\w+)|\{(?P<name>\w+)(?::(?P<operator>[-+])(?P<word>[^}]*))?\})")
+_VARIABLE = re.compile(r"\$(?:(?P<plain>\w+)|\{(?P<name>\w+)(?::(?P<operator>[-+])(?P<word>(?:[^{}]|\$\{[^{}]*\})*))?\})")
 _PAIR = re.compile(r'(?P<name>\w+)=(?P<value>"[^"]*"|\S*)')
 
 
