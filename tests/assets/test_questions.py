@@ -1,0 +1,73 @@
+"""The questions about drawn scenes: every canonical answer passes its own check, another one does not, and no phrasing is shared."""
+
+import random
+
+import pytest
+
+from assets.demo_model.questions import PHRASINGS, TASKS, is_right, phrasings, questions_about
+from assets.demo_model.scenes import sample_scene
+
+
+def all_questions(num_scenes: int = 60) -> list:
+    return [q for seed in range(num_scenes) for q in questions_about(sample_scene(seed), random.Random(seed), is_evaluation=False)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_has_at_least_six_phrasings_and_two_of_them_for_evaluation_only(task: str) -> None:
+    training, evaluation = phrasings(task, is_evaluation=False), phrasings(task, is_evaluation=True)
+
+    assert len(PHRASINGS[task]) >= 6
+    assert len(evaluation) == 2
+    assert not set(training) & set(evaluation)
+
+
+def test_training_questions_never_use_an_evaluation_phrasing() -> None:
+    prompts = {q.prompt for q in all_questions()}
+    openings = {p.split("{")[0] for task in TASKS for p in phrasings(task, is_evaluation=True) if "{" in p and not p.startswith("{")}
+    whole = {p for task in TASKS for p in phrasings(task, is_evaluation=True) if "{" not in p}
+
+    used_openings = {p.split("{")[0] for task in TASKS for p in phrasings(task, is_evaluation=False)}
+    assert not prompts & whole
+    assert not any(prompt.startswith(tuple(openings - used_openings)) for prompt in prompts)
+
+
+def test_every_canonical_answer_is_accepted() -> None:
+    assert all(is_right(q.task, q.answer, q.answer) for q in all_questions())
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "canonical"),
+    [
+        ("colour", "It is blue.", "It is red."),
+        ("colour", "It is red or blue.", "It is red."),
+        ("shape", "It is a star.", "It is a circle."),
+        ("count", "There are 3 objects.", "There are 2 objects."),
+        ("place", "It is at the top.", "It is at the top left."),
+        ("place", "It is at the bottom left.", "It is at the top left."),
+        ("relation", "It is to the right of the blue star.", "It is to the left of the blue star."),
+        ("text", "The text says 427.", "The text says 472."),
+        ("text", "There is no text.", "The text says STOP."),
+        ("describe", "There is a small red star in the middle.", "There is a small red circle in the middle."),
+        ("describe", "There is a red star on the left and a blue star on the right.", "There is a large red star on the left."),
+        ("describe", "There is a large red star on the left.", "There is a large red star on the left and the text GO at the top."),
+        ("describe", "I see something.", "There is a large red star on the left."),
+    ],
+)
+def test_a_wrong_answer_is_refused(task: str, answer: str, canonical: str) -> None:
+    assert not is_right(task, answer, canonical)
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "canonical"),
+    [
+        ("colour", "Red.", "It is red."),
+        ("count", "I see two objects.", "There are 2 objects."),
+        ("place", "In the upper left part.", "It is at the top left."),
+        ("place", "It is in the centre.", "It is in the middle."),
+        ("relation", "The circle is above the star.", "It is above the star."),
+        ("text", "It says 472", "The text says 472."),
+        ("describe", "A blue star and a red circle.", "There is a large red circle on the left and a small blue star on the right."),
+    ],
+)
+def test_other_words_for_the_same_facts_are_accepted(task: str, answer: str, canonical: str) -> None:
+    assert is_right(task, answer, canonical)

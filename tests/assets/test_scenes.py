@@ -1,0 +1,56 @@
+"""The drawn scenes: all of it follows from the seed, and what a scene says is where it says it is."""
+
+import math
+
+from PIL import Image, ImageChops
+
+from assets.demo_model.scenes import COLOURS, PLACES, SHAPES, SIZES, place_of, reading_order, render, sample_scene
+
+
+def test_a_seed_always_gives_the_same_scene_and_the_same_pixels() -> None:
+    for seed in range(8):
+        assert sample_scene(seed) == sample_scene(seed)
+        assert ImageChops.difference(render(sample_scene(seed)), render(sample_scene(seed))).getbbox() is None
+
+
+def test_different_seeds_give_different_pictures() -> None:
+    assert render(sample_scene(1)).tobytes() != render(sample_scene(2)).tobytes()
+
+
+def test_scenes_use_every_shape_colour_size_and_place() -> None:
+    things = [thing for seed in range(400) for thing in sample_scene(seed).things]
+
+    assert {t.shape for t in things} == set(SHAPES)
+    assert {t.colour for t in things} == set(COLOURS)
+    assert {t.size for t in things} == set(SIZES)
+    assert {t.place for t in things} == set(PLACES)
+
+
+def test_a_scene_holds_one_to_four_things_that_do_not_touch_or_repeat() -> None:
+    for seed in range(200):
+        scene = sample_scene(seed)
+        names = [(t.shape, t.colour) for t in scene.things]
+        assert (0 if scene.text else 1) <= len(names) <= 4
+        assert len(set(names)) == len(names)
+        for i, a in enumerate(scene.things):
+            assert all(math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius for b in scene.things[:i])
+
+
+def test_things_stand_in_reading_order_and_keep_off_the_lines_between_the_places() -> None:
+    for seed in range(200):
+        things = sample_scene(seed).things
+        assert list(things) == sorted(things, key=reading_order)
+        assert all(abs(value - line) > 0.02 for t in things for value in (t.x, t.y) for line in (1 / 3, 2 / 3))
+
+
+def test_places_are_named_row_by_row() -> None:
+    assert place_of(0.1, 0.1) == "top left"
+    assert place_of(0.5, 0.5) == "middle"
+    assert place_of(0.9, 0.5) == "right"
+    assert place_of(0.5, 0.99) == "bottom"
+
+
+def test_a_picture_is_square_rgb_of_a_usual_size() -> None:
+    pictures = [render(sample_scene(seed)) for seed in range(12)]
+
+    assert all(isinstance(p, Image.Image) and p.mode == "RGB" and p.width == p.height and 224 <= p.width <= 384 for p in pictures)
