@@ -71,8 +71,7 @@ _LEGACY_SWITCHES = {"--disable-metrics": "--no-metrics", "--disable-fastapi-docs
 
 def _serve(parsed: argparse.Namespace) -> int:
     """Serve a model over HTTP. Flags take - and _ alike."""
-    logging.basicConfig(level=parsed.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx2").setLevel(max(logging.WARNING, logging.getLogger().level))  # one line per file of a download
+    _set_up_logging(parsed.log_level)
     from vlm_server.checkpoint import CheckpointError
     from vlm_server.serving import ServingError, serve
 
@@ -84,6 +83,12 @@ def _serve(parsed: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _set_up_logging(level: str) -> None:
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for name in ("sse_starlette", "httpx2", "uvicorn"):  # they log every answer's text at debug, each file of a download, each start
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
 
 
 def _check_env(parsed: argparse.Namespace) -> int:

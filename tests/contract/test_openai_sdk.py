@@ -106,10 +106,12 @@ def test_a_streamed_picture_chat_ends_with_the_usage(client: OpenAI, model: str)
 
 def test_the_stream_helper_puts_the_message_together(client: OpenAI, model: str) -> None:
     with client.chat.completions.stream(model=model, messages=HELLO, max_tokens=64, temperature=0) as stream:  # type: ignore[arg-type]
-        final = stream.get_final_completion()
+        for _ in stream:
+            pass
+        message = stream.current_completion_snapshot.choices[0].message
 
-    assert final.choices[0].message.role == "assistant"
-    assert final.choices[0].message.content == chat(client, model, temperature=0).choices[0].message.content
+    assert message.role == "assistant"
+    assert message.content == chat(client, model, temperature=0).choices[0].message.content
 
 
 @pytest.mark.parametrize("stream", [False, True])
