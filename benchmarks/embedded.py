@@ -7,50 +7,17 @@ Prints one row per case, the ratios that mark a healthy spine, and the server's 
 
 import argparse
 import asyncio
-import contextlib
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.load import Figures, image_body, model_name, run, text_body
+from tests.server_process import server_process
 
 NUM_NEW_TOKENS = 128
-READY_TIMEOUT_S = 120
 TEXT_STREAMS = (1, 16, 64)
 IMAGE_STREAMS = (1, 8)
-
-
-@contextlib.contextmanager
-def running_server(*flags: str) -> Iterator[tuple[str, int]]:
-    """A server process of the embedded model on a free port; its URL and process id."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vlm_server.cli", "serve", "--server-name", "127.0.0.1", "--server-port", str(port), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(url, process)
-        yield url, process.pid
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-            if response.status == 200:
-                return
-        time.sleep(0.2)
-    raise RuntimeError("the server did not become ready")
 
 
 def cpu_s(process_id: int) -> float:
@@ -102,7 +69,8 @@ def main() -> None:
     theirs: list[float] = []
     ours: dict[tuple[str, int], list[Figures]] = {}
     per_token_us: list[float] = []
-    with running_server("--max-batch-size", "64") as (url, process_id):
+    with server_process(None, "--max-batch-size", "64") as server:
+        url, process_id = server.url, server.process.pid
         measure(url, "image", 1, seed=99)
         for number in range(rounds):
             theirs.append(reference.tokens_per_s(number))

@@ -67,6 +67,8 @@ class Engine:
         if params.seed is None:
             params = replace(params, seed=self.config.seed + self._num_requests)
         self.scheduler.add(Request(request_id, prompt, params, arrival_s=time.monotonic()))
+        num_hits = sum(self.embeddings.touch(image.content_hash) for image in prompt.images)
+        self._own = replace(self._own, num_embedding_cache_hits=self._own.num_embedding_cache_hits + num_hits)
 
     def abort(self, request_id: str) -> StepOutput | None:
         """End a request; its blocks are free on return. None where it is unknown or has ended."""
@@ -77,7 +79,6 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Compute one plan, and a slice of the pictures that wait."""
         started = time.perf_counter()
-        self._take_embeddings()
         plan = self.scheduler.schedule()
         outputs, tensor_s = self._compute(plan) if plan.chunks else ([], 0.0)
         encode_s, failed = self._encode(step_s=tensor_s if plan.chunks else None)
@@ -144,13 +145,6 @@ class Engine:
         rows = [_sampling_row(self.scheduler.requests[request_id]) for request_id in request_ids]
         tokens = sample(logits, rows, eos_token_ids=self.runner.eos_token_ids)
         return dict(zip(request_ids, tokens, strict=True))
-
-    def _take_embeddings(self) -> None:
-        """Tell the scheduler of needed pictures that the cache has."""
-        for image in self.scheduler.images_needed():
-            if self.embeddings.touch(image.content_hash):
-                self.scheduler.image_ready(image.content_hash)
-                self._own = replace(self._own, num_embedding_cache_hits=self._own.num_embedding_cache_hits + 1)
 
     def _encode(self, *, step_s: float | None) -> tuple[float, list[StepOutput]]:
         """Encode for a share of the time beside a step of `step_s`, for longer beside none; seconds taken and requests that failed."""

@@ -1,0 +1,151 @@
+"""The real server of the embedded model, driven by the official SDK: many at once, crashes, clients that leave."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from aiohttp import web
+
+from tests.end_to_end.pictures import drawn
+from tests.server_process import ServerProcess, data_url, server_process
+
+NUM_CLIENTS = 32
+GONE_WITHIN_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    with server_process(None, "--allow-private-media", "127.0.0.0/8", "--max-batch-size", "32") as process:
+        yield process
+
+
+@pytest.fixture
+async def client(server: ServerProcess) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        yield client
+
+
+def conversation(number: int) -> list[dict[str, Any]]:
+    """Every second one with a picture of its own."""
+    if number % 2:
+        return [{"role": "user", "content": f"Write one sentence about the number {number}."}]
+    picture = {"type": "image_url", "image_url": {"url": data_url(drawn(number))}}
+    return [{"role": "user", "content": [picture, {"type": "text", "text": "Describe the image please"}]}]
+
+
+async def streamed(client: openai.AsyncOpenAI, number: int, **fields: Any) -> str:
+    stream = await client.chat.completions.create(
+        model=await served_name(client), messages=conversation(number), temperature=0, max_tokens=24, stream=True, **fields
+    )
+    return "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
+
+
+async def served_name(client: openai.AsyncOpenAI) -> str:
+    return (await client.models.list()).data[0].id
+
+
+async def test_thirty_two_streams_at_once_each_equal_their_own_answer_alone(server, client):
+    together = await asyncio.gather(*(streamed(client, number) for number in range(NUM_CLIENTS)))
+
+    alone = [await streamed(client, number) for number in range(NUM_CLIENTS)]
+
+    assert together == alone
+    assert len(set(together)) > NUM_CLIENTS / 4
+    assert server.metric("vlm:max_batch_size") > 1
+    assert server.metric("vlm:prefix_cache_hit_tokens_total") > 0
+    assert server.metric("vlm:embedding_cache_hits_total") > 0
+
+
+async def test_usage_counts_the_tokens_of_a_picture(client):
+    answer = await client.chat.completions.create(model=await served_name(client), messages=conversation(2), max_tokens=1)
+
+    details = answer.usage.prompt_tokens_details.model_dump()
+    assert details["image_tokens"] == 64
+    assert answer.usage.prompt_tokens > 64
+
+
+async def test_a_client_that_leaves_while_streaming_frees_its_blocks(server, client):
+    stream = await client.chat.completions.create(
+        model=await served_name(client), messages=conversation(1), max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+    )
+    await anext(aiter(stream))
+    assert server.metric("vlm:num_requests_running") == 1
+
+    await stream.close()
+
+    await gone_within(server, GONE_WITHIN_S)
+
+
+async def test_a_client_that_leaves_while_its_picture_downloads_frees_the_download(server, client):
+    async with picture_server() as (url, is_asked):
+        message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+        asking = asyncio.create_task(client.chat.completions.create(model=await served_name(client), messages=[message]))
+        await asyncio.wait_for(is_asked.wait(), 10)
+        assert server.metric('vlm:pictures_in_flight{stage="fetch"}') == 1
+
+        asking.cancel()
+
+        await gone_within(server, GONE_WITHIN_S)
+
+
+async def gone_within(server: ServerProcess, seconds: float) -> None:
+    """Nothing of any request is left: no blocks, no downloads."""
+    deadline = time.monotonic() + seconds
+    gauges = ("vlm:num_referenced_blocks", "vlm:num_requests_running", "vlm:num_requests_waiting", 'vlm:pictures_in_flight{stage="fetch"}')
+    while left := {gauge: value for gauge in gauges if (value := server.metric(gauge))}:
+        assert time.monotonic() < deadline, f"after {seconds} s there is still {left}"
+        await asyncio.sleep(0.02)
+
+
+class picture_server:
+    """A loopback server that takes a request for a picture and never answers it."""
+
+    async def __aenter__(self) -> tuple[str, asyncio.Event]:
+        is_asked = asyncio.Event()
+
+        async def never(request: web.Request) -> web.Response:
+            is_asked.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        app = web.Application()
+        app.router.add_get("/picture.png", never)
+        self._runner = web.AppRunner(app, shutdown_timeout=0)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        return f"http://127.0.0.1:{self._runner.addresses[0][1]}/picture.png", is_asked
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._runner.cleanup()
+
+
+async def test_a_killed_engine_costs_its_requests_an_error_and_nothing_more(server, client):
+    """Last in this file: the engine starts anew."""
+    name = await served_name(client)
+    stream = await client.chat.completions.create(
+        model=name, messages=conversation(1), max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+    )
+    await anext(aiter(stream))
+
+    os.kill(server.engine_id, signal.SIGKILL)
+    killed_at = time.monotonic()
+
+    with pytest.raises(openai.APIError):
+        async for _ in stream:
+            pass
+    assert time.monotonic() - killed_at < 2
+    async with aiohttp.ClientSession() as session, session.get(f"{server.url}/health") as response:
+        assert response.status == 503
+        assert response.headers["Retry-After"]
+    with pytest.raises(openai.APIStatusError) as refused:
+        await client.chat.completions.create(model=name, messages=conversation(1), max_tokens=1)
+    assert refused.value.status_code == 503
+    server.wait_for_health(200, timeout_s=20)
+    assert await streamed(client, 1)

@@ -1,0 +1,243 @@
+"""The engine as a whole on tiny checkpoints: what it refuses, what one request's trouble costs the others, and seeds."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.request import FinishReason, ImageSpan, InvalidRequestError, Prompt, PromptTooLongError, SamplingParams, make_cache_keys
+from tests.engine.fake_encoder import NUM_TOKENS, FakeEncoder, fake_image
+from tests.tiny_models import write_tiny
+
+HIDDEN_SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def engine(folder) -> Iterator[Engine]:
+    engine = make_engine(folder)
+    yield engine
+    engine.scheduler.check()
+    engine.close()
+
+
+def make_engine(folder, **settings) -> Engine:
+    config = EngineConfig(model_folder=str(folder), device="cpu", session_len=256, max_batch_size=16, **settings)
+    return Engine(config.resolve(json.loads((folder / "config.json").read_text())))
+
+
+def text_prompt(*token_ids: int) -> Prompt:
+    return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), ()))
+
+
+def image_prompt(value: int, *, first: int = 5) -> Prompt:
+    image = fake_image(value)
+    token_ids = (first, *[9] * NUM_TOKENS, *range(20, 60))
+    spans = (ImageSpan(1, NUM_TOKENS, 0),)
+    return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (image,), spans), images=(image,), spans=spans)
+
+
+def run(engine: Engine) -> dict[str, list]:
+    """All outputs by request until nothing is left to do."""
+    outputs: dict[str, list] = {}
+    while engine.has_work:
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        engine.scheduler.check()
+    return outputs
+
+
+def tokens(outputs: list) -> list[int]:
+    return [token_id for output in outputs for token_id in output.token_ids]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        (text_prompt(1, 400), SamplingParams(), "outside 0 … 399"),
+        (text_prompt(1, -1), SamplingParams(), "outside 0 … 399"),
+        (text_prompt(), SamplingParams(), "no tokens"),
+        (text_prompt(1), SamplingParams(logit_bias={400: 1.0}), "logit_bias"),
+        (text_prompt(1), SamplingParams(stop_token_ids=(400,)), "stop_token_ids"),
+        (image_prompt(1), SamplingParams(), "no images"),
+    ],
+)
+def test_what_the_model_cannot_take_is_refused_by_name(engine, prompt, params, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        engine.add("request", prompt, params)
+    assert not engine.has_work
+
+
+def test_a_prompt_over_the_window_is_refused_with_both_numbers(engine):
+    with pytest.raises(PromptTooLongError, match=r"256 tokens.*at most 256.*--session-len"):
+        engine.add("request", text_prompt(*range(3, 259)), SamplingParams())
+
+
+def test_output_that_reaches_the_window_ends_with_length(engine):
+    engine.add("request", text_prompt(*range(3, 250)), SamplingParams(temperature=0, ignore_eos=True))
+
+    outputs = run(engine)["request"]
+
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    assert len(tokens(outputs)) == 256 - 247
+
+
+def test_a_seeded_rows_tokens_are_the_same_alone_and_among_fifteen_others(folder):
+    params = SamplingParams(max_tokens=40, temperature=0.9, top_p=0.95, top_k=50, seed=11, ignore_eos=True)
+    alone, among = make_engine(folder), make_engine(folder)
+
+    alone.add("mine", text_prompt(7, 8, 9), params)
+    for number in range(15):
+        among.add(f"other-{number}", text_prompt(7, 8, 10 + number), SamplingParams(max_tokens=50, temperature=1.2, ignore_eos=True))
+    for _ in range(3):
+        among.step()
+    among.add("mine", text_prompt(7, 8, 9), params)
+
+    assert tokens(run(alone)["mine"]) == tokens(run(among)["mine"])
+    assert among.stats().max_batched_requests == 16
+
+
+def test_requests_without_a_seed_differ_from_each_other(engine):
+    for name in ("a", "b"):
+        engine.add(name, text_prompt(7, 8, 9), SamplingParams(max_tokens=30, temperature=1.5, ignore_eos=True))
+
+    outputs = run(engine)
+
+    assert tokens(outputs["a"]) != tokens(outputs["b"])
+
+
+def test_an_aborted_request_gives_its_blocks_back_at_once(engine):
+    engine.add("request", text_prompt(*range(3, 100)), SamplingParams(max_tokens=100, ignore_eos=True))
+    engine.step()
+    assert engine.stats().num_referenced_blocks > 0
+
+    output = engine.abort("request")
+
+    assert output.finish_reason is FinishReason.ABORT
+    assert engine.stats().num_referenced_blocks == 0
+    assert engine.abort("request") is None
+
+
+def test_out_of_memory_ends_the_largest_request_and_no_other(engine, monkeypatch, caplog):
+    engine.add("small", text_prompt(4, 5), SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
+    engine.step()
+    execute = engine.ranks.execute
+
+    def short_of_memory(plan, embeddings):
+        if any(len(chunk.token_ids) > 50 for chunk in plan.chunks):
+            raise torch.OutOfMemoryError
+        return execute(plan, embeddings)
+
+    monkeypatch.setattr(engine.ranks, "execute", short_of_memory)
+    engine.add("large", text_prompt(*range(3, 100)), SamplingParams(max_tokens=5, ignore_eos=True))
+
+    outputs = run(engine)
+
+    assert outputs["large"][-1].finish_reason is FinishReason.ERROR
+    assert "--cache-max-entry-count" in outputs["large"][-1].error
+    assert outputs["small"][-1].finish_reason is FinishReason.LENGTH
+
+
+class WideEncoder(FakeEncoder):
+    def encode(self, batch):
+        return [rows[:, :1].expand(-1, HIDDEN_SIZE) / 255 for rows in super().encode(batch)]
+
+
+@pytest.fixture
+def seeing(engine) -> Engine:
+    """A text model that is made to take pictures."""
+    engine.runner.encoder = WideEncoder(num_layers=20)
+    return engine
+
+
+@pytest.fixture
+def slow(seeing, monkeypatch) -> Engine:
+    """It encodes one layer per step."""
+    monkeypatch.setattr("engine.core.MIN_ENCODE_S", 0.0)
+    monkeypatch.setattr("engine.core.IDLE_ENCODE_S", 0.0)
+    seeing.config = replace(seeing.config, encoder_share=1e-9)
+    return seeing
+
+
+def test_rows_decode_on_while_a_picture_is_encoded(slow):
+    slow.add("text", text_prompt(4, 5), SamplingParams(max_tokens=60, temperature=0, ignore_eos=True))
+    slow.step()
+    slow.add("image", image_prompt(200), SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+
+    num_text_tokens_meanwhile = 0
+    while slow.encoding is not None or slow.scheduler.images_needed():
+        num_text_tokens_meanwhile += sum(len(output.token_ids) for output in slow.step() if output.request_id == "text")
+
+    assert num_text_tokens_meanwhile >= 20
+    assert len(run(slow)["image"]) == 2
+
+
+def test_a_picture_seen_before_is_not_encoded_again(seeing):
+    for name in ("first", "second"):
+        seeing.add(name, image_prompt(50), SamplingParams(max_tokens=1, temperature=0))
+        run(seeing)
+
+    assert seeing.runner.encoder.batch_sizes == [1]
+    assert seeing.stats().num_embedding_cache_hits == 1
+
+
+def test_a_forgotten_picture_is_encoded_again(seeing):
+    seeing.embeddings.limit_bytes = 0
+    for first in (5, 6):  # a prefix of their own, or the prefix cache would have all that the picture gave
+        seeing.add(f"first token {first}", image_prompt(50, first=first), SamplingParams(max_tokens=1, temperature=0))
+        run(seeing)
+
+    assert seeing.runner.encoder.batch_sizes == [1, 1]
+    assert seeing.stats().embedding_cache_bytes == 0
+
+
+def test_pictures_of_several_requests_are_encoded_in_one_batch(seeing):
+    for value in (1, 2, 3):
+        seeing.add(f"request-{value}", image_prompt(value), SamplingParams(max_tokens=1, temperature=0))
+
+    run(seeing)
+
+    assert seeing.runner.encoder.batch_sizes == [3]
+
+
+def test_different_pictures_under_the_same_text_share_nothing_and_the_same_picture_does(seeing):
+    outputs = {}
+    for name, value in (("red", 10), ("blue", 240), ("red again", 10)):
+        seeing.add(name, image_prompt(value), SamplingParams(max_tokens=1, temperature=0, logprobs=5))
+        outputs[name] = run(seeing)[name][0]
+
+    assert {name: output.num_cached_tokens for name, output in outputs.items()} == {"red": 0, "blue": 0, "red again": 32}
+    best = {name: [logprob for _, logprob in output.logprobs[0].top] for name, output in outputs.items()}
+    assert best["red again"] == pytest.approx(best["red"], rel=1e-5)
+    assert best["blue"] != pytest.approx(best["red"], rel=1e-3)
+
+
+def test_a_picture_that_cannot_be_encoded_fails_its_requests_only(seeing, caplog):
+    seeing.runner.encoder.failure = RuntimeError("broken")
+    seeing.add("image", image_prompt(1), SamplingParams(max_tokens=3))
+    seeing.add("text", text_prompt(4, 5), SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
+
+    outputs = run(seeing)
+
+    assert outputs["image"][-1].finish_reason is FinishReason.ERROR
+    assert outputs["text"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_aborting_the_only_request_of_a_picture_stops_its_encoding(slow):
+    slow.add("image", image_prompt(1), SamplingParams(max_tokens=3))
+    slow.step()
+    slow.step()
+    assert slow.encoding is not None
+
+    slow.abort("image")
+
+    assert slow.encoding is None
+    assert slow.runner.encoder.num_layers_done < len(slow.runner.encoder.layers)
