@@ -139,11 +139,16 @@ class AsyncSender:
 async def _writable(sock: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
-    loop.add_writer(sock, lambda: ready.done() or ready.set_result(None))
+    loop.add_writer(sock, _set, ready)
     try:
         await ready
     finally:
         loop.remove_writer(sock)
+
+
+def _set(ready: "asyncio.Future[None]") -> None:
+    if not ready.done():
+        ready.set_result(None)
 
 
 async def read_frame(reader: asyncio.StreamReader) -> bytes:

@@ -234,8 +234,8 @@ class EngineClient:
 
 
 def _rejection(rejected: Rejected) -> EngineError:
-    make = _REJECTIONS.get(rejected.kind, lambda rejected: InvalidRequestError(rejected.message))
-    return make(rejected)
+    make = _REJECTIONS.get(rejected.kind)
+    return make(rejected) if make else InvalidRequestError(rejected.message)
 
 
 async def _spawn() -> _Connection:

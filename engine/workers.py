@@ -112,7 +112,9 @@ def main(fd: int) -> None:
     runner = ModelRunner(start.config, join(start.config, start.rank, start.rendezvous))
     try:
         while True:
-            runner.execute(channel.receive(None).plan, {})
+            message = channel.receive(None)
+            assert isinstance(message, Execute)
+            runner.execute(message.plan, {})
     except EOFError:
         dist.destroy_process_group()
 

@@ -14,6 +14,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 class RotaryEmbedding(nn.Module):
     """Cosines and sines for a step's positions, once for all layers."""
 
+    inv_freq: Tensor  # (head_dim / 2,) float32
+
     def __init__(self, config: PretrainedConfig, *, head_dim: int, device: torch.device) -> None:
         super().__init__()
         parameters = config.rope_parameters

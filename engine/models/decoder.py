@@ -4,7 +4,9 @@ Pre-norm blocks of grouped-query attention with rotary positions and a gated fee
 of many sequences; which tokens see which is the attention backend's affair. Knows nothing of requests, images or files.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +64,7 @@ class Attention(nn.Module):
             start * q_rows, stop * q_rows, spec.hidden_size, bias=spec.has_out_bias, group=group, dtype=dtype, device=device
         )
         norms = [RMSNorm(spec.head_dim, eps=spec.norm_eps, dtype=dtype, device=device) for _ in range(2)] if spec.has_qk_norm else []
-        self.qk_norms = nn.ModuleList(norms)
+        self.qk_norms = cast(Sequence[RMSNorm], nn.ModuleList(norms))
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend) -> Tensor:
         heads = self.qkv(hidden).unflatten(1, (self.num_heads + 2 * self.num_kv_heads, self.head_dim))
@@ -127,7 +129,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = VocabEmbedding(spec.vocab_size, spec.hidden_size, group=group, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(Layer(spec, i, group=group, dtype=dtype, device=device) for i in range(spec.num_layers))
+        layers = [Layer(spec, i, group=group, dtype=dtype, device=device) for i in range(spec.num_layers)]
+        self.layers = cast(Sequence[Layer], nn.ModuleList(layers))
         self.norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, dtype=dtype, device=device)
         self.head = self.embedding
         if not spec.ties_embeddings:

@@ -5,7 +5,7 @@ All chunks of a step go through as one packed sequence; positions and the attent
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class _AttentionCall:
         scale = kwargs.get("scaling")
         rule = AttentionRule(query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("sliding_window"), kwargs.get("softcap"))
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return self.backend.attend(module.layer_idx, query, key, value, rule)[None], None
+        return self.backend.attend(cast(int, module.layer_idx), query, key, value, rule)[None], None
 
 
 def _with_body(model: PreTrainedModel, body: nn.Module) -> PreTrainedModel:
@@ -89,7 +89,7 @@ def _with_body(model: PreTrainedModel, body: nn.Module) -> PreTrainedModel:
 def _paged_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    return module.vlm_call(module, query, key, value, **kwargs)
+    return cast(_AttentionCall, module.vlm_call)(module, query, key, value, **kwargs)
 
 
 class _GivenHidden(nn.Module):
@@ -101,7 +101,7 @@ class _GivenHidden(nn.Module):
         return _BodyOutput(last_hidden_state=self.hidden)
 
 
-class _BodyOutput(BaseModelOutputWithPast):
+class _BodyOutput(BaseModelOutputWithPast):  # type: ignore[misc]
     """Image-text bodies return more, which their heads pass on unread: None here."""
 
     def __getattr__(self, name: str) -> None:
