@@ -80,20 +80,19 @@ def validation_error(errors: Sequence[Mapping[str, object]], *, is_json: bool) -
     if not is_json:
         return bad_request("invalid_content_type", "the request needs the header Content-Type: application/json")
     error = errors[0]
-    location = error["loc"]
+    kind, message, location = str(error["type"]), str(error["msg"]), error["loc"]
     assert isinstance(location, tuple)
-    code, message = _CODE_OF_KIND.get(str(error["type"]), "invalid_value"), str(error["msg"])
-    if str(error["type"]) == "json_invalid":
-        context = error.get("ctx")
-        detail = context.get("error") if isinstance(context, Mapping) else None
-        return bad_request("invalid_json", f"the body is not JSON: {detail} at character {location[-1]}")
-    if str(error["type"]).startswith("api:"):  # raised by our own validators as PydanticCustomError("api:<code>", …)
-        code = str(error["type"]).removeprefix("api:")
+    if kind == "json_invalid":
+        return bad_request("invalid_json", f"the body is not JSON, seen at character {location[-1]}")
     param = field_path(location[1:]) or None
-    return bad_request(code, f"{param}: {message}" if param else message, param=param)
+    return bad_request(_code_of(kind), f"{param}: {message}" if param else message, param=param)
 
 
-_CODE_OF_KIND = {"missing": "missing_required_parameter", "json_invalid": "invalid_json"}
+def _code_of(kind: str) -> str:
+    """Our own validators raise PydanticCustomError("api:<code>", …)."""
+    if kind.startswith("api:"):
+        return kind.removeprefix("api:")
+    return "missing_required_parameter" if kind == "missing" else "invalid_value"
 
 
 def field_path(location: Sequence[str | int]) -> str:

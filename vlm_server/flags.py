@@ -25,8 +25,7 @@ class Flag:
     config: str  # engine | vision | server | checkpoint
     help: str
     kind: Callable[[str], Any] | tuple[str, ...] = str
-    field: str = ""
-    default: object = None  # where the field's own is not it
+    field: str = ""  # where it is not the name
 
     @property
     def target(self) -> str:

@@ -253,4 +253,4 @@ def _raise_engine_error(step: StepOutput) -> None:
     if step.finish_reason is FinishReason.ERROR:
         raise ApiError(500, "engine_error", step.error or "the engine failed at this request")
     if step.finish_reason is FinishReason.ABORT:
-        raise to_api_error(ApiError(503, "aborted", "the request was aborted by the server"))
+        raise ApiError(503, "aborted", "the request was aborted by the server")
