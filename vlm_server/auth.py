@@ -1,4 +1,7 @@
-"""API keys: every path needs one but health, the docs and their assets. Without configured keys all are welcome, whatever they send."""
+"""API keys: every path needs one but health, the docs and their assets. Without configured keys all are welcome, whatever they send.
+
+Each key is a tenant of its own: what one tenant's prompts and pictures left in the caches is never another's to find.
+"""
 
 import hashlib
 import hmac
@@ -21,18 +24,29 @@ class RequireApiKey:
         self._digests = [_digest(key) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] == "OPTIONS" or _is_open(scope) or self._is_allowed(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or _is_open(scope):
+            await self._app(scope, receive, send)
+            return
+        tenant = self._tenant(Headers(scope=scope))
+        if tenant is not None:
+            scope["tenant"] = tenant  # in place: the router leaves its route there for the log
             await self._app(scope, receive, send)
             return
         message = "this server needs one of its API keys in the header Authorization: Bearer KEY"
         error = ApiError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})
         await error.response()(scope, receive, send)
 
-    def _is_allowed(self, headers: Headers) -> bool:
+    def _tenant(self, headers: Headers) -> str | None:
+        """The key's digest, if it is one of ours."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.strip())
         matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them: the time tells nothing
-        return scheme.lower() == "bearer" and any(matches)
+        return digest.hex() if scheme.lower() == "bearer" and any(matches) else None
+
+
+def tenant_of(scope: Scope) -> str:
+    """Whose request it is; all are one tenant where no keys are configured."""
+    return str(scope.get("tenant", ""))
 
 
 def _is_open(scope: Scope) -> bool:

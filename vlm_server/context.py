@@ -41,9 +41,9 @@ class ServerContext:
             raise ApiError(404, "model_not_found", message, param="model")
         return check_fields(body, strict=self.config.strict_fields)
 
-    async def text_prompt(self, text_or_ids: str | list[int]) -> Prompt:
+    async def text_prompt(self, text_or_ids: str | list[int], *, tenant: str) -> Prompt:
         """A prompt without a template, tokenized in a thread."""
-        return await asyncio.to_thread(self.backend.pipeline.text_prompt, text_or_ids)
+        return await asyncio.to_thread(self.backend.pipeline.text_prompt, text_or_ids, tenant=tenant)
 
     def generation(self, body: ChatCompletionRequest | CompletionRequest, prompts: list[Prompt], *, request_id: str) -> Generation:
         """All answers to the request, not yet begun."""

@@ -193,7 +193,7 @@ class FakePipeline:
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
         token_ids = self.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
-        return Prompt(token_ids=tuple(token_ids), cache_keys=tuple(token_ids))
+        return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
 
     async def _load(self, url: str, param: str) -> None:
         if "bad" in url:

@@ -1,7 +1,10 @@
 """The detokenizer's pieces against the whole text, for any token stream."""
 
+from collections.abc import Sequence
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from tests.vlm_server.byte_tokenizer import EOS, VOCAB_SIZE, ByteTokenizer
 from vlm_server.detokenizer import Detokenizer, IncrementalDecoder, StopMatcher
@@ -32,6 +35,53 @@ def test_no_piece_of_valid_text_holds_a_cut_character(text: str) -> None:
 
     assert "\ufffd" not in "".join(pieces)
     assert "".join(pieces) == text.replace("\ufffd", "")
+
+
+class SentencePieces:
+    """Words with a space before them, and bytes for what has no piece, as Llama's and InternLM's tokenizers."""
+
+    def __init__(self) -> None:
+        words = ["<unk>", "</s>", "▁", "▁the", "▁a", "a", "he", "你", "!"]
+        vocab = {word: number for number, word in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
+        self._backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+        self._backend.add_special_tokens(["</s>"])
+        self._backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        self._vocab = vocab
+
+    def pieces(self, text: str) -> list[int]:
+        """One piece or several bytes per character."""
+        ids = [[self._vocab.get(character.replace(" ", "▁"))] for character in text]
+        return [number for character, found in zip(text, ids, strict=True) for number in (found if found[0] else self._bytes(character))]
+
+    def _bytes(self, character: str) -> list[int]:
+        return [self._vocab[f"<0x{byte:02X}>"] for byte in character.encode()]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+
+PIECES = SentencePieces()
+
+
+@given(st.lists(st.integers(0, 8), max_size=40))
+def test_spaces_between_pieces_are_kept_beside_skipped_tokens(token_ids: list[int]) -> None:
+    decoder = IncrementalDecoder(PIECES)
+
+    text = "".join([decoder.add(token_id) for token_id in token_ids] + [decoder.finish()])
+
+    assert text == PIECES.decode(token_ids)
+
+
+@given(st.text(st.sampled_from("a 你好吗🌍é!"), max_size=30))
+def test_characters_without_a_piece_of_their_own_are_put_together_from_bytes(text: str) -> None:
+    decoder = IncrementalDecoder(PIECES)
+
+    pieces = [decoder.add(token_id) for token_id in PIECES.pieces(text)]
+
+    assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) == text.removeprefix(" ")
 
 
 def test_a_character_is_released_with_its_last_byte() -> None:

@@ -88,6 +88,17 @@ def test_with_keys_all_but_health_and_docs_need_one() -> None:
             assert get(server, "/v1/models", Authorization=header).status_code == status, header
 
 
+def test_each_key_has_cache_keys_of_its_own() -> None:
+    with running_server(fake_config(api_keys=("first", "second"))) as server:
+        for path, fields in ((CHAT, {}), ("/v1/completions", {"prompt": "x"})):
+            for key in ("first", "second", "first"):
+                assert post(server, path, {"Authorization": f"Bearer {key}"}, **fields).status_code == 200
+            first, second, again = (prompt.cache_keys[0] for prompt, _ in server.backend.engine.requests[-3:])
+            assert first == again != second
+        metrics = get(server, "/metrics", Authorization="Bearer first").text
+        assert 'vlm:http_requests_total{route="/v1/completions",status="200"} 3.0' in metrics
+
+
 def raw_status(server: RunningServer, path: str) -> int:
     """Without a client that tidies the path."""
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.request import Prompt
+from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
 from vlm_server.protocol import ChatCompletionRequest
 from vlm_server.response_schema import ChatCompletionResponse
@@ -19,7 +20,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     context = context_of(request)
     warnings = context.accept(request, body)
     watch = Stopwatch()
-    prompt = await unless_client_leaves(request, _prompt(context, body))
+    prompt = await unless_client_leaves(request, _prompt(context, body, tenant_of(request.scope)))
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("chatcmpl")
     generation = context.generation(body, [prompt], request_id=response_id)
@@ -27,8 +28,8 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     return await answer(request, body, generation, shape, ping_s=context.config.sse_ping_s)
 
 
-async def _prompt(context: ServerContext, body: ChatCompletionRequest) -> Prompt:
+async def _prompt(context: ServerContext, body: ChatCompletionRequest, tenant: str) -> Prompt:
     if isinstance(body.messages, str):
-        return await context.text_prompt(body.messages)
+        return await context.text_prompt(body.messages, tenant=tenant)
     messages = [message.as_dict() for message in body.messages]
-    return await context.backend.pipeline.chat_prompt(messages, template_kwargs=body.template_kwargs() or None)
+    return await context.backend.pipeline.chat_prompt(messages, template_kwargs=body.template_kwargs() or None, tenant=tenant)

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.request import Prompt
+from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
 from vlm_server.protocol import CompletionRequest
 from vlm_server.response_schema import CompletionResponse
@@ -19,7 +20,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     context = context_of(request)
     warnings = context.accept(request, body)
     watch = Stopwatch()
-    prompts = await unless_client_leaves(request, _prompts(context, body))
+    prompts = await unless_client_leaves(request, _prompts(context, body, tenant_of(request.scope)))
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("cmpl")
     generation = context.generation(body, prompts, request_id=response_id)
@@ -27,5 +28,5 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     return await answer(request, body, generation, shape, ping_s=context.config.sse_ping_s)
 
 
-async def _prompts(context: ServerContext, body: CompletionRequest) -> list[Prompt]:
-    return [await context.text_prompt(prompt) for prompt in body.prompts()]
+async def _prompts(context: ServerContext, body: CompletionRequest, tenant: str) -> list[Prompt]:
+    return [await context.text_prompt(prompt, tenant=tenant) for prompt in body.prompts()]
