@@ -1,6 +1,7 @@
 """The real server of the embedded model, driven by the official SDK: many at once, crashes, clients that leave."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -10,7 +11,6 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from aiohttp import web
 
 from tests.end_to_end.pictures import drawn
 from tests.server_process import ServerProcess, data_url, server_process
@@ -103,27 +103,21 @@ async def gone_within(server: ServerProcess, seconds: float) -> None:
         await asyncio.sleep(0.02)
 
 
-class picture_server:
-    """A loopback server that takes a request for a picture and never answers it."""
+@contextlib.asynccontextmanager
+async def picture_server() -> AsyncIterator[tuple[str, asyncio.Event]]:
+    """A loopback server that reads a request for a picture and never answers it."""
+    is_asked, may_end = asyncio.Event(), asyncio.Event()
 
-    async def __aenter__(self) -> tuple[str, asyncio.Event]:
-        is_asked = asyncio.Event()
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        is_asked.set()
+        await may_end.wait()
+        writer.close()
 
-        async def never(request: web.Request) -> web.Response:
-            is_asked.set()
-            await asyncio.Event().wait()
-            raise AssertionError
-
-        app = web.Application()
-        app.router.add_get("/picture.png", never)
-        self._runner = web.AppRunner(app, shutdown_timeout=0)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        return f"http://127.0.0.1:{self._runner.addresses[0][1]}/picture.png", is_asked
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._runner.cleanup()
+    listener = await asyncio.start_server(take, "127.0.0.1", 0)
+    async with listener:
+        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/picture.png", is_asked
+        may_end.set()
 
 
 async def test_a_killed_engine_costs_its_requests_an_error_and_nothing_more(server, client):
