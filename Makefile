@@ -29,10 +29,10 @@ serve: $(VENV)/.installed
 	exec $(BIN)/vlm-server serve $(MODEL) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m "not full and not external and not gpu" $(ARGS)
+	$(PYTEST) --ignore tests/external -m "not full and not external and not gpu" $(ARGS)
 
 test-equality: $(VENV)/.installed-dev
-	$(PYTEST) -m "full and not external and not gpu" $(ARGS)
+	$(PYTEST) --ignore tests/external -m "full and not external and not gpu" $(ARGS)
 
 test-external: $(VENV)/.installed-external debian-packages
 	$(PYTEST) -m "external and not gpu" $(ARGS)
