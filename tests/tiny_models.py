@@ -37,7 +37,7 @@ CORPUS = (
 def write_tiny(name: str, folder: Path, *, seed: int = 0) -> Path:
     """Writes the checkpoint called `name` into `folder` (made if need be), and returns the folder.
 
-    `internlm2` also leaves the Llama checkpoint with the same weights in `folder / "as_llama"`.
+    `internlm` and `internlm2` also leave the Llama checkpoint with the same weights in `folder / "as_llama"`.
     """
     writers = {**_TEXT_WRITERS, **_image_writers()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,6 +168,32 @@ def _write_internlm2(folder: Path, seed: int) -> None:
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": [2, vocab_size - 2], "pad_token_id": 2})
 
 
+def _write_internlm(folder: Path, seed: int) -> None:
+    """The first InternLM: a tiny Llama whose attention has biases, under a config that names remote classes."""
+    vocab_size = _write_internlm2_tokenizer(folder)
+    shape = llama_shape(vocab_size=vocab_size, num_key_value_heads=NUM_HEADS, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    llama = _random_text_model(AutoConfig.for_model("llama", **shape, attention_bias=True), seed)
+    llama.save_pretrained(folder / "as_llama")
+    llama.save_pretrained(folder)
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    fields = {name: getattr(llama.config, name) for name in (*kept, "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")}
+    remote = {"AutoConfig": "configuration_internlm.InternLMConfig", "AutoModelForCausalLM": "modeling_internlm.InternLMForCausalLM"}
+    _write_json(
+        folder / "config.json",
+        {
+            **fields,
+            "architectures": ["InternLMForCausalLM"],
+            "auto_map": remote,
+            "bias": True,
+            "hidden_act": "silu",
+            "model_type": "internlm",
+            "rotary": {"base": 10000, "type": "dynamic"},
+            "tie_word_embeddings": False,
+            "torch_dtype": "float32",
+        },
+    )
+
+
 _INTERNLM2_REMOTE_CLASSES = (
     ("AutoConfig", "configuration_internlm2", "InternLM2Config"),
     ("AutoModelForCausalLM", "modeling_internlm2", "InternLM2ForCausalLM"),
@@ -281,6 +307,7 @@ _TEXT_WRITERS: dict[str, Callable[[Path, int], None]] = {
     "qwen2": _text_writer("qwen2", tie_word_embeddings=True),
     "qwen3": _text_writer("qwen3", head_dim=24),
     "mistral": _text_writer("mistral", head_dim=16, sliding_window=None),
+    "internlm": _write_internlm,
     "internlm2": _write_internlm2,
     "gemma3_text": _text_writer("gemma3_text", head_dim=16, sliding_window=24, layer_types=["sliding_attention", "full_attention"]),
     "gpt_neox": _text_writer("gpt_neox", rotary_pct=0.25, hidden_act="gelu"),

@@ -25,8 +25,8 @@ def load_config(model_folder: str, *, trust_remote_code: bool = False) -> Pretra
     if path.suffix == GGUF_SUFFIX:
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     raw = json.loads((path / "config.json").read_text())
-    if raw.get("model_type") == "internlm2":
-        return _internlm2_config(raw)
+    if raw.get("model_type") in _LLAMAS_BY_ANOTHER_NAME:
+        return _llama_config(raw)
     return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
@@ -63,8 +63,11 @@ def eos_token_ids(config: PretrainedConfig, generation: dict[str, Any]) -> tuple
     return tuple(stated) if isinstance(stated, list) else (stated,)
 
 
-def _internlm2_config(raw: dict[str, Any]) -> LlamaConfig:
-    """InternLM2 is a Llama with packed projections; `bias` is that of attention."""
+_LLAMAS_BY_ANOTHER_NAME = ("internlm", "internlm2")  # whose own classes are remote code
+
+
+def _llama_config(raw: dict[str, Any]) -> LlamaConfig:
+    """InternLM is a Llama whose attention has biases; InternLM2 and 2.5 pack its projections. `bias` is that of attention."""
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
             "rope_theta", "rope_scaling")  # fmt: skip

@@ -15,7 +15,7 @@ from engine.request import Prompt, make_cache_keys
 from tests.equality.harness import Answer, RecordingEngine, assert_equal, reference_answer
 from tests.tiny_models import write_tiny
 
-FAST = ("llama", "qwen2", "qwen3", "mistral", "internlm2")
+FAST = ("llama", "qwen2", "qwen3", "mistral", "internlm", "internlm2")
 FALLBACK = ("gemma3_text", "gpt_neox")
 NUM_NEW_TOKENS = 64
 
@@ -69,8 +69,10 @@ def test_a_shifted_position_is_noticed(name, tmp_path):
         assert_equal(answers, [cut(answer, 4) for answer in reference_answers(folder, prompts)])
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "internlm2"])
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [("llama", 2), ("llama", 4), *(pytest.param(name, tp, marks=pytest.mark.full) for name in FAST[1:] for tp in (2, 4))],
+)
 def test_tensor_parallel_ranks_give_the_references_tokens(name, tp, tmp_path, num_prompts):
     folder = write_tiny(name, tmp_path)
     prompts = [random_prompt(folder, seed) for seed in range(num_prompts)]
