@@ -174,6 +174,9 @@ def _container(image: Image, case: Case) -> Iterator[int]:
     except subprocess.TimeoutExpired:
         raise RehearsalError(f"the server runs on {STOP_LIMIT_S:.0f} s after SIGTERM") from None
     finally:
+        for child in _children(process.pid):  # `unshare --kill-child` loses its hold on a child that changes its user
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         process.kill()
         process.wait()
 

@@ -48,7 +48,7 @@ class RootFolder:
         return subprocess.run(arguments, env=dict(environment), stdin=subprocess.DEVNULL, check=check).returncode
 
     def start(self, command: Sequence[str], *, environment: Mapping[str, str], folder: str = "/") -> subprocess.Popen[bytes]:
-        """Start a command as process 1 of its own process namespace: killing the returned process ends all of it."""
+        """Start a command as process 1 of its own process namespace; when that ends, all that it started ends."""
         isolated = [_found("unshare"), "--pid", "--fork", "--kill-child", f"--mount-proc={self.folder}/proc"]
         return subprocess.Popen([*isolated, *self.arguments(command, folder=folder)], env=dict(environment), stdin=subprocess.DEVNULL)
 
