@@ -98,6 +98,7 @@ class EngineClient:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
+        self._fail_all(EngineDeadError("the engine is closed", is_final=True))
 
     async def generate(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> AsyncGenerator[StepOutput, None]:
         """One request's outputs, the last one with its finish_reason.

@@ -1,0 +1,134 @@
+"""The client and a real engine process on a tiny checkpoint. What the HTTP server makes of it is tested end to end."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+import engine.client
+from engine.client import EngineClient, EngineState
+from engine.config import EngineConfig
+from engine.request import EngineDeadError, InvalidRequestError, Prompt, PromptTooLongError, SamplingParams, make_cache_keys
+from tests.tiny_models import write_tiny
+
+WAIT_S = 60
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> EngineConfig:
+    folder = write_tiny("llama", tmp_path_factory.mktemp("llama"))
+    config = EngineConfig(model_folder=str(folder), device="cpu", session_len=512, num_threads=1)
+    return config.resolve(json.loads((folder / "config.json").read_text()))
+
+
+@pytest.fixture
+async def client(config, monkeypatch) -> AsyncIterator[EngineClient]:
+    monkeypatch.setattr(engine.client, "FIRST_BACKOFF_S", 0.01)
+    client = EngineClient(config)
+    await client.start()
+    yield client
+    await client.close()
+
+
+def prompt(*token_ids: int) -> Prompt:
+    return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), ()))
+
+
+async def ask(client: EngineClient, name: str, *, num_tokens: int = 4) -> list[int]:
+    params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    outputs = [output async for output in client.generate(prompt(5, 6, 7), params, request_id=name)]
+    return [token_id for output in outputs for token_id in output.token_ids]
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not is_true():  # noqa: ASYNC110 - the client has no event for it
+            await asyncio.sleep(0.01)
+
+
+async def until_running(client: EngineClient, count: int) -> None:
+    """Aborts are sent without waiting, so a moment may pass."""
+    async with asyncio.timeout(1.0):
+        while (await client.stats()).num_running != count:
+            pass
+
+
+async def test_requests_are_answered_refused_aborted_and_survive_a_crash(client):
+    """One engine process for all of it: starting one takes seconds."""
+    together = await asyncio.gather(*(ask(client, f"request {i}") for i in range(5)))
+    assert together == [together[0]] * 5
+    assert len(together[0]) == 4
+
+    with pytest.raises(PromptTooLongError) as too_long:
+        await anext(client.generate(prompt(*range(3, 515 - 200), *range(3, 203)), SamplingParams(), request_id="long"))
+    assert (too_long.value.num_tokens, too_long.value.session_len) == (512, 512)
+    with pytest.raises(InvalidRequestError, match="outside"):
+        await anext(client.generate(prompt(4000), SamplingParams(), request_id="unknown token"))
+
+    stream = client.generate(prompt(5, 6), SamplingParams(max_tokens=400, ignore_eos=True), request_id="left")
+    await anext(stream)
+    with pytest.raises(InvalidRequestError, match="running already"):
+        await anext(client.generate(prompt(5), SamplingParams(), request_id="left"))
+    await stream.aclose()
+    await until_running(client, 0)
+    assert (await client.stats()).num_referenced_blocks == 0
+
+    running = asyncio.create_task(ask(client, "in the crash", num_tokens=500))
+    await until_running(client, 1)
+    os.kill(client.process_id, signal.SIGKILL)
+    with pytest.raises(EngineDeadError) as dead:
+        await running
+    assert not dead.value.is_final
+    with pytest.raises(EngineDeadError, match="restarting"):
+        await ask(client, "too early")
+    await until(lambda: client.state is EngineState.READY)
+    assert await ask(client, "after the crash") == together[0]
+    assert client.num_restarts == 1
+
+
+async def test_an_engine_that_does_not_answer_is_killed_and_started_again(client, monkeypatch):
+    monkeypatch.setattr(engine.client, "HANG_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(engine.client, "PING_INTERVAL_S", 0.05)
+    watched = EngineClient(client.config)
+    await watched.start()
+    hanging = watched.process_id
+
+    os.kill(hanging, signal.SIGSTOP)
+    await until(lambda: watched.num_restarts == 1)
+    monkeypatch.setattr(engine.client, "HANG_TIMEOUT_S", WAIT_S)
+    await until(lambda: watched.state is EngineState.READY)
+
+    assert watched.process_id != hanging
+    assert await ask(watched, "again")
+    await watched.close()
+
+
+async def test_a_checkpoint_that_cannot_be_served_is_a_final_failure(config, tmp_path: Path):
+    (tmp_path / "config.json").write_text((Path(config.model_folder) / "config.json").read_text())
+    client = EngineClient(EngineConfig(model_folder=str(tmp_path), session_len=64))
+
+    with pytest.raises(EngineDeadError, match=r"no \*\.safetensors") as failure:
+        await client.start()
+
+    assert failure.value.is_final
+    assert client.state is EngineState.FAILED
+    await client.close()
+
+
+async def test_closing_ends_the_process_and_what_runs(config):
+    client = EngineClient(config)
+    await client.start()
+    process_id = client.process_id
+    running = asyncio.create_task(ask(client, "running", num_tokens=500))
+    await until_running(client, 1)
+
+    await client.close()
+
+    with pytest.raises(EngineDeadError):
+        await running
+    with pytest.raises(ProcessLookupError):
+        os.kill(process_id, 0)
