@@ -39,6 +39,13 @@ HANG_TIMEOUT_S = 120.0  # without an answer between two steps the process is kil
 START_TIMEOUT_S = 1800.0
 EXIT_TIMEOUT_S = 10.0
 
+# A decode step has hundreds of short parallel regions. Threads that sleep between them (OMP_WAIT_POLICY=PASSIVE) take as long to wake as a
+# small region does; threads that spin for ever starve the process beside them. Milliseconds per step of the embedded model, one row, two
+# cores of a Sapphire Rapids, 2026-11, alone / beside a busy process at nice 10 (as the vision workers are) / at nice 0:
+#   PASSIVE 50 / 56 / 54     5,000 spins 39 / 74 / 73     20,000 spins 32 / 41 / 127     the default 32 / – / several hundred
+# To tune again: `python -m benchmarks.embedded` with OMP_WAIT_POLICY or GOMP_SPINCOUNT set.
+WAITING_THREADS = {"GOMP_SPINCOUNT": "20000"}
+
 _REJECTIONS: dict[str, Callable[[Rejected], EngineError]] = {
     "PromptTooLongError": lambda rejected: PromptTooLongError(*rejected.numbers),
     "QueueFullError": lambda rejected: QueueFullError(rejected.message),
@@ -244,7 +251,7 @@ async def _spawn() -> _Connection:
     to_engine, inbox = socket.socketpair()
     from_engine, outbox = socket.socketpair()
     fds = [inbox.fileno(), outbox.fileno()]
-    environment = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    environment = {**({} if "OMP_WAIT_POLICY" in os.environ else WAITING_THREADS), **os.environ}
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "engine.process", *map(str, fds), pass_fds=fds, env=environment, stdin=asyncio.subprocess.DEVNULL
     )

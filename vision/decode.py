@@ -13,7 +13,7 @@ import time
 
 import msgspec
 
-from vision.frames import Failure, Frame, receive_frame, send_frame, serve_frames
+from vision.frames import WORKER_NICENESS, Failure, Frame, receive_frame, send_frame, serve_frames
 from vision.image import MediaError
 
 _NUM_DESCRIPTORS = 64
@@ -33,6 +33,7 @@ def main(fd: int) -> None:
     _limit_process(limits)
     send_frame(connection, Frame())  # ready
     _silence()
+    os.nice(WORKER_NICENESS)
     serve_frames(connection, lambda request: _decode(request, limits))
 
 

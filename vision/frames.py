@@ -18,6 +18,7 @@ from vision.image import MediaError
 from vision.shared_array import SharedArray
 
 MAX_FRAME_BYTES = 1 << 20
+WORKER_NICENESS = 10  # of picture workers once they serve: the steps of the engine come first
 _MAX_DESCRIPTORS = 64
 _LENGTH = struct.Struct(">I")
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)

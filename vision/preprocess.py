@@ -6,6 +6,7 @@ Its first frame holds the settings. Imported by the server for the messages; tor
 
 import importlib
 import logging
+import os
 import socket
 import sys
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from vision.frames import Failure, Frame, receive_frame, send_frame, serve_frames
+from vision.frames import WORKER_NICENESS, Failure, Frame, receive_frame, send_frame, serve_frames
 from vision.image import ImageOptions, MediaError
 from vision.shared_array import SharedArray
 
@@ -60,6 +61,7 @@ def main(fd: int) -> None:
         send_frame(connection, Frame(failure=Failure("processor_not_loaded", f"{type(error).__name__}: {error}")))
         return
     send_frame(connection, Frame(msgspec.msgpack.encode(PreprocessInfo(preprocessor.fingerprint))))
+    os.nice(WORKER_NICENESS)
     serve_frames(connection, lambda request: _process(preprocessor, request))
 
 

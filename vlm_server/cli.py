@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +17,6 @@ _LEGACY_WORD = "api_server"  # lmdeploy serve api_server MODEL
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status."""
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: busy waiting starves the engine
     command = {"serve": _serve, "check_env": _check_env}[parsed.command]
     return command(parsed)
 

@@ -21,7 +21,7 @@ _PACKAGES = (
     "numpy",
     "msgspec",
 )
-_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_ENDPOINT")
+_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_ENDPOINT")
 
 
 def describe_environment() -> dict[str, str]:
