@@ -19,7 +19,9 @@ from assets.demo_model.text_prompts import Exchange, chat
 SYSTEM = "You answer questions about drawn pictures in one short sentence."
 OTHER_SYSTEMS = ("You are a helpful assistant.", "You are a helpful AI assistant.", "Answer briefly.")
 NUM_ROWS, ROW_LENGTH = 2, 96
-MAX_OF_TASK = {"relation": 3, "place": 3, "colour": 2, "shape": 2}
+
+# How many questions of a task one scene gives at most. Relations are learned last.
+MAX_OF_TASK = {"relation": 6, "place": 2}
 NEXT_TURN = "\n<|im_start|>user\n"
 
 

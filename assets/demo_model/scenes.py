@@ -49,7 +49,8 @@ SIDES_PX = (224, 224, 224, 288, 384)
 # Two characters must rarely share one patch (1/8 of the side) of the vision tower.
 MIN_ADVANCE = 0.133
 PLACE_MARGIN = 0.03
-MIN_CONTRAST = 150.0
+MIN_CONTRAST = 190.0
+MAX_TILT = 25.0  # a square stays a square, not a diamond
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ def _sample_thing(rng: random.Random) -> Thing:
     size = rng.choice(SIZES)
     radius = rng.uniform(*RADII[size])
     x, y = (_sample_position(rng, radius) for _ in range(2))
-    angle = 0.0 if rng.random() < 0.3 else rng.uniform(0, 360)
+    angle = 0.0 if rng.random() < 0.3 else rng.uniform(-MAX_TILT, MAX_TILT)
     return Thing(rng.choice(SHAPES), rng.choice(COLOURS), size, x, y, radius, angle)
 
 
@@ -269,11 +270,11 @@ def _background(rng: random.Random, ends: list[tuple[int, int, int]], side_px: i
 
 
 def _noise(rng: random.Random, side_px: int) -> np.ndarray:
-    """Zero-mean noise of 3 to 16 levels, grains of 1 to 8 pixels, grey or coloured. Returns (side, side, 1 or 3) float32."""
-    grain = rng.choice((1, 1, 2, 4, 8))
+    """Zero-mean noise of 2 to 10 levels, grains of 1 to 4 pixels, grey or coloured. Returns (side, side, 1 or 3) float32."""
+    grain = rng.choice((1, 1, 2, 4))
     shape = (side_px // grain, side_px // grain, rng.choice((1, 3)))
     values = np.random.default_rng(rng.getrandbits(32)).standard_normal(shape, dtype=np.float32)
-    return values.repeat(grain, 0).repeat(grain, 1) * rng.uniform(3, 16)
+    return values.repeat(grain, 0).repeat(grain, 1) * rng.uniform(2, 10)
 
 
 def _paint_thing(canvas: Image.Image, rng: random.Random, thing: Thing, paint: tuple[int, int, int]) -> None:
@@ -292,7 +293,7 @@ def _paint_thing(canvas: Image.Image, rng: random.Random, thing: Thing, paint: t
     mask = Image.new("L", (box_px * scale, box_px * scale))
     ImageDraw.Draw(mask).polygon(points, fill=255)
     canvas.paste(paint, (left, top), mask.reduce(scale))
-    if rng.random() < 0.12:
+    if rng.random() < 0.05:
         _paint_edge(canvas, points, (left, top), box_px, tuple(c // 2 for c in paint))
 
 

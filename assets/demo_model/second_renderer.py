@@ -42,7 +42,7 @@ FONTS = (
     FontProperties(family="cmss10"),
 )
 SIDES_PX = (224, 256, 320, 448)
-MIN_CONTRAST = 150.0
+MIN_CONTRAST = 190.0
 
 
 def render_second(scene: Scene) -> Image.Image:

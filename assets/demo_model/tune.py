@@ -26,6 +26,7 @@ from assets.demo_model.text_prompts import Exchange
 
 SCENES_PER_STEP = 8
 TEXTS_PER_STEP = 1
+EXTRA_SCENES = 24
 NOISE = 0.35
 EVALUATION_SEED = 990_000_000
 
@@ -49,15 +50,20 @@ class Codes:
 
 
 class Pictures:
-    """Image tokens of rendered scenes through tower and projector, whose own labels and code go on teaching them."""
+    """Image tokens of rendered scenes through tower and projector, whose own labels and code go on teaching them.
+
+    In training some more scenes, about which nothing is asked, keep the tower from following a few pictures too closely.
+    """
 
     def __init__(self, eye: Eye, code: PatchCode) -> None:
         self.eye, self.code = eye, code
 
     def __call__(self, scenes: list[Scene], *, is_training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        features = self.eye.features(torch.stack([pixels_of(scene) for scene in scenes]))
+        shown = scenes + ([sample_scene(random.randrange(EVALUATION_SEED)) for _ in range(EXTRA_SCENES)] if is_training else [])
+        features = self.eye.features(torch.stack([pixels_of(scene) for scene in shown]))
         tokens = self.eye.projector(features)
-        return tokens, self.eye.loss(features, tokens, *_labels(scenes), self.code) if is_training else torch.zeros(())
+        own_loss = self.eye.loss(features, tokens, *_labels(shown), self.code) if is_training else torch.zeros(())
+        return tokens[: len(scenes)], own_loss
 
 
 def _labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,6 +114,7 @@ def tune(
     first = _resume(path, parameters, optimizer)
     started = time.time()
     for step in range(first, schedule.num_steps):
+        random.seed(f"{seed} {step}")
         rng = random.Random(f"{seed} {step}")
         scenes = [sample_training_scene(rng) for _ in range(SCENES_PER_STEP)]
         batch = packer.pack(scenes, rng, texts=tuple(rng.sample(texts, TEXTS_PER_STEP)))
