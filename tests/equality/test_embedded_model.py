@@ -19,14 +19,14 @@ def draw_scene_case(seed: int) -> Case:
 
 
 @pytest.fixture(scope="module")
-def prompts(num_prompts: int) -> list[Prompt]:
+def prompts(num_embedded_prompts: int) -> list[Prompt]:
     """A third each with no, one and three pictures; half of them in one turn, half after two earlier ones."""
-    return our_prompts(EMBEDDED, [draw_scene_case(seed) for seed in range(num_prompts)])
+    return our_prompts(EMBEDDED, [draw_scene_case(seed) for seed in range(num_embedded_prompts)])
 
 
 @pytest.fixture(scope="module")
-def references(num_prompts: int) -> list[Answer]:
-    return their_answers(EMBEDDED, [draw_scene_case(seed) for seed in range(num_prompts)], num_new_tokens=NUM_NEW_TOKENS)
+def references(num_embedded_prompts: int) -> list[Answer]:
+    return their_answers(EMBEDDED, [draw_scene_case(seed) for seed in range(num_embedded_prompts)], num_new_tokens=NUM_NEW_TOKENS)
 
 
 def engine_with(**settings: Any) -> RecordingEngine:
