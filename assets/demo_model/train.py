@@ -25,10 +25,10 @@ from assets.demo_model.pretrain import Eye, pretrain
 from assets.demo_model.text_prompts import Exchange, load_or_generate
 from assets.demo_model.tune import Codes, Pictures, Schedule, load_parameters, text_perplexity, tune
 
-# Steps and peak learning rates of each stage, as the shipped weights were trained.
-EYE_STEPS = 2800
-READER = Schedule(600, {"updates": 1.5e-3})
-BOTH = Schedule(400, {"updates": 8e-4, "eye": 2e-4}, decay=0.8)
+# Steps and peak learning rates of each stage.
+EYE_STEPS = 9000
+READER = Schedule(450, {"updates": 1.5e-3}, decay=0.25)
+BOTH = Schedule(900, {"updates": 1.2e-3, "eye": 1e-4}, decay=0.3)
 
 
 class Recipe:
