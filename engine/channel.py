@@ -117,14 +117,20 @@ class AsyncSender:
         self._lock = asyncio.Lock()
 
     async def send(self, message: Any) -> None:
+        """A frame that was begun is finished when the caller is cancelled, too: half of one would garble all that follows."""
+        sending = asyncio.ensure_future(self._send(message))
+        sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
+        await asyncio.shield(sending)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    async def _send(self, message: Any) -> None:
         payload, fds = encode(message)
         async with self._lock:
             for start in range(0, len(fds), _MAX_FDS_AT_ONCE):
                 await self._send_fds(fds[start : start + _MAX_FDS_AT_ONCE])
             await asyncio.get_running_loop().sock_sendall(self._socket, _HEADER.pack(len(payload), 0) + payload)
-
-    def close(self) -> None:
-        self._socket.close()
 
     async def _send_fds(self, fds: list[int]) -> None:
         """A header alone: so few bytes that they leave whole or not at all."""

@@ -112,6 +112,27 @@ async def test_an_event_loop_sends_to_a_blocking_end_that_reads_slowly():
     slow.close()
 
 
+async def test_a_frame_whose_sender_is_cancelled_half_way_does_not_garble_the_next():
+    ours, theirs = socket.socketpair()
+    slow = Channel(theirs, Note | Other)
+    sender = AsyncSender(ours)
+    large = Note("x" * 5_000_000, {"a": array(1)})
+    sending = asyncio.create_task(sender.send(large))
+    await asyncio.sleep(0)  # the first bytes are on their way, the socket's buffer is far too small for all
+    await asyncio.sleep(0)
+
+    sending.cancel()
+    following = asyncio.create_task(sender.send(Note("next", {"a": array(2)})))
+    first, second = [await asyncio.to_thread(slow.receive, 5.0) for _ in range(2)]
+    await following
+
+    assert sending.cancelled()
+    assert (first.text, second.text) == (large.text, "next")
+    assert [int(note.arrays["a"].numpy()[0, 0]) for note in (first, second)] == [1, 2]
+    sender.close()
+    slow.close()
+
+
 async def test_an_event_loop_reads_the_frames_of_a_blocking_end():
     ours, theirs = socket.socketpair()
     blocking = Channel(theirs, Note | Other)
