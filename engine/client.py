@@ -56,7 +56,7 @@ class EngineState(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     RESTARTING = "restarting"  # it crashed; requests are refused until it is ready
-    FAILED = "failed"  # it cannot start; it is not tried again
+    FAILED = "failed"  # it cannot start, or died in its first start; it is not tried again
     CLOSED = "closed"
 
 
@@ -167,6 +167,8 @@ class EngineClient:
         while True:
             started = asyncio.get_running_loop().time()
             await self._live_once()
+            if self.info is None and self.state is not EngineState.FAILED:  # what never worked will not work the next time
+                self.state, self.failure = EngineState.FAILED, "the engine process ended while it started; the log says why"
             self._fail_all(EngineDeadError(self.failure or "the engine process ended", is_final=self.state is EngineState.FAILED))
             if self.state is EngineState.FAILED:
                 return

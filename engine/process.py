@@ -10,7 +10,6 @@ import sys
 from engine.channel import Channel
 from engine.core import Engine
 from engine.messages import Abort, Add, FromEngine, GetStats, Loading, Outputs, Ready, Rejected, Start, StartFailed, Stats, ToEngine
-from engine.models.registry import UnsupportedModelError
 from engine.request import EngineError, PromptTooLongError
 
 logger = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ def main(inbox_fd: int, outbox_fd: int) -> int:
     assert isinstance(start, Start)
     try:
         engine = Engine(start.config, on_progress=_Progress(outbox))
-    except (UnsupportedModelError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError) as error:
         logger.exception("the engine cannot start")
         outbox.send(StartFailed(str(error)))
         return 1

@@ -119,6 +119,20 @@ async def test_a_checkpoint_that_cannot_be_served_is_a_final_failure(config, tmp
     await client.close()
 
 
+async def test_an_engine_that_dies_in_its_first_start_is_a_final_failure(config):
+    client = EngineClient(config)
+    starting = asyncio.create_task(client.start())
+    await until(lambda: client.process_id is not None)
+
+    os.kill(client.process_id, signal.SIGKILL)
+
+    with pytest.raises(EngineDeadError, match="ended while it started") as failure:
+        await starting
+    assert failure.value.is_final
+    assert client.num_restarts == 0
+    await client.close()
+
+
 async def test_closing_ends_the_process_and_what_runs(config):
     client = EngineClient(config)
     await client.start()
