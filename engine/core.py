@@ -66,7 +66,7 @@ class Engine:
         self._num_requests += 1
         if params.seed is None:
             params = replace(params, seed=self.config.seed + self._num_requests)
-        self.scheduler.add(Request(request_id, prompt, params, arrival_s=time.monotonic()))
+        self.scheduler.add(Request(request_id, prompt, params))
         num_hits = sum(self.embeddings.touch(image.content_hash) for image in prompt.images)
         self._own = replace(self._own, num_embedding_cache_hits=self._own.num_embedding_cache_hits + num_hits)
 
@@ -82,14 +82,14 @@ class Engine:
         plan = self.scheduler.schedule()
         outputs, tensor_s = self._compute(plan) if plan.chunks else ([], 0.0)
         encode_s, failed = self._encode(step_s=tensor_s if plan.chunks else None)
-        self._count(plan, outputs, time.perf_counter() - started, tensor_s, encode_s)
+        self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
         return outputs + failed
 
     def stats(self) -> EngineStats:
         counted = self.scheduler.stats()
         own = {
             name: getattr(self._own, name)
-            for name in ("num_steps", "num_batched_requests", "max_batched_requests", "num_output_tokens", "num_images_encoded",
+            for name in ("num_steps", "num_batched_requests", "max_batched_requests", "num_images_encoded",
                          "num_embedding_cache_hits", "step_time_s", "overhead_time_s", "encode_time_s")
         }  # fmt: skip
         return replace(
@@ -185,14 +185,13 @@ class Engine:
             for content_hash in self.embeddings.shrink(self.scheduler.pinned_images()):
                 self.scheduler.image_forgotten(content_hash)
 
-    def _count(self, plan: Plan, outputs: list[StepOutput], step_s: float, tensor_s: float, encode_s: float) -> None:
+    def _count(self, plan: Plan, step_s: float, tensor_s: float, encode_s: float) -> None:
         own = self._own
         self._own = replace(
             own,
             num_steps=own.num_steps + bool(plan.chunks),
             num_batched_requests=len(plan.chunks),
             max_batched_requests=max(own.max_batched_requests, len(plan.chunks)),
-            num_output_tokens=own.num_output_tokens + sum(len(output.token_ids) for output in outputs),
             step_time_s=own.step_time_s + step_s,
             overhead_time_s=own.overhead_time_s + step_s - tensor_s - encode_s,
             encode_time_s=own.encode_time_s + encode_s,

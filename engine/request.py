@@ -42,10 +42,6 @@ class EngineDeadError(EngineError):
         self.is_final = is_final
 
 
-class OutOfMemoryError(EngineError):
-    """One request needed more memory than there is; the others go on."""
-
-
 class FinishReason(enum.StrEnum):
     STOP = "stop"  # an end token or a stop token id
     LENGTH = "length"  # max_tokens or the window
@@ -158,7 +154,6 @@ class Request:
     request_id: str
     prompt: Prompt
     params: SamplingParams
-    arrival_s: float = 0.0  # monotonic clock
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)  # prompt and output
     cache_keys: list[int] = field(default_factory=list)  # as token_ids

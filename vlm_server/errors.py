@@ -11,7 +11,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from engine.request import EngineDeadError, InvalidRequestError, OutOfMemoryError, PromptTooLongError, QueueFullError
+from engine.request import EngineDeadError, InvalidRequestError, PromptTooLongError, QueueFullError
 from vision.image import MediaError
 
 RETRY_AFTER_S = 2  # an engine that died is back after about as long
@@ -67,8 +67,6 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
             return ApiError(429, "queue_full", str(error), headers={"retry-after": str(error.retry_after_s)})
         case EngineDeadError():
             return ApiError(503, "engine_unavailable", str(error), headers={"retry-after": str(RETRY_AFTER_S)})
-        case OutOfMemoryError():
-            return ApiError(503, "out_of_memory", str(error), headers={"retry-after": str(RETRY_AFTER_S)})
         case HTTPException():
             return _from_http(error)
         case _:
