@@ -18,6 +18,7 @@ from engine.attention.base import AttentionBackend, allocate_cache
 from engine.attention.torch_backend import TorchAttention
 from engine.batch import Batch, build_batch
 from engine.config import EngineConfig
+from engine.layers.packed import pack_linears
 from engine.layers.parallel import ParallelGroup
 from engine.models.decoder import Decoder
 from engine.models.fallback import FallbackDecoder, load_reference
@@ -102,8 +103,11 @@ class ModelRunner:
         with torch.inference_mode():
             decoder = Decoder(spec, self.model_config.get_text_config(), group=self.group, dtype=self.dtype, device=self.device)
             fill(decoder.sources(), checkpoint, on_progress=on_progress)
+            decoder.pack()
         has_vision = getattr(self.model_config, "vision_config", None) is not None
         encoder = self._load_encoder(checkpoint) if has_vision and self.group.rank == 0 else None
+        if encoder:
+            pack_linears(encoder.module)
         return decoder, encoder
 
     def _load_encoder(self, checkpoint: Checkpoint) -> VisionEncoder:
@@ -125,6 +129,7 @@ class ModelRunner:
             trust_remote_code=config.trust_remote_code,
             on_progress=on_progress,
         )
+        pack_linears(model)
         has_vision = getattr(self.model_config, "vision_config", None) is not None
         encoder = VisionEncoder.from_model(model) if has_vision else None
         with torch.inference_mode():

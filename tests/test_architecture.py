@@ -29,14 +29,15 @@ MAY_IMPORT = {
     "engine.encoding": ".request vision.encoder",
     "engine.kv_cache": "",
     "engine.layers": "",
-    "engine.layers.embedding": ".layers.linear .layers.parallel",
-    "engine.layers.linear": ".layers.parallel",
+    "engine.layers.embedding": ".layers.linear .layers.packed .layers.parallel",
+    "engine.layers.linear": ".layers.packed .layers.parallel",
     "engine.layers.norm": ".layers.linear",
+    "engine.layers.packed": "",
     "engine.layers.parallel": "",
     "engine.layers.rotary": "",
     "engine.messages": ".config .request",
     "engine.model_runner": (
-        ".attention.base .attention.torch_backend .batch .config .layers.parallel .models.decoder .models.fallback "
+        ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .models.decoder .models.fallback "
         ".models.registry .models.weights .request vision.encoder"
     ),
     "engine.models": "",

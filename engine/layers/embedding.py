@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.layers.linear import Source
+from engine.layers.packed import linear, pack
 from engine.layers.parallel import ParallelGroup
 
 
@@ -17,6 +18,7 @@ class VocabEmbedding(nn.Module):
         self.group = group
         self.start, self.stop = group.shard(vocab_size)
         self.weight = nn.Parameter(torch.empty(self.stop - self.start, hidden_size, dtype=dtype, device=device), requires_grad=False)
+        self.head_weight = self.weight
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (num_tokens,) int64 → (num_tokens, hidden_size), the same on every rank."""
@@ -29,7 +31,13 @@ class VocabEmbedding(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """hidden: (num_rows, hidden_size) → (num_rows, vocab_size) on rank 0, None elsewhere."""
-        return self.group.gather_columns(F.linear(hidden, self.weight), self.vocab_size)
+        return self.group.gather_columns(linear(hidden, self.head_weight), self.vocab_size)
+
+    def pack_head(self, *, keeps_rows: bool) -> None:
+        """Lay the matrix out for `logits`. Rows are looked up in the plain one, which goes unless it `keeps_rows`."""
+        self.head_weight = pack(self.weight)
+        if not keeps_rows:
+            self.weight = self.head_weight
 
     def sources(self, name: str) -> list[Source]:
         return [Source(f"{name}.weight", self.weight, slice(self.start, self.stop))]

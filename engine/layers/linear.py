@@ -1,15 +1,16 @@
 """Linear layers that hold one rank's part of a checkpoint's matrices.
 
 Column-parallel layers split the output and need no collective; row-parallel ones split the input and sum over ranks. Every layer lists
-its `sources`: which rows and columns of which checkpoint tensor fill which of its own rows, so that one loader serves all.
+its `sources`: which rows and columns of which checkpoint tensor fill which of its own rows, so that one loader serves all. Once they
+are filled, `pack` lays the weights out for the processor.
 """
 
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.layers.packed import linear, pack
 from engine.layers.parallel import ParallelGroup
 
 
@@ -48,7 +49,10 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (num_tokens, in_features) → (num_tokens, sum of the parts' rows), parts side by side."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+    def pack(self) -> None:
+        self.weight = pack(self.weight)
 
     def sources(self, prefix: str) -> list[Source]:
         found, row = [], 0
@@ -76,9 +80,12 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (num_tokens, stop - start) → (num_tokens, out_features), the same on every rank."""
         if self.group.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        out = self.group.all_reduce(F.linear(x, self.weight))
+            return linear(x, self.weight, self.bias)
+        out = self.group.all_reduce(linear(x, self.weight))
         return out if self.bias is None else out + self.bias  # once, not once per rank
+
+    def pack(self) -> None:
+        self.weight = pack(self.weight)
 
     def sources(self, prefix: str) -> list[Source]:
         found = [Source(f"{prefix}.weight", self.weight, slice(None), slice(self.start, self.stop))]

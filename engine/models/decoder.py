@@ -157,6 +157,13 @@ class Decoder(nn.Module):
         """hidden: (num_rows, hidden_size) → (num_rows, vocab_size) on rank 0, None elsewhere."""
         return self.head.logits(hidden)
 
+    def pack(self) -> None:
+        """Lay the loaded weights out for the processor."""
+        for layer in self.layers:
+            for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
+                linear.pack()
+        self.head.pack_head(keeps_rows=self.spec.ties_embeddings)
+
     def sources(self) -> list[Source]:
         """Where every parameter of this rank comes from, by the reference's names without their leading `model.`."""
         found = self.embedding.sources("embed_tokens") + self.norm.sources("norm")
