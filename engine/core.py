@@ -126,25 +126,29 @@ class Engine:
         """Execute and commit a plan; seconds of tensor work. Out of memory ends the request with the largest chunk and nothing else."""
         started = time.perf_counter()
         try:
-            sampled = self._execute(plan)
+            sampled, broken = self._execute(plan)
         except torch.OutOfMemoryError:
             largest = max(plan.chunks, key=lambda chunk: len(chunk.token_ids)).request_id
             logger.exception("out of device memory; the request with the largest chunk ends")
             failed = self.scheduler.fail(largest, "out of device memory; lower --cache-max-entry-count or --max-prefill-token-num")
             return ([failed] if failed else []), time.perf_counter() - started
         tensor_s = time.perf_counter() - started
-        outputs = self.scheduler.commit(plan, sampled)
+        failures = [self.scheduler.fail(request_id, "the model computed no finite numbers for this input") for request_id in broken]
+        outputs = [output for output in failures if output] + self.scheduler.commit(plan, sampled)
         self._shrink_embeddings()
         return outputs, tensor_s
 
     @torch.inference_mode()
-    def _execute(self, plan: Plan) -> dict[str, SampledToken]:
+    def _execute(self, plan: Plan) -> tuple[dict[str, SampledToken], list[str]]:
+        """The sampled tokens, and the requests whose logits overflowed."""
         request_ids, logits = self.ranks.execute(plan, self.embeddings.tensors)
         if logits is None:
-            return {}
+            return {}, []
+        is_finite = logits.amax(-1).isfinite().tolist()
         rows = [_sampling_row(self.scheduler.requests[request_id]) for request_id in request_ids]
         tokens = sample(logits, rows, eos_token_ids=self.runner.eos_token_ids)
-        return dict(zip(request_ids, tokens, strict=True))
+        broken = [request_id for request_id, finite in zip(request_ids, is_finite, strict=True) if not finite]
+        return dict(zip(request_ids, tokens, strict=True)), broken
 
     def _encode(self, *, step_s: float | None) -> tuple[float, list[StepOutput]]:
         """Encode for a share of the time beside a step of `step_s`, for longer beside none; seconds taken and requests that failed."""

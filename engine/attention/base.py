@@ -37,7 +37,7 @@ class LayerCache:
 def allocate_cache(
     shapes: list[LayerShape], *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[LayerCache]:
-    """Zeroed memory for every layer: a masked slot still takes part in sums with weight 0, which a stray NaN would survive."""
+    """Zeroed memory for every layer."""
     num_slots = num_blocks * block_size
     return [
         LayerCache(

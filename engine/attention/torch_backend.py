@@ -76,6 +76,7 @@ class TorchAttention:
 
     def prepare(self, batch: Batch) -> None:
         self._slots = batch.slots
+        self._clear([block for chunk in batch.chunks if (block := _new_tail(chunk, self.block_size)) is not None])
         chunks = list(zip(batch.starts, batch.chunks, strict=True))
         self._decodes = self._decode_groups([(row, chunk) for row, chunk in chunks if len(chunk.token_ids) == 1])
         self._prefills = [self._prefill_chunk(row, chunk) for row, chunk in chunks if len(chunk.token_ids) > 1]
@@ -103,6 +104,15 @@ class TorchAttention:
                 blocks = tensor.view(-1, self.block_size, *tensor.shape[1:])
                 blocks[targets] = blocks[sources]
 
+    def _clear(self, block_ids: list[int]) -> None:
+        """Zero whole blocks: masked slots take part in sums with weight 0, which a NaN that an earlier owner left would survive."""
+        if not block_ids:
+            return
+        blocks = torch.tensor(block_ids, device=self._slots.device)
+        for cache in self.caches:
+            for tensor in (cache.keys, cache.values):
+                tensor.view(-1, self.block_size, *tensor.shape[1:]).index_fill_(0, blocks, 0)
+
     def _decode_groups(self, rows: list[tuple[int, Chunk]]) -> list[_DecodeGroup]:
         """Rows whose block counts share a power of two, so that padding at most doubles the work."""
         by_size: dict[int, list[tuple[int, Chunk]]] = {}
@@ -114,7 +124,9 @@ class TorchAttention:
         device = self._slots.device
         counts = [chunk.start // self.block_size + 1 for _, chunk in rows]
         widest = max(counts)
-        blocks = [(*chunk.block_ids[:count], *[0] * (widest - count)) for (_, chunk), count in zip(rows, counts, strict=True)]
+        blocks = [
+            (*chunk.block_ids[:count], *[chunk.block_ids[0]] * (widest - count)) for (_, chunk), count in zip(rows, counts, strict=True)
+        ]
         return _DecodeGroup(
             rows=torch.tensor([row for row, _ in rows], device=device),
             blocks=torch.tensor(blocks, device=device).flatten(),
@@ -158,6 +170,13 @@ class TorchAttention:
         """Blocks of one layer, copied side by side: (num_rows, slots, num_kv_heads, dim)."""
         paged = tensor.view(-1, self.block_size * tensor.shape[1] * tensor.shape[2])
         return paged.index_select(0, blocks).view(num_rows, -1, *tensor.shape[1:])
+
+
+def _new_tail(chunk: Chunk, block_size: int) -> int | None:
+    """The block that the chunk begins and does not fill."""
+    end = chunk.start + len(chunk.token_ids)
+    first_slot = end - end % block_size
+    return chunk.block_ids[first_slot // block_size] if chunk.start <= first_slot < end else None
 
 
 def _attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rule: AttentionRule, *, is_causal: bool = False) -> Tensor:

@@ -151,6 +151,31 @@ class WideEncoder(FakeEncoder):
         return [rows[:, :1].expand(-1, HIDDEN_SIZE) / 255 for rows in super().encode(batch)]
 
 
+def test_a_request_whose_numbers_overflow_fails_and_leaves_nothing_to_the_others(folder):
+    """The others decode beside it, and later ones get its blocks."""
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    prompts = {"beside": text_prompt(*range(100, 120)), "longer": text_prompt(*range(150, 220)), "after": text_prompt(*range(230, 240))}
+    poisoned, clean = (make_engine(folder, cache_max_entry_count=16) for _ in range(2))
+    with torch.inference_mode():
+        poisoned.runner.decoder.embedding.weight[7] = torch.nan
+
+    def answers(engine: Engine, names: list[str]) -> dict[str, list[int]]:
+        for name in names:
+            engine.add(name, prompts[name], params)
+        return {name: tokens(outputs) for name, outputs in run(engine).items() if name in prompts}
+
+    poisoned.add("sick", text_prompt(*[7] * 60), params)
+    poisoned.add("left", text_prompt(*[7] * 50), params)
+    poisoned.step()
+    poisoned.abort("left")
+    poisoned.add("sick too", text_prompt(9, 7, *range(20, 60)), params)
+
+    assert answers(poisoned, ["beside", "longer"]) == answers(clean, ["beside", "longer"])
+    assert answers(poisoned, ["after"]) == answers(clean, ["after"])
+    poisoned.add("sick", text_prompt(*[7] * 60), params)
+    assert "no finite numbers" in run(poisoned)["sick"][-1].error
+
+
 @pytest.fixture
 def seeing(engine) -> Engine:
     """A text model that is made to take pictures."""
