@@ -101,7 +101,7 @@ class TorchAttention:
         sources, targets = (torch.tensor(blocks, device=self.caches[0].keys.device) for blocks in zip(*copies, strict=True))
         for cache in self.caches:
             for tensor in (cache.keys, cache.values):
-                blocks = tensor.view(-1, self.block_size, *tensor.shape[1:])
+                blocks = self._blocks_of(tensor)
                 blocks[targets] = blocks[sources]
 
     def _clear(self, block_ids: list[int]) -> None:
@@ -111,7 +111,11 @@ class TorchAttention:
         blocks = torch.tensor(block_ids, device=self._slots.device)
         for cache in self.caches:
             for tensor in (cache.keys, cache.values):
-                tensor.view(-1, self.block_size, *tensor.shape[1:]).index_fill_(0, blocks, 0)
+                self._blocks_of(tensor).index_fill_(0, blocks, 0)
+
+    def _blocks_of(self, slots: Tensor) -> Tensor:
+        """A view (num_blocks, block_size, num_kv_heads, head_dim); a rank may hold no heads."""
+        return slots.unflatten(0, (-1, self.block_size))
 
     def _decode_groups(self, rows: list[tuple[int, Chunk]]) -> list[_DecodeGroup]:
         """Rows whose block counts share a power of two, so that padding at most doubles the work."""
