@@ -4,6 +4,7 @@ Knows nothing of weights or losses; the image tokens are left out, only their sl
 """
 
 import random
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,8 +21,9 @@ SYSTEM = "You answer questions about drawn pictures in one short sentence."
 OTHER_SYSTEMS = ("You are a helpful assistant.", "You are a helpful AI assistant.", "Answer briefly.")
 NUM_ROWS, ROW_LENGTH = 2, 96
 
-# How many questions of a task one scene gives at most. Relations are learned last.
-MAX_OF_TASK = {"relation": 6, "place": 2}
+# How many questions of a task one scene gives at most, and which task comes first. Relations are learned last.
+MAX_OF_TASK = {"relation": 8}
+FIRST_TASKS = ("relation", "relation", "relation", "describe")
 NEXT_TURN = "\n<|im_start|>user\n"
 
 
@@ -68,7 +70,8 @@ class Packer:
         for i, scene in enumerate(scenes):
             system = SYSTEM if is_evaluation or rng.random() < 0.85 else rng.choice(OTHER_SYSTEMS)
             prefixes.append(self._prefix(system))
-            questions = _chosen(questions_about(scene, rng, is_evaluation=is_evaluation))
+            first_task = "describe" if is_evaluation else rng.choice(FIRST_TASKS)
+            questions = _chosen(questions_about(scene, rng, is_evaluation=is_evaluation), first_task)
             num_rows = NUM_ROWS - (i < len(texts))
             own_rows = [self._row_of_questions(questions, tasks, rng, is_evaluation=is_evaluation) for _ in range(num_rows)]
             rows.append(own_rows + [self._row_of_text(texts[i]) for _ in range(NUM_ROWS - num_rows)])
@@ -85,7 +88,7 @@ class Packer:
         for question in list(questions):
             joins = segment >= 0 and not is_evaluation and rng.random() < 0.25
             prompt = self.encode((NEXT_TURN if joins else "") + question.prompt + "<|im_end|>\n<|im_start|>assistant\n")
-            answer = self.encode(f"{question.answer}<|im_end|>")
+            answer = self._spelled(f"{question.answer}<|im_end|>")
             if len(row.ids) + len(prompt) + len(answer) > ROW_LENGTH:
                 continue
             questions.remove(question)
@@ -94,6 +97,11 @@ class Packer:
             _append(row, prompt, answer, segment, start, turn=len(tasks))
             tasks.append(question.task)
         return row
+
+    def _spelled(self, answer: str) -> list[int]:
+        """The answer's tokens, printed words letter by letter: that is how the tower reads them, whatever word it is."""
+        parts = re.split(r"(?<= )([A-Z]{2,})", answer)
+        return [token for i, part in enumerate(parts) for piece in (part if i % 2 else [part]) for token in self.encode(piece)]
 
     def _row_of_text(self, exchange: Exchange) -> Row:
         prompt = self.encode(chat(exchange.prompt))
@@ -126,11 +134,11 @@ class Packer:
         )  # fmt: skip
 
 
-def _chosen(questions: list[Question]) -> list[Question]:
-    """The description first, then the others in their random order, few of those that scenes with many things have many of."""
+def _chosen(questions: list[Question], first_task: str) -> list[Question]:
+    """One task first, then the others in their random order, few of those that scenes with many things have many of."""
     seen: dict[str, int] = {}
     chosen = []
-    for question in sorted(questions, key=lambda q: q.task != "describe"):
+    for question in sorted(questions, key=lambda q: q.task != first_task):
         seen[question.task] = seen.get(question.task, 0) + 1
         if seen[question.task] <= MAX_OF_TASK.get(question.task, 1):
             chosen.append(question)

@@ -1,15 +1,16 @@
 """The code between tower and language model: what the image token of a patch should say, in the language model's own words.
 
-A patch that holds the centre of a thing says its size, colour, shape and place as a sum of word embeddings, plus exact
-coordinates, its rank in reading order and the number of things; a character's patch says the character and its index.
-The tower learns to produce this code while the language model learns to read it, so both can be trained at once.
+A patch that holds the centre of a thing says its size, colour, shape and place as a sum of word embeddings, where it is along
+the lines from " left" to " right" and from " above" to " below", its rank in reading order and the number of things; a
+character's patch says the character and its index. The tower learns to produce this code while the language model learns to
+read it, so both can be trained at once.
 """
 
 import torch
 from tokenizers import Tokenizer
 
-from assets.demo_model.labels import CHARACTERS, HEADS
-from assets.demo_model.scenes import COLOURS, PLACES, SHAPES, SIZES
+from assets.demo_model.labels import HEADS
+from assets.demo_model.scenes import CHARACTERS, COLOURS, PLACES, SHAPES, SIZES
 
 COORDINATE_SCALE = 3.0
 KIND, SHAPE, COLOUR, SIZE, PLACE, RANK, COUNT, CHARACTER, INDEX = range(len(HEADS))
@@ -38,7 +39,8 @@ class PatchCode:
             CHARACTER: 1.5 * words(CHARACTERS),
             INDEX: arbitrary[4:10],
         }
-        self.axes = arbitrary[10:12]
+        left, right, above, below = words((" left", " right", " above", " below"))
+        self.axes = torch.nn.functional.normalize(torch.stack([right - left, below - above]), dim=-1)
 
     def __call__(self, classes: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
         """classes (..., num_heads) int64 with -1 for none, centre (..., 2) → (..., hidden) float32."""

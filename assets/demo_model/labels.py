@@ -10,9 +10,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 from assets.demo_model.assemble import VISION
-from assets.demo_model.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, render
+from assets.demo_model.scenes import CHARACTERS, COLOURS, PLACES, SHAPES, SIZES, Scene, render
 
-CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 GRID = VISION["image_size"] // VISION["patch_size"]
 
 # Name and number of classes of each head. Ignored where a patch has no such label (-1).
@@ -62,10 +61,10 @@ def patch_labels(scene: Scene) -> PatchLabels:
             rank=rank,
             count=len(scene.things) - 1,
         )
-    if scene.text:
-        for index, (x, y) in enumerate(scene.text.centres()):
-            place = PLACES.index(scene.text.place)
-            put(x, y, kind=2, character=CHARACTERS.index(scene.text.string[index]), index=index, place=place)
+    for text in scene.texts:
+        place = PLACES.index(text.place)
+        for index, (x, y) in enumerate(text.centres()):
+            put(x, y, kind=2, character=CHARACTERS.index(text.string[index]), index=index, place=place)
     return PatchLabels(classes, centre)
 
 

@@ -18,7 +18,7 @@ from assets.demo_model.architecture import Projector, build_tower, tower_feature
 from assets.demo_model.assemble import VISION
 from assets.demo_model.codes import PatchCode
 from assets.demo_model.labels import HEADS, patch_labels, pixels_of
-from assets.demo_model.scenes import sample_scene
+from assets.demo_model.scenes import sample_printed_scene, sample_scene
 
 BATCH = 64
 
@@ -35,7 +35,7 @@ Batch = list[torch.Tensor]
 
 
 class LabelledScenes(Dataset):
-    """Scene number i of a seed: pixels, classes, centres. Six in ten hold text."""
+    """Scene number i of a seed: pixels, classes, centres. Half are pages of text, a quarter hold things and one text."""
 
     def __init__(self, seed: int, num_scenes: int, first: int = 0) -> None:
         self.seed, self.num_scenes, self.first = seed, num_scenes, first
@@ -45,7 +45,7 @@ class LabelledScenes(Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         i += self.first
-        scene = sample_scene(self.seed + i, with_text=i % 5 < 3)
+        scene = sample_printed_scene(self.seed + i) if i % 2 else sample_scene(self.seed + i, with_text=i % 4 == 0)
         labels = patch_labels(scene)
         return pixels_of(scene), labels.classes, labels.centre
 
@@ -106,15 +106,14 @@ def accuracies(eye: Eye, code: PatchCode, seed: int, num_scenes: int = 256) -> d
     return result
 
 
-def pretrain(folder: Path, code: PatchCode, *, seed: int, num_steps: int, log_every: int = 100) -> Eye:
+def pretrain(eye: Eye, folder: Path, code: PatchCode, *, seed: int, num_steps: int, log_every: int = 100) -> None:
     """Train for `num_steps`; resumes from `folder/eye.pt`, which is written every few minutes."""
-    torch.manual_seed(seed)
-    eye = Eye(code.width)
     optimizer = torch.optim.AdamW(eye.parameters(), lr=LEARNING_RATE, weight_decay=0.02, betas=(0.9, 0.98))
     first = _resume(folder / "eye.pt", eye, optimizer)
     scenes = LabelledScenes(seed * 10_000_000, num_steps * BATCH // ECHOES, first * BATCH // ECHOES)
     started = time.time()
-    for step, (pixels, classes, centre) in enumerate(_echoed(DataLoader(scenes, BATCH, num_workers=1, prefetch_factor=4)), start=first):
+    batches = _echoed(DataLoader(scenes, BATCH, num_workers=1, prefetch_factor=4), random.Random(f"{seed} {first}"))
+    for step, (pixels, classes, centre) in enumerate(batches, start=first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps)
         features = eye.features(pixels)
@@ -129,16 +128,15 @@ def pretrain(folder: Path, code: PatchCode, *, seed: int, num_steps: int, log_ev
             figures = accuracies(eye, code, seed=999_000_000)
             print(" ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
             _save(folder / "eye.pt", eye, optimizer, step + 1)
-    return eye
 
 
-def _echoed(batches: Iterable[Batch]) -> Iterator[Batch]:
+def _echoed(batches: Iterable[Batch], rng: random.Random) -> Iterator[Batch]:
     """Each batch, followed by one of the last few."""
     recent: deque[Batch] = deque(maxlen=ECHO_BUFFER)
     for batch in batches:
         recent.append(batch)
         yield batch
-        yield random.choice(recent)
+        yield rng.choice(recent)
 
 
 def learning_rate(step: int, num_steps: int) -> float:

@@ -76,6 +76,12 @@ PHRASINGS = {
         "How is the {0} placed relative to the {1}?",
         "Is the {0} left of, right of, above or below the {1}?",
         "What is the position of the {0} relative to the {1}?",
+        "Seen from the {1}, where is the {0}?",
+        "Which way from the {1} is the {0}?",
+        "Relative to the {1}, where is the {0}?",
+        "Tell me where the {0} is relative to the {1}.",
+        "To which side of the {1} is the {0} drawn?",
+        "In which direction from the {1} does the {0} lie?",
         "On which side of the {1} is the {0}?",
         "Where is the {0} with respect to the {1}?",
     ),
@@ -94,7 +100,7 @@ PHRASINGS = {
 PLACE_WORDS = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
 
 # A relation is asked about only where it is clear: this far apart along one axis, and at most half as far along the other.
-MIN_DISTANCE = 0.2
+MIN_DISTANCE = 0.25
 MAX_SLANT = 0.5
 
 NUMBER_WORDS = {"one": "1", "two": "2", "three": "3", "four": "4", "a single": "1"}
@@ -193,13 +199,15 @@ def _thing_facts(scene: Scene, rng: random.Random) -> list[tuple[str, tuple[str,
 
 
 def _relation_facts(scene: Scene, rng: random.Random) -> list[tuple[str, tuple[str, ...], str]]:
+    """The answer names both things, in one order whatever the question's: a small model compares what it has just named."""
     facts = []
     for thing, other in permutations(scene.things, 2):
         side = relation(thing, other)
         if side:
             name = _name(scene, other, rng)
-            phrase = f"to the {side} of" if side in ("left", "right") else side
-            facts.append(("relation", (_name(scene, thing, rng), name), f"It is {phrase} the {name}."))
+            phrase = f"to the {side}" if side in ("left", "right") else side
+            subject = _name(scene, thing, rng)
+            facts.append(("relation", (subject, name), f"Seen from the {name}, the {subject} is {phrase}."))
     return facts
 
 

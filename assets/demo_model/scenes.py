@@ -46,8 +46,12 @@ FONT_PACKAGES = ("font-roboto", "font-source-sans-pro", "font-source-serif-pro",
 FONT_WEIGHTS = ("Regular", "Medium", "Semibold", "SemiBold", "Bold", "ExtraBold", "Black")
 SIDES_PX = (224, 224, 224, 288, 384)
 
-# Two characters must rarely share one patch (1/8 of the side) of the vision tower.
-MIN_ADVANCE = 0.133
+DIGITS, LETTERS = "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+CHARACTERS = DIGITS + LETTERS
+MAX_TEXTS = 5
+
+# Two characters must not share one patch (1/8 of the side) of the vision tower.
+MIN_ADVANCE = 0.15
 PLACE_MARGIN = 0.03
 MIN_CONTRAST = 190.0
 MAX_TILT = 25.0  # a square stays a square, not a diamond
@@ -95,11 +99,18 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """All that a picture shows: things in reading order, at most one text, and the seed that fixes how it is painted."""
+    """All that a picture shows: things in reading order, texts, and the seed that fixes how it is painted.
+
+    Only the scenes that teach the tower to read hold more than one text; nothing is asked about them.
+    """
 
     seed: int
     things: tuple[Thing, ...]
-    text: Text | None
+    texts: tuple[Text, ...]
+
+    @property
+    def text(self) -> Text | None:
+        return self.texts[0] if self.texts else None
 
 
 def place_of(x: float, y: float) -> str:
@@ -124,7 +135,20 @@ def sample_scene(seed: int, *, num_things: int | None = None, with_text: bool | 
         thing = _sample_thing(rng)
         if _is_free(thing, things, text):
             things.append(thing)
-    return Scene(seed, tuple(sorted(things, key=reading_order)), text)
+    return Scene(seed, tuple(sorted(things, key=reading_order)), (text,) if text else ())
+
+
+def sample_printed_scene(seed: int) -> Scene:
+    """A page of up to `MAX_TEXTS` texts of random characters in one colour: many characters to learn from at once."""
+    rng = random.Random(seed)
+    colour = rng.choice(COLOURS)
+    texts: list[Text] = []
+    for _ in range(3 * MAX_TEXTS):
+        alphabet = rng.choice((DIGITS, LETTERS))
+        text = _set_text(rng, "".join(rng.choices(alphabet, k=rng.randrange(1, 6))), colour)
+        if len(texts) < MAX_TEXTS and all(_is_apart(text, other) for other in texts):
+            texts.append(text)
+    return Scene(seed, (), tuple(texts))
 
 
 def render(scene: Scene) -> Image.Image:
@@ -135,8 +159,8 @@ def render(scene: Scene) -> Image.Image:
     canvas = _background(rng, ends, side_px)
     for thing, paint in zip(scene.things, paints, strict=False):
         _paint_thing(canvas, rng, thing, paint)
-    if scene.text:
-        _paint_text(canvas, rng, scene.text, paints[-1])
+    for text in scene.texts:
+        _paint_text(canvas, rng, text, paints[-1])
     return _finish(canvas, rng)
 
 
@@ -199,11 +223,16 @@ def _sample_text(rng: random.Random) -> Text:
         string = str(rng.randrange(10 ** (num_digits - 1), 10**num_digits))
     else:
         string = rng.choice(WORDS)
-    advance = rng.uniform(MIN_ADVANCE, min(0.19, 0.92 / len(string)))
+    return _set_text(rng, string, rng.choice(COLOURS))
+
+
+def _set_text(rng: random.Random, string: str, colour: str) -> Text:
+    """Choose size and position of a text."""
+    advance = rng.uniform(MIN_ADVANCE, min(0.2, 0.92 / len(string)))
     height = advance * rng.uniform(1.15, 1.5)
     half = len(string) * advance / 2
     x, y = _text_position(rng, half), _text_position(rng, height * 0.6)
-    return Text(string, rng.choice(COLOURS), x, y, advance, height, rng.uniform(-4, 4))
+    return Text(string, colour, x, y, advance, height, rng.uniform(-4, 4))
 
 
 def _text_position(rng: random.Random, half: float) -> float:
@@ -224,6 +253,12 @@ def _is_free(thing: Thing, things: list[Thing], text: Text | None) -> bool:
         return True
     half_width = len(text.string) * text.advance / 2 + thing.radius
     return abs(thing.x - text.x) > half_width or abs(thing.y - text.y) > text.height * 0.65 + thing.radius
+
+
+def _is_apart(text: Text, other: Text) -> bool:
+    """Whether the lines' boxes keep off each other."""
+    half_widths = (len(text.string) * text.advance + len(other.string) * other.advance) / 2
+    return abs(text.x - other.x) > half_widths or abs(text.y - other.y) > 0.55 * (text.height + other.height)
 
 
 def _choose_paints(rng: random.Random, scene: Scene) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
@@ -306,18 +341,19 @@ def _paint_edge(
 
 
 def _paint_text(canvas: Image.Image, rng: random.Random, text: Text, paint: tuple[int, int, int]) -> None:
-    """Set each character at its own place, then turn the whole line."""
-    side_px = canvas.width
-    font = _font(rng.choice(font_files() or (None,)), round(text.height * side_px * 2))
-    mask = Image.new("L", (side_px * 2, side_px * 2))
+    """Set each character at its own place on a strip of twice the size, turn the strip, and paint through it."""
+    scale = 2 * canvas.width
+    font = _font(rng.choice(font_files() or (None,)), round(text.height * scale))
+    width, height = (2 * round(canvas.width * side) for side in (len(text.string) * text.advance + 0.1, 1.6 * text.height))
+    mask = Image.new("L", (width, height))
     pen = ImageDraw.Draw(mask)
+    corner = [round(text.x * canvas.width) - width // 4, round(text.y * canvas.width) - height // 4]
     for i, character in enumerate(text.string):
-        x = text.x + (i - (len(text.string) - 1) / 2) * text.advance
+        x = (text.x + (i - (len(text.string) - 1) / 2) * text.advance) * scale - 2 * corner[0]
         left, _, right, _ = font.getbbox(character, anchor="ls")
-        baseline = (text.y + 0.36 * text.height) * 2 * side_px
-        pen.text((x * 2 * side_px - (left + right) / 2, baseline), character, fill=255, font=font, anchor="ls")
-    centre = (text.x * 2 * side_px, text.y * 2 * side_px)
-    canvas.paste(paint, (0, 0), mask.rotate(-text.angle, Image.Resampling.BILINEAR, center=centre).reduce(2))
+        baseline = (text.y + 0.36 * text.height) * scale - 2 * corner[1]
+        pen.text((x - (left + right) / 2, baseline), character, fill=255, font=font, anchor="ls")
+    canvas.paste(paint, tuple(corner), mask.rotate(-text.angle, Image.Resampling.BILINEAR).reduce(2))
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Stage 2 and 3: teach the language model to read image tokens, first those of the code, then those of the trained tower.
+"""Stages 2 and 3: teach the language model to read image tokens, first those of the code, then those of the trained tower.
 
 While the tower is still in its own training, the language model learns from codes made from the labels (`Codes`), with noise;
-afterwards tower, projector and language model learn together from rendered scenes (`Pictures`).
+afterwards it gets used to what the tower says of rendered scenes (`Pictures`). The tower itself stays as stage 1 left it.
 Loss on answers only; a few text chats with the original's own answers are mixed in.
 """
 
@@ -10,7 +10,7 @@ import random
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -26,15 +26,14 @@ from assets.demo_model.text_prompts import Exchange
 
 SCENES_PER_STEP = 8
 TEXTS_PER_STEP = 1
-EXTRA_SCENES = 24
 NOISE = 0.35
 EVALUATION_SEED = 990_000_000
 
 
 class ImageTokens(Protocol):
-    """Where image tokens come from. Calls return (num_scenes, num_patches, hidden) float32 and a loss of their own."""
+    """Where image tokens come from. Calls return (num_scenes, num_patches, hidden) float32."""
 
-    def __call__(self, scenes: list[Scene], *, is_training: bool) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def __call__(self, scenes: list[Scene], *, is_training: bool) -> torch.Tensor: ...
 
 
 class Codes:
@@ -43,27 +42,21 @@ class Codes:
     def __init__(self, code: PatchCode) -> None:
         self.code = code
 
-    def __call__(self, scenes: list[Scene], *, is_training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, scenes: list[Scene], *, is_training: bool) -> torch.Tensor:
         tokens = self.code(*_labels(scenes))
         noise = NOISE * self.code.norm / tokens.shape[-1] ** 0.5 if is_training else 0.0
-        return tokens + noise * torch.randn_like(tokens), torch.zeros(())
+        return tokens + noise * torch.randn_like(tokens)
 
 
 class Pictures:
-    """Image tokens of rendered scenes through tower and projector, whose own labels and code go on teaching them.
+    """Image tokens of rendered scenes through the finished tower and projector."""
 
-    In training some more scenes, about which nothing is asked, keep the tower from following a few pictures too closely.
-    """
+    def __init__(self, eye: Eye) -> None:
+        self.eye = eye
 
-    def __init__(self, eye: Eye, code: PatchCode) -> None:
-        self.eye, self.code = eye, code
-
-    def __call__(self, scenes: list[Scene], *, is_training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        shown = scenes + ([sample_scene(random.randrange(EVALUATION_SEED)) for _ in range(EXTRA_SCENES)] if is_training else [])
-        features = self.eye.features(torch.stack([pixels_of(scene) for scene in shown]))
-        tokens = self.eye.projector(features)
-        own_loss = self.eye.loss(features, tokens, *_labels(shown), self.code) if is_training else torch.zeros(())
-        return tokens[: len(scenes)], own_loss
+    @torch.no_grad()
+    def __call__(self, scenes: list[Scene], *, is_training: bool) -> torch.Tensor:
+        return self.eye.projector(self.eye.features(torch.stack([pixels_of(scene) for scene in scenes])))
 
 
 def _labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,18 +67,18 @@ def _labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Steps and peak rates. Rates rise over `warm_up` steps, hold, and fall linearly over the last `decay` share of all steps."""
+    """Steps and peak rate. The rate rises over `warm_up` steps, holds, and falls linearly over the last `decay` share of all steps."""
 
     num_steps: int
-    rates: dict[str, float]
+    peak: float
     warm_up: int = 30
     decay: float = 0.4
 
     def lasting(self, num_steps: int) -> "Schedule":
         return replace(self, num_steps=num_steps)
 
-    def factor(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warm_up, (self.num_steps - step) / (self.decay * self.num_steps))
+    def rate(self, step: int) -> float:
+        return self.peak * min(1.0, (step + 1) / self.warm_up, (self.num_steps - step) / (self.decay * self.num_steps))
 
 
 def hidden_and_targets(model: PackedLanguageModel, tokens: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +92,6 @@ def hidden_and_targets(model: PackedLanguageModel, tokens: torch.Tensor, batch: 
 def tune(
     model: PackedLanguageModel,
     source: ImageTokens,
-    parameters: dict[str, list[nn.Parameter]],
     packer: Packer,
     texts: list[Exchange],
     *,
@@ -108,37 +100,34 @@ def tune(
     seed: int,
     save_every: int = 50,
 ) -> None:
-    """Train every group of `parameters` at its own rate; resumes from `path`."""
-    groups = [{"params": members, "peak": schedule.rates[name]} for name, members in parameters.items()]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, betas=(0.9, 0.98))
-    first = _resume(path, parameters, optimizer)
+    """Train the model's updates; resumes from `path`."""
+    updates = list(model.updates.parameters())
+    optimizer = torch.optim.AdamW(updates, lr=0.0, weight_decay=0.0, betas=(0.9, 0.98))
+    first = _resume(path, model, optimizer)
     started = time.time()
     for step in range(first, schedule.num_steps):
-        random.seed(f"{seed} {step}")
         rng = random.Random(f"{seed} {step}")
         scenes = [sample_training_scene(rng) for _ in range(SCENES_PER_STEP)]
         batch = packer.pack(scenes, rng, texts=tuple(rng.sample(texts, TEXTS_PER_STEP)))
-        tokens, own_loss = source(scenes, is_training=True)
-        hidden, targets = hidden_and_targets(model, tokens, batch)
+        hidden, targets = hidden_and_targets(model, source(scenes, is_training=True), batch)
         loss = nn.functional.cross_entropy((hidden @ model.embedding.T).float(), targets)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule.factor(step)
+            group["lr"] = schedule.rate(step)
         optimizer.zero_grad()
-        (loss + 0.1 * own_loss).backward()
-        nn.utils.clip_grad_norm_([p for members in parameters.values() for p in members], 1.0)
+        loss.backward()
+        nn.utils.clip_grad_norm_(updates, 1.0)
         optimizer.step()
         if (step + 1) % 10 == 0:
-            pace = (time.time() - started) / (step + 1 - first)
-            print(f"step {step + 1} loss {loss.item():.4f} own {own_loss.item():.3f} {pace:.2f} s/step", flush=True)
+            print(f"step {step + 1} loss {loss.item():.4f} {(time.time() - started) / (step + 1 - first):.2f} s/step", flush=True)
         if (step + 1) % save_every == 0 or step + 1 == schedule.num_steps:
-            _save(path, parameters, optimizer, step + 1)
+            _save(path, model, optimizer, step + 1)
             print(_line(right_shares(model, source, packer, num_batches=12)), flush=True)
 
 
 def sample_training_scene(rng: random.Random) -> Scene:
     """A scene below the evaluation seeds; fewer single things than a picture has by chance, as they leave little to ask."""
-    with_text = rng.random() < 0.3
-    num_things = rng.choice((0, 1, 2)) if with_text else rng.choice((1, 2, 2, 3, 3, 4))
+    with_text = rng.random() < 0.2
+    num_things = rng.choice((0, 1, 2)) if with_text else rng.choice((1, 1, 2, 3, 3, 4, 4))
     return sample_scene(rng.randrange(EVALUATION_SEED), num_things=num_things, with_text=with_text)
 
 
@@ -153,7 +142,7 @@ def right_shares(model: PackedLanguageModel, source: ImageTokens, packer: Packer
         rng = random.Random(i)
         scenes = [sample_scene(EVALUATION_SEED + i * SCENES_PER_STEP + j) for j in range(SCENES_PER_STEP)]
         batch = packer.pack(scenes, rng, is_evaluation=True)
-        hidden, targets = hidden_and_targets(model, source(scenes, is_training=False)[0], batch)
+        hidden, targets = hidden_and_targets(model, source(scenes, is_training=False), batch)
         is_hit = (hidden @ model.embedding.T).argmax(-1) == targets
         turns = batch.turn_ids[batch.is_answer]
         for turn, task in enumerate(batch.tasks):
@@ -176,29 +165,24 @@ def text_perplexity(model: PackedLanguageModel, packer: Packer, held_out: list[E
     return math.exp(total / num_tokens)
 
 
-@torch.no_grad()
-def load_parameters(path: Path, parameters: dict[str, list[nn.Parameter]]) -> dict[str, Any]:
-    """Fill the groups of parameters from a checkpoint, which may hold others too. Returns the checkpoint."""
-    state = torch.load(path, weights_only=False)
-    for name, members in parameters.items():
-        for parameter, saved in zip(members, state["parameters"][name], strict=True):
-            parameter.copy_(saved)
-    return state
+def load_updates(path: Path, model: PackedLanguageModel) -> None:
+    """Fill the model's updates from a checkpoint of any stage."""
+    model.updates.load_state_dict(torch.load(path)["updates"])
 
 
 def _line(shares: dict[str, float]) -> str:
     return "right: " + " ".join(f"{task} {share:.3f}" for task, share in shares.items())
 
 
-def _save(path: Path, parameters: dict[str, list[nn.Parameter]], optimizer: torch.optim.Optimizer, step: int) -> None:
-    state = {"parameters": parameters, "optimizer": optimizer.state_dict(), "step": step}
-    torch.save(state, path.with_suffix(".tmp"))
+def _save(path: Path, model: PackedLanguageModel, optimizer: torch.optim.Optimizer, step: int) -> None:
+    torch.save({"updates": model.updates.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
 
 
-def _resume(path: Path, parameters: dict[str, list[nn.Parameter]], optimizer: torch.optim.Optimizer) -> int:
+def _resume(path: Path, model: PackedLanguageModel, optimizer: torch.optim.Optimizer) -> int:
     if not path.exists():
         return 0
-    state = load_parameters(path, parameters)
+    load_updates(path, model)
+    state = torch.load(path)
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])

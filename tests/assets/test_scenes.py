@@ -4,7 +4,20 @@ import math
 
 from PIL import Image, ImageChops
 
-from assets.demo_model.scenes import COLOURS, PLACES, SHAPES, SIZES, place_of, reading_order, render, sample_scene
+from assets.demo_model.labels import GRID, HEADS, patch_labels
+from assets.demo_model.scenes import (
+    CHARACTERS,
+    COLOURS,
+    MAX_TEXTS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    place_of,
+    reading_order,
+    render,
+    sample_printed_scene,
+    sample_scene,
+)
 
 
 def test_a_seed_always_gives_the_same_scene_and_the_same_pixels() -> None:
@@ -54,3 +67,25 @@ def test_a_picture_is_square_rgb_of_a_usual_size() -> None:
     pictures = [render(sample_scene(seed)) for seed in range(12)]
 
     assert all(isinstance(p, Image.Image) and p.mode == "RGB" and p.width == p.height and 224 <= p.width <= 384 for p in pictures)
+
+
+def test_a_printed_scene_holds_several_texts_whose_characters_keep_to_patches_of_their_own() -> None:
+    scenes = [sample_printed_scene(seed) for seed in range(100)]
+
+    assert max(len(scene.texts) for scene in scenes) > 2
+    assert all(0 < len(scene.texts) <= MAX_TEXTS for scene in scenes)
+    assert {character for scene in scenes for text in scene.texts for character in text.string} == set(CHARACTERS)
+    for scene in scenes:
+        patches = [(int(x * GRID), int(y * GRID)) for text in scene.texts for x, y in text.centres()]
+        assert len(set(patches)) == len(patches)
+
+
+def test_labels_name_the_character_whose_centre_lies_in_the_patch() -> None:
+    scene = sample_printed_scene(3)
+    column = list(HEADS).index("character")
+    labels = patch_labels(scene).classes[:, column].reshape(GRID, GRID)
+
+    for text in scene.texts:
+        for character, (x, y) in zip(text.string, text.centres(), strict=True):
+            assert CHARACTERS[int(labels[int(y * GRID), int(x * GRID)])] == character
+    assert int((labels >= 0).sum()) == sum(len(text.string) for text in scene.texts)
