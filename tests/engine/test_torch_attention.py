@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from engine.attention.base import LayerShape, allocate_cache
+from engine.attention import torch_backend
+from engine.attention.base import AttentionRule, LayerShape, allocate_cache
 from engine.attention.torch_backend import TorchAttention
 from engine.batch import build_batch
 from engine.request import Chunk, Plan
@@ -32,3 +33,18 @@ def backend_of(num_kv_heads: int) -> TorchAttention:
     for tensor in (caches[0].keys, caches[0].values):
         tensor += torch.arange(len(tensor))[:, None, None]
     return TorchAttention(caches, BLOCK_SIZE)
+
+
+def test_rows_decoded_in_parts_are_rows_decoded_together(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    backend = backend_of(2)
+    chunks = tuple(Chunk(name, [5], start, blocks) for name, start, blocks in (("a", 5, [0, 1]), ("b", 6, [1, 2]), ("c", 3, [2])))
+    batch = build_batch(Plan(chunks), block_size=BLOCK_SIZE, device=torch.device("cpu"))
+    query, key, value = (torch.randn(3, num_heads, 8, generator=generator) for num_heads in (4, 2, 2))
+
+    def attended(gathered_bytes: int) -> torch.Tensor:
+        monkeypatch.setattr(torch_backend, "GATHERED_BYTES", gathered_bytes)
+        backend.prepare(batch)
+        return backend.attend(0, query, key, value, AttentionRule(scale=1.0))
+
+    assert torch.allclose(attended(1), attended(1 << 30), rtol=1e-6)
