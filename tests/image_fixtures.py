@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from tests.tiny_models import write_tiny
 from vision.encoder import VisionEncoder
-from vision.image import ImageOptions, ImageRef, ProcessedImage
+from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
 from vision.processor import ImagePreprocessor
 from vision.shared_array import SharedArray
 from vlm_server.embedded import embedded_model_folder
@@ -102,6 +102,12 @@ class FakeImages:
         loaded = [self._load(ref) for ref in refs]
         self.given += loaded
         return loaded
+
+    async def measure(self, refs: Any, *, tenant: str = "") -> list[MeasuredImage]:
+        measured = [
+            preprocessor(self._name).measure(self._pictures[ref.url.removeprefix("picture:")].shape[:2], ref.options) for ref in refs
+        ]
+        return [MeasuredImage(num_tokens, layout) for layout, num_tokens in measured]
 
     def _load(self, ref: ImageRef) -> ProcessedImage:
         pixels = self._pictures[ref.url.removeprefix("picture:")]

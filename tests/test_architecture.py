@@ -84,14 +84,16 @@ MAY_IMPORT = {
     "vlm_server.cli": ".checkpoint .config .environment .flags .serving engine.config vision.config vlm_server",
     "vlm_server.client": "",
     "vlm_server.config": "engine.config vision.config",
-    "vlm_server.context": ".backend .config .errors .field_rules .generation .metrics .middleware .protocol .sampling engine.request",
+    "vlm_server.context": (
+        ".backend .config .errors .field_rules .generation .metrics .middleware .protocol .sampling .token_protocol engine.request"
+    ),
     "vlm_server.detokenizer": "",
     "vlm_server.docs": ".config .examples .response_schema vlm_server",
     "vlm_server.embedded": "",
     "vlm_server.environment": "vlm_server",
     "vlm_server.errors": "engine.request vision.image",
     "vlm_server.examples": "",
-    "vlm_server.field_rules": ".errors .message_schema .protocol",
+    "vlm_server.field_rules": ".errors .message_schema .protocol .token_protocol",
     "vlm_server.flags": ".config engine.config vision.config",
     "vlm_server.generation": ".backend .detokenizer .errors .metrics .protocol .sampling engine.request",
     "vlm_server.logprobs": "engine.request",
@@ -106,10 +108,12 @@ MAY_IMPORT = {
     "vlm_server.routes.completions": ".auth .context .protocol .response_schema .shapes .streaming engine.request",
     "vlm_server.routes.health": ".context .errors .metrics .response_schema engine.request",
     "vlm_server.routes.models": ".context .errors .response_schema",
+    "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol",
     "vlm_server.sampling": ".errors .protocol engine.request",
     "vlm_server.serving": ".app .backend .config engine.request",
     "vlm_server.shapes": ".backend .generation .logprobs .protocol",
     "vlm_server.streaming": ".errors .generation .middleware .protocol",
+    "vlm_server.token_protocol": ".message_schema .protocol",
     "vlm_server.tokenizer": "vision",
 }
 

@@ -16,6 +16,7 @@ import msgspec
 from vision.frames import WORKER_NICENESS, Failure, Frame, receive_frame, send_frame, serve_frames
 from vision.image import MediaError
 
+MEASURE = b"measure"  # body of a frame whose picture's size is asked for, not its pixels
 _NUM_DESCRIPTORS = 64
 
 
@@ -34,16 +35,18 @@ def main(fd: int) -> None:
     send_frame(connection, Frame())  # ready
     _silence()
     os.nice(WORKER_NICENESS)
-    serve_frames(connection, lambda request: _decode(request, limits))
+    serve_frames(connection, lambda request: _answer(request, limits))
 
 
-def _decode(request: Frame, limits: DecodeLimits) -> Frame:
-    from vision.pixels import decode_picture
+def _answer(request: Frame, limits: DecodeLimits) -> Frame:
+    from vision.pixels import decode_picture, measure_picture
 
     _limit_cpu(limits.cpu_s)
+    data = request.arrays["data"].numpy().tobytes()
     try:
-        pixels = decode_picture(request.arrays["data"].numpy().tobytes(), max_pixels=limits.max_pixels)
-        return Frame(arrays={"pixels": pixels})
+        if request.body == MEASURE:
+            return Frame(msgspec.msgpack.encode(measure_picture(data, max_pixels=limits.max_pixels)))
+        return Frame(arrays={"pixels": decode_picture(data, max_pixels=limits.max_pixels)})
     except MediaError as error:
         return Frame(failure=Failure(error.code, error.message, error.status))
 

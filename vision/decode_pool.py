@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from vision.config import VisionConfig
-from vision.decode import DecodeLimits
+from vision.decode import MEASURE, DecodeLimits
 from vision.frames import Frame
 from vision.image import MediaError
 from vision.shared_array import SharedArray
@@ -48,13 +48,19 @@ class DecodePool:
 
     async def decode(self, data: bytes) -> SharedArray:
         """`(height, width, 3)` uint8, the caller's. Raises MediaError: image_decode_failed, image_too_large."""
+        return (await self._call(b"", data)).arrays["pixels"]
+
+    async def measure(self, data: bytes) -> tuple[int, int]:
+        """(height, width) of the pixels that `decode` would give, from the header alone. Raises as `decode`."""
+        return msgspec.msgpack.decode((await self._call(MEASURE, data)).body, type=tuple[int, int])
+
+    async def _call(self, job: bytes, data: bytes) -> Frame:
         source = np.frombuffer(data, np.uint8)
         is_small = len(data) <= _IN_PLACE_BYTES
         shared = SharedArray.copy_of(source) if is_small else await asyncio.to_thread(SharedArray.copy_of, source)
         try:
-            reply = await self._pool.call(Frame(arrays={"data": shared}))
+            return await self._pool.call(Frame(job, {"data": shared}))
         except WorkerTimeoutError:
             raise MediaError("image_decode_failed", f"the picture takes longer than the allowed {self._timeout_s:g} s to decode") from None
         except WorkerError:
             raise MediaError("image_decode_failed", "the decoder broke down over the picture") from None
-        return reply.arrays["pixels"]

@@ -40,6 +40,14 @@ class ProcessedImage:
     timings_s: dict[str, float] = field(default_factory=dict)  # stage → seconds: fetch, decode, preprocess
 
 
+@dataclass(frozen=True, slots=True)
+class MeasuredImage:
+    """What a picture takes of a prompt, known from its size alone; the fields are those of `ProcessedImage`."""
+
+    num_tokens: int
+    layout: dict[str, Any]
+
+
 class MediaError(Exception):
     """A picture that cannot be used. `message` is safe to show; it never holds a decoder's own text."""
 

@@ -3,10 +3,11 @@
 Pillow's own `Image.open` is never called: it imports plugins for some forty other formats. Knows nothing of sockets and processes.
 """
 
+import contextlib
 import io
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,11 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3)
 ToRGB = Callable[[Image.Image], Image.Image | Pixels]
 
 _ORIENTATION_TAG = 0x0112
+_PNG = b"\x89PNG\r\n\x1a\n"
 _STRIP_PIXELS = 1 << 20  # what is converted at a time, so that a large picture is never held three times
 _SIGNATURES: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (b"\xff\xd8\xff", JpegImageFile),
-    (b"\x89PNG\r\n\x1a\n", PngImageFile),
+    (_PNG, PngImageFile),
     (b"GIF87a", GifImageFile),
     (b"GIF89a", GifImageFile),
     (b"BM", BmpImageFile),
@@ -48,11 +50,26 @@ def decode_picture(data: bytes, *, max_pixels: int) -> SharedArray:
 
     Raises MediaError: image_decode_failed, image_too_large. Blocks.
     """
+    with _opened(data, max_pixels) as image:
+        image.load()
+        return _upright_rgb(image)
+
+
+def measure_picture(data: bytes, *, max_pixels: int) -> tuple[int, int]:
+    """(height, width) of what `decode_picture` gives, from the header alone. Raises as it does, save for damage behind the header."""
+    with _opened(_without_pixels(data) if data.startswith(_PNG) else data, max_pixels) as image:
+        width, height = image.size
+        is_turned = _orientation(image) >= 5 and not isinstance(image, TiffImageFile)  # a TIFF's size is that of the upright picture
+        return (width, height) if is_turned else (height, width)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture, its header read and its size allowed. Every error becomes a MediaError, in the block too."""
     try:
         with warnings.catch_warnings(action="ignore"), _open(data, max_pixels) as image:  # Pillow warns of metadata that we don't use
             _check_size(*image.size, max_pixels)
-            image.load()
-            return _upright_rgb(image)
+            yield image
     except MediaError:
         raise
     except MemoryError:
@@ -72,6 +89,17 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         if data.startswith(signature):
             return image_file(io.BytesIO(data))
     raise MediaError("image_decode_failed", "the picture is not a JPEG, PNG, GIF, WebP, AVIF, BMP or TIFF file")
+
+
+def _without_pixels(data: bytes) -> bytes:
+    """A PNG's other chunks, then one for pixels that is empty: Pillow would decode the pixels to read metadata that stand behind them."""
+    chunks, start = [_PNG], len(_PNG)
+    while len(head := data[start : start + 8]) == 8:
+        end = start + 12 + int.from_bytes(head[:4])
+        if head[4:] not in (b"IDAT", b"IEND"):
+            chunks.append(data[start:end])
+        start = end
+    return b"".join([*chunks, b"\0\0\0\0IDAT"])
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -106,7 +134,7 @@ def _upright_rgb(image: Image.Image) -> SharedArray:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        orientation = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)  # that of PNGs would decode them
     except Exception:  # a broken EXIF block makes no picture unusable
         return 1
     return orientation if orientation in range(1, 9) else 1

@@ -37,6 +37,13 @@ class PreprocessInfo(msgspec.Struct, frozen=True):
     fingerprint: str  # of all settings that change pixels
 
 
+class PreprocessJob(msgspec.Struct, frozen=True):
+    """What is asked about one picture: with its pixels beside the frame to process it, else to measure one of this size."""
+
+    options: ImageOptions
+    size: tuple[int, int] | None = None  # (height, width)
+
+
 class PreprocessResult(msgspec.Struct, frozen=True):
     num_tokens: int
     layout: dict[str, Any]
@@ -50,6 +57,9 @@ class Preprocessor(Protocol):
     def process(self, pixels: Array, options: ImageOptions) -> tuple[dict[str, Array], dict[str, Any], int]:
         """Pixels `(height, width, 3)` uint8 → encoder inputs by name, layout, number of tokens."""
 
+    def measure(self, size: tuple[int, int], options: ImageOptions) -> tuple[dict[str, Any], int]:
+        """(height, width) → layout and number of tokens."""
+
 
 def main(fd: int) -> None:
     connection = socket.socket(fileno=fd)
@@ -62,7 +72,7 @@ def main(fd: int) -> None:
         return
     send_frame(connection, Frame(msgspec.msgpack.encode(PreprocessInfo(preprocessor.fingerprint))))
     os.nice(WORKER_NICENESS)
-    serve_frames(connection, lambda request: _process(preprocessor, request))
+    serve_frames(connection, lambda request: _answer(preprocessor, request))
 
 
 def _load(settings: PreprocessSettings) -> Preprocessor:
@@ -76,17 +86,20 @@ def _load(settings: PreprocessSettings) -> Preprocessor:
     return preprocessor
 
 
-def _process(preprocessor: Preprocessor, request: Frame) -> Frame:
-    options = msgspec.msgpack.decode(request.body, type=ImageOptions)
-    pixels = request.arrays["pixels"].numpy()
+def _answer(preprocessor: Preprocessor, request: Frame) -> Frame:
+    job = msgspec.msgpack.decode(request.body, type=PreprocessJob)
+    height, width = job.size or request.arrays["pixels"].shape[:2]
     try:
-        arrays, layout, num_tokens = preprocessor.process(pixels, options)
+        if job.size:
+            arrays: dict[str, Array] = {}
+            layout, num_tokens = preprocessor.measure(job.size, job.options)
+        else:
+            arrays, layout, num_tokens = preprocessor.process(request.arrays["pixels"].numpy(), job.options)
         body = msgspec.msgpack.encode(PreprocessResult(num_tokens, layout))
         return Frame(body, {name: SharedArray.copy_of(values) for name, values in arrays.items()})
     except MediaError as error:
         return Frame(failure=Failure(error.code, error.message, error.status))
     except ValueError as error:  # how processors refuse odd shapes; their texts are not for clients
-        height, width, _ = pixels.shape
         logger.info("a picture of %d × %d pixels is refused: %s", width, height, error)
         return Frame(failure=Failure("image_preprocess_failed", f"the model does not take a picture of {width} × {height} pixels"))
     except Exception:

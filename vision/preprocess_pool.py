@@ -7,7 +7,7 @@ import msgspec
 from vision.config import VisionConfig
 from vision.frames import Frame
 from vision.image import ImageOptions, MediaError
-from vision.preprocess import PreprocessInfo, PreprocessResult, PreprocessSettings
+from vision.preprocess import PreprocessInfo, PreprocessJob, PreprocessResult, PreprocessSettings
 from vision.shared_array import SharedArray
 from vision.workers import WorkerError, WorkerPool, WorkerTimeoutError
 
@@ -47,13 +47,21 @@ class PreprocessPool:
 
     async def process(self, pixels: SharedArray, options: ImageOptions) -> tuple[PreprocessResult, dict[str, SharedArray]]:
         """Takes over `pixels`, `(height, width, 3)` uint8; the arrays are the caller's. Raises MediaError."""
+        reply = await self._call(PreprocessJob(options), {"pixels": pixels})
+        return msgspec.msgpack.decode(reply.body, type=PreprocessResult), reply.arrays
+
+    async def measure(self, size: tuple[int, int], options: ImageOptions) -> PreprocessResult:
+        """What `process` says of a picture of `size` = (height, width). Raises MediaError."""
+        reply = await self._call(PreprocessJob(options, size), {})
+        return msgspec.msgpack.decode(reply.body, type=PreprocessResult)
+
+    async def _call(self, job: PreprocessJob, arrays: dict[str, SharedArray]) -> Frame:
         try:
-            reply = await self._pool.call(Frame(msgspec.msgpack.encode(options), {"pixels": pixels}))
+            return await self._pool.call(Frame(msgspec.msgpack.encode(job), arrays))
         except WorkerTimeoutError:
             raise MediaError("image_preprocess_failed", f"the picture takes longer than {self._timeout_s:g} s to resize") from None
         except WorkerError:
             raise MediaError("image_preprocess_failed", "the image processor broke down; try again", status=503) from None
-        return msgspec.msgpack.decode(reply.body, type=PreprocessResult), reply.arrays
 
 
 def _environment() -> dict[str, str]:

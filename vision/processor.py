@@ -50,20 +50,29 @@ class ImagePreprocessor:
 
         pixels: (height, width, 3) uint8, not kept. Raises ValueError where the model cannot take a picture of this shape.
         """
-        pixels = _fit(pixels, options)
+        picture = _fit(_channels_first(pixels), options)
         if self._mean_and_std is None:
-            arrays, layout = self._run(pixels)
+            arrays, layout = self._run(picture)
         else:
-            arrays, layout = self._run(pixels, **_RAW)
+            arrays, layout = self._run(picture, **_RAW)
             arrays = {**arrays, "pixel_values": _as_uint8(arrays["pixel_values"]), MEAN_AND_STD: self._mean_and_std}
         return arrays, layout, self._family.num_tokens(layout)
 
-    def _run(self, pixels: np.ndarray, **options: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        channels_first = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    def measure(self, size: tuple[int, int], options: ImageOptions) -> tuple[dict[str, Any], int]:
+        """Layout and rows as `process` gives them for a picture of `size` = (height, width), without its pixels.
+
+        The reference's own code decides: it runs over tensors that have a shape and no memory (torch's meta device).
+        """
+        picture = _fit(torch.empty(3, *size, dtype=torch.uint8, device="meta"), options)
+        _, layout = self._run(picture, **_RAW)
+        return layout, self._family.num_tokens(layout)
+
+    def _run(self, picture: torch.Tensor, **options: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """picture: (3, height, width) uint8."""
         options = {"input_data_format": "channels_first", "return_tensors": "pt", **self._family.rules.processor_options, **options}
-        outputs = self._processor(images=channels_first, **options)
-        height, width = pixels.shape[:2]
-        return self._family.arrange({name: np.asarray(value) for name, value in outputs.items()}, (height, width))
+        outputs = self._processor(images=picture, **options)
+        height, width = picture.shape[1:]
+        return self._family.arrange({name: _as_array(value) for name, value in outputs.items()}, (height, width))
 
     def _find_mean_and_std(self) -> np.ndarray | None:
         """What uint8 pixels are normalised with later, (2, 3) float32; None where that would not equal the reference."""
@@ -75,12 +84,12 @@ class ImagePreprocessor:
             return None
         candidate = (torch.tensor([mean, std]) * (1.0 / processor.rescale_factor)).numpy()
         random = np.random.default_rng(0)
-        probes = (random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in _PROBE_SIZES)
+        probes = (_channels_first(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in _PROBE_SIZES)
         return candidate if all(self._is_exact(probe, candidate) for probe in probes) else None
 
-    def _is_exact(self, pixels: np.ndarray, mean_and_std: np.ndarray) -> bool:
-        expected = self._run(pixels)[0]["pixel_values"]
-        raw = self._run(pixels, **_RAW)[0]["pixel_values"]
+    def _is_exact(self, picture: torch.Tensor, mean_and_std: np.ndarray) -> bool:
+        expected = self._run(picture)[0]["pixel_values"]
+        raw = self._run(picture, **_RAW)[0]["pixel_values"]
         if not np.array_equal(raw, raw.astype(np.uint8)):
             return False
         return np.array_equal(normalize(torch.from_numpy(_as_uint8(raw)), torch.from_numpy(mean_and_std)).numpy(), expected)
@@ -105,17 +114,26 @@ def _as_uint8(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=np.uint8)
 
 
-def _fit(pixels: np.ndarray, options: ImageOptions) -> np.ndarray:
-    """The picture within the request's pixel budget, its aspect kept; `detail: auto` and `high` leave it as it is."""
-    height, width = pixels.shape[:2]
+def _as_array(value: Any) -> np.ndarray:
+    """A tensor without memory becomes an array of its shape, of one byte."""
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        return np.broadcast_to(np.uint8(0), value.shape)
+    return np.asarray(value)
+
+
+def _channels_first(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _fit(picture: torch.Tensor, options: ImageOptions) -> torch.Tensor:
+    """The picture, (3, height, width), within the request's pixel budget, its aspect kept; `detail: auto` and `high` leave it as it is."""
+    height, width = picture.shape[1:]
     most = min(options.max_pixels or math.inf, LOW_DETAIL_PIXELS if options.detail == "low" else math.inf)
     least = min(options.min_pixels or 0, most)
     wanted = min(max(height * width, least), most)
     if wanted == height * width:
-        return pixels
+        return picture
     scale = math.sqrt(wanted / (height * width))
     rounded = math.floor if scale < 1 else math.ceil
     size = [max(1, rounded(side * scale)) for side in (height, width)]
-    image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-    resized = transforms.resize(image, size, transforms.InterpolationMode.BICUBIC, antialias=True)
-    return resized.numpy().transpose(1, 2, 0)
+    return transforms.resize(picture, size, transforms.InterpolationMode.BICUBIC, antialias=True)

@@ -9,8 +9,9 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -19,7 +20,7 @@ from vision.cache import ByteBoundedCache
 from vision.config import VisionConfig
 from vision.decode_pool import DecodePool
 from vision.fetcher import Fetcher
-from vision.image import ImageOptions, ImageRef, MediaError, ProcessedImage
+from vision.image import ImageOptions, ImageRef, MeasuredImage, MediaError, ProcessedImage
 from vision.preprocess import DEFAULT_PROCESSOR, PreprocessSettings
 from vision.preprocess_pool import PreprocessPool
 from vision.shared_array import SharedArray
@@ -27,6 +28,8 @@ from vision.single_flight import SingleFlight
 from vision.workers import WorkerError
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _IN_PLACE_BYTES = 256 << 10  # hashed in less than a millisecond; more is hashed beside the event loop
 STAGES = ("fetch", "decode", "preprocess")
@@ -97,16 +100,11 @@ class VisionService:
         What one tenant sent is not looked up for another. Raises MediaError with the `param` of the first picture that failed; the others
         are cancelled, as all are when the caller is.
         """
-        tasks = [asyncio.create_task(self._load(ref, tenant)) for ref in refs]
-        try:
-            return await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            for result in await asyncio.gather(*tasks, return_exceptions=True):
-                if isinstance(result, ProcessedImage):
-                    _close(result)
-            raise
+        return await self._side_by_side(refs, lambda ref: self._fetch_and_process(ref, tenant))
+
+    async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]:
+        """What the pictures take of a prompt, from their headers: nothing is decoded. Raises as `load`, save for damage behind a header."""
+        return await self._side_by_side(refs, lambda ref: self._fetch_and_measure(ref, tenant))
 
     def stats(self) -> VisionStats:
         return VisionStats(
@@ -139,12 +137,24 @@ class VisionService:
         assert self._starting is not None, "the vision service is not open"
         return await asyncio.shield(self._starting)
 
-    async def _load(self, ref: ImageRef, tenant: str) -> ProcessedImage:
+    async def _side_by_side(self, refs: Sequence[ImageRef], work: Callable[[ImageRef], Coroutine[Any, Any, Result]]) -> list[Result]:
+        tasks = [asyncio.create_task(self._one(ref, work)) for ref in refs]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(result, ProcessedImage):
+                    _close(result)
+            raise
+
+    async def _one(self, ref: ImageRef, work: Callable[[ImageRef], Coroutine[Any, Any, Result]]) -> Result:
         """One picture; names its part of the request in the error."""
         self._num_pictures += 1
         try:
             async with self._pictures:
-                return await self._fetch_and_process(ref, tenant)
+                return await work(ref)
         except MediaError as error:
             self._num_failed[error.code] = self._num_failed.get(error.code, 0) + 1
             raise MediaError(error.code, error.message, param=ref.param, status=error.status) from None
@@ -162,6 +172,13 @@ class VisionService:
             image = await self._flights.run(key, lambda: self._process(key, data, ref.options))
             timings_s |= image.timings_s
         return _own_copy(image, timings_s)
+
+    async def _fetch_and_measure(self, ref: ImageRef, tenant: str) -> MeasuredImage:
+        with self._clock.stage("fetch", {}):
+            data = await self._fetcher.fetch(ref.url, tenant=tenant)
+        await self._fingerprint()  # the workers are there
+        result = await self._preprocess_pool.measure(await self._decode_pool.measure(data), ref.options)
+        return MeasuredImage(result.num_tokens, result.layout)
 
     async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions) -> ProcessedImage:
         timings_s: dict[str, float] = {}

@@ -34,6 +34,8 @@ class Engine(Protocol):
 
 
 class Tokenizer(TextDecoder, Protocol):
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]: ...
+
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
@@ -52,7 +54,19 @@ class PromptPipeline(Protocol):
         tenant: str = "",
     ) -> Prompt: ...
 
+    async def chat_tokens(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        tenant: str = "",
+        add_generation_prompt: bool = True,
+    ) -> list[int]: ...
+
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt: ...
+
+    def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)

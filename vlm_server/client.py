@@ -1,7 +1,7 @@
 """`APIClient`: a small synchronous client with the methods, defaults and generator behaviour of LMDeploy's.
 
-As there: every method is a generator, also without streaming (it yields once); nothing is raised for an error status, the error's body
-is yielded; there is no timeout; and what is passed as `**kwargs` travels as one field named `kwargs`, without effect.
+As there: methods that generate are generators, also without streaming (they yield once); nothing is raised for an error status, the
+error's body is yielded; there is no timeout; and what is passed as `**kwargs` travels as one field named `kwargs`, without effect.
 """
 
 import json
@@ -54,6 +54,12 @@ class APIClient:
         if self._available_models is None:
             self._available_models = get_model_list(self.models_v1_url, self.headers)
         return self._available_models
+
+    def encode(self, input: str | list[str], do_preprocess: bool = False, add_bos: bool = True) -> tuple[Any, Any]:
+        """Token ids and their number; of several texts a list of each. `do_preprocess`: of the chat that asks the text."""
+        body = {"input": input, "do_preprocess": do_preprocess, "add_bos": add_bos}
+        answer = requests.post(self.encode_v1_url, headers=self.headers, json=body, timeout=None).json()
+        return answer["input_ids"], answer["length"]
 
     def chat_completions_v1(
         self,

@@ -16,6 +16,7 @@ from vlm_server.metrics import Metrics
 from vlm_server.middleware import request_facts
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest
 from vlm_server.sampling import SamplingDefaults, sampling_params
+from vlm_server.token_protocol import TokenRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,12 @@ class ServerContext:
             raise EngineDeadError("the engine is starting")
         return self.backend.engine.info
 
-    def accept(self, request: Request, body: ChatCompletionRequest | CompletionRequest) -> list[str]:
+    def accept(self, request: Request, body: ChatCompletionRequest | CompletionRequest | TokenRequest) -> list[str]:
         """The warnings for a request that we can serve. Raises ApiError 404 or 400."""
-        request_facts(request.scope)["model"] = self.config.model_name if body.model == self.config.model_name else "unknown"
-        if body.model != self.config.model_name:
-            message = f"the model {body.model!r} does not exist; this server has {self.config.model_name!r}"
+        name = self.config.model_name if body.model is None else body.model
+        request_facts(request.scope)["model"] = name if name == self.config.model_name else "unknown"
+        if name != self.config.model_name:
+            message = f"the model {name!r} does not exist; this server has {self.config.model_name!r}"
             raise ApiError(404, "model_not_found", message, param="model")
         return check_fields(body, strict=self.config.strict_fields)
 

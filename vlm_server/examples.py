@@ -26,15 +26,28 @@ RED_CIRCLE = (
 )
 
 
+_PICTURE_CHAT = [
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "Describe the image please"}, {"type": "image_url", "image_url": {"url": RED_CIRCLE}}],
+    }
+]
+
+
 def request_examples(model: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Path → name → OpenAPI example of the request's body."""
-    return {"/v1/chat/completions": _chat(model), "/v1/completions": _completions(model)}
+    return {
+        "/v1/chat/completions": _chat(model),
+        "/v1/completions": _completions(model),
+        "/tokenize": _tokenize(),
+        "/detokenize": {"tokens": _example("Token ids", {"tokens": [33, 34, 35]})},
+        "/v1/encode": {"text": _example("A text", {"input": "two steps to build a house:"})},
+    }
 
 
 def _chat(model: str) -> dict[str, dict[str, Any]]:
     text = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Say this is a test!"}]
-    parts = [{"type": "text", "text": "Describe the image please"}, {"type": "image_url", "image_url": {"url": RED_CIRCLE}}]
-    image = {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 64}
+    image = {"model": model, "messages": _PICTURE_CHAT, "max_tokens": 64}
     return {
         "text": _example("Text", {"model": model, "messages": text, "max_tokens": 64}),
         "image": _example("A picture as a data: URL", image),
@@ -47,6 +60,13 @@ def _completions(model: str) -> dict[str, dict[str, Any]]:
     return {
         "string": _example("One prompt", {"model": model, "prompt": prompt, "max_tokens": 32}),
         "list": _example("Several prompts", {"model": model, "prompt": [prompt, "The capital of China is"], "max_tokens": 16}),
+    }
+
+
+def _tokenize() -> dict[str, dict[str, Any]]:
+    return {
+        "prompt": _example("A prompt", {"prompt": "two steps to build a house:", "return_token_strs": True}),
+        "image": _example("A chat with a picture", {"messages": _PICTURE_CHAT}),
     }
 
 

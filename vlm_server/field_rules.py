@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from vlm_server.errors import bad_request
 from vlm_server.message_schema import ChatMessage, ImagePart, ImageUrl, TextPart
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
+from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest
 
 NO_OPS = frozenset({"kwargs", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 
@@ -69,6 +70,9 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     ChatCompletionRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT,
     CompletionRequest: _UNSUPPORTED_ANYWHERE,
     ChatMessage: _UNSUPPORTED_IN_MESSAGE,
+    EncodeRequest: {},
+    TokenizeRequest: {"tools": ([],), "continue_final_message": (False,), "mm_processor_kwargs": ({},)},
+    DetokenizeRequest: {},
     StreamOptions: {"include_obfuscation": (False,)},
     ImageUrl: {"min_pixels": (), "max_pixels": (), "file_id": ()},
     ImagePart: {"uuid": ()},

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys
 from vision.families import Family, load_family
-from vision.image import ImageOptions, ImageRef, ProcessedImage
+from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
 from vlm_server.chat_template import ChatTemplate, Message, TemplateError, load_chat_template
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
@@ -34,6 +34,8 @@ class ImageLoader(Protocol):
     """What the pipeline asks of the vision service."""
 
     async def load(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[ProcessedImage]: ...
+
+    async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]: ...
 
 
 class Pipeline:
@@ -96,18 +98,8 @@ class Pipeline:
 
         Raises TemplateError, ImagesNotSupportedError, or the vision service's MediaError, each naming the field.
         """
-        refs, plain = _split_images(messages)
-        if refs and (self.family is None or self._images is None):
-            raise ImagesNotSupportedError(refs[0].param)
         marker = _new_marker()
-        text = await self._in_thread(
-            lambda: self.template.render(
-                self._guarded(plain, marker),
-                tools=self._guarded(tools, marker),
-                add_generation_prompt=add_generation_prompt,
-                template_kwargs=template_kwargs,
-            )
-        )
+        refs, text = await self._rendered(messages, tools, template_kwargs, add_generation_prompt, marker)
         loaded = await self._images.load(refs, tenant=tenant) if refs and self._images is not None else []
         try:
             return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant))
@@ -116,22 +108,61 @@ class Pipeline:
                 array.close()
             raise
 
+    async def chat_tokens(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        tenant: str = "",
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The tokens of the prompt that `chat_prompt` makes, its pictures measured by their headers and not loaded. Raises as it does."""
+        marker = _new_marker()
+        refs, text = await self._rendered(messages, tools, template_kwargs, add_generation_prompt, marker)
+        measured = await self._images.measure(refs, tenant=tenant) if refs and self._images is not None else []
+        return await self._in_thread(lambda: self._chat_tokens(text, measured, marker))
+
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
         """The prompt for a text, or for token ids, without a template. Blocks while a text is tokenized; may be called in any thread.
 
         Raises InvalidRequestError for an empty prompt and for ids that stand for a picture.
         """
-        if not isinstance(text_or_ids, str):
-            return self._token_prompt(tuple(text_or_ids), tenant)
+        token_ids = self.text_tokens(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
+        return self._token_prompt(tuple(token_ids), tenant)
+
+    def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text without a template; none of them stands for a picture. Blocks; may be called in any thread."""
         marker = _new_marker()
-        pieces = self._guarded(text_or_ids, marker).split(marker)
-        return self._token_prompt(tuple(self._tokenize(pieces, add_special_tokens=True)), tenant)
+        return self._tokenize(self._guarded(text, marker).split(marker), add_special_tokens=add_special_tokens)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _rendered(
+        self,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None,
+        template_kwargs: dict[str, Any] | None,
+        add_generation_prompt: bool,
+        marker: str,
+    ) -> tuple[list[ImageRef], str]:
+        """The pictures in order, and the template's text with a placeholder for each."""
+        refs, plain = _split_images(messages)
+        if refs and (self.family is None or self._images is None):
+            raise ImagesNotSupportedError(refs[0].param)
+        text = await self._in_thread(
+            lambda: self.template.render(
+                self._guarded(plain, marker),
+                tools=self._guarded(tools, marker),
+                add_generation_prompt=add_generation_prompt,
+                template_kwargs=template_kwargs,
+            )
+        )
+        return refs, text
 
     def _token_prompt(self, token_ids: tuple[int, ...], tenant: str) -> Prompt:
         if not token_ids:
@@ -153,20 +184,23 @@ class Pipeline:
         return value
 
     def _prompt(self, text: str, images: Sequence[ProcessedImage], marker: str, tenant: str) -> Prompt:
-        pieces = self._expanded(text, images).split(marker)
-        token_ids = tuple(self._tokenize(pieces, add_special_tokens=self._adds_special_tokens(text)))
+        token_ids = tuple(self._chat_tokens(text, images, marker))
         inputs = tuple(ImageInput(image.content_hash, image.num_tokens, image.arrays) for image in images)
         spans = self._spans(token_ids, inputs)
         positions, delta = self._positions(len(token_ids), spans, images)
         keys = make_cache_keys(token_ids, inputs, spans, salt=tenant)
         return Prompt(token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta)
 
+    def _chat_tokens(self, text: str, images: Sequence[ProcessedImage | MeasuredImage], marker: str) -> list[int]:
+        pieces = self._expanded(text, images).split(marker)
+        return self._tokenize(pieces, add_special_tokens=self._adds_special_tokens(text))
+
     def _adds_special_tokens(self, text: str) -> bool:
         """As the reference: a tokenizer's template brings its own; a processor adds them unless the text begins with the first."""
         bos = self.tokenizer.reference.bos_token
         return self.family is not None and not (bos is not None and text.startswith(str(bos)))
 
-    def _expanded(self, text: str, images: Sequence[ProcessedImage]) -> str:
+    def _expanded(self, text: str, images: Sequence[ProcessedImage | MeasuredImage]) -> str:
         if self.family is None:
             return text
         gaps = text.split(self.family.placeholder)

@@ -6,7 +6,18 @@ Every declared field has its effect. A documented field that is not declared her
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from vlm_server.message_schema import ChatMessage, UnicodeText
@@ -98,6 +109,16 @@ _NOT_FOR_CLIENTS = frozenset(
 )
 
 
+def _are_variables(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    for name in value or {}:
+        if not name.isidentifier() or name in _NOT_FOR_CLIENTS:
+            raise PydanticCustomError("api:invalid_value", "{name} is no variable of a chat template", {"name": repr(name)})
+    return value
+
+
+TemplateVariables = Annotated[dict[str, Any] | None, AfterValidator(_are_variables)]
+
+
 def _messages_kind(value: object) -> str:
     return "<string>" if isinstance(value, str) else "<list>"
 
@@ -113,7 +134,7 @@ class ChatCompletionRequest(GenerationFields):
     ] = Field(description="The conversation so far. A plain string is completed as it is, without the chat template.")
     logprobs: bool | None = Field(None, description="Return the log probability of each token.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="With logprobs: as many of the likeliest tokens at each place.")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the chat template, e.g. enable_thinking.")
+    chat_template_kwargs: TemplateVariables = Field(None, description="Variables for the chat template, e.g. enable_thinking.")
     enable_thinking: bool | None = Field(None, description="Short for chat_template_kwargs.enable_thinking, which wins.")
 
     @field_validator("top_logprobs")
@@ -121,14 +142,6 @@ class ChatCompletionRequest(GenerationFields):
     def _needs_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and not info.data.get("logprobs"):
             raise PydanticCustomError("api:invalid_value", "only with logprobs: true")
-        return value
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _are_variables(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        for name in value or {}:
-            if not name.isidentifier() or name in _NOT_FOR_CLIENTS:
-                raise PydanticCustomError("api:invalid_value", "{name} is no variable of a chat template", {"name": repr(name)})
         return value
 
     @property
@@ -147,7 +160,7 @@ def _prompt_kind(value: object) -> str:
     return {str: "<strings>", int: "<tokens>", list: "<token lists>"}.get(type(first), "<strings>")
 
 
-_TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
 
 class CompletionRequest(GenerationFields):
@@ -158,8 +171,8 @@ class CompletionRequest(GenerationFields):
     prompt: Annotated[
         Annotated[UnicodeText, Tag("<string>")]
         | Annotated[list[UnicodeText], Field(min_length=1, max_length=1024), Tag("<strings>")]
-        | Annotated[_TokenIds, Tag("<tokens>")]
-        | Annotated[list[_TokenIds], Field(max_length=1024), Tag("<token lists>")],
+        | Annotated[TokenIds, Tag("<tokens>")]
+        | Annotated[list[TokenIds], Field(max_length=1024), Tag("<token lists>")],
         Discriminator(_prompt_kind),
     ] = Field(description="A string, several strings, token ids, or several lists of token ids.")
     logprobs: Annotated[int | None, BeforeValidator(lambda value: None if value is False else value)] = Field(

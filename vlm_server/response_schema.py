@@ -178,3 +178,22 @@ class ErrorResponse(BaseModel):
     param: str | None
     code: int
     object: Literal["error"]
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int = Field(description="The window: tokens of prompt and answer together.")
+    tokens: list[int]
+    token_strs: list[str] | None = None
+    warnings: list[str] = Field(default_factory=list)
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
+    warnings: list[str] = Field(default_factory=list)
+
+
+class EncodeResponse(BaseModel):
+    input_ids: list[int] | list[list[int]] = Field(description="Of one text its ids, of several a list of each.")
+    length: int | list[int]
+    warnings: list[str] = Field(default_factory=list)

@@ -191,6 +191,21 @@ class FakePipeline:
         keys = make_cache_keys(token_ids, images, spans, salt=tenant)
         return Prompt(token_ids=tuple(token_ids), cache_keys=keys, images=tuple(images), spans=tuple(spans))
 
+    async def chat_tokens(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        tenant: str = "",
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        prompt = await self.chat_prompt(messages, tools=tools, template_kwargs=template_kwargs, tenant=tenant)
+        return [*prompt.token_ids, *(b"assistant: " if add_generation_prompt else b"")]
+
+    def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
         token_ids = self.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
         return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))

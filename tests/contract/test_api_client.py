@@ -40,6 +40,15 @@ def test_a_completion_answers(client: APIClient, model: str) -> None:
     assert item["usage"]["completion_tokens"] <= 16
 
 
+def test_encode_gives_token_ids_and_their_number(client: APIClient) -> None:
+    input_ids, length = client.encode("hi there")
+    several, lengths = client.encode(["hi", "there"], add_bos=False)
+
+    assert len(input_ids) == length > 0
+    assert [len(ids) for ids in several] == lengths
+    assert client.encode("hi", do_preprocess=True)[1] > lengths[0]
+
+
 def test_streams_are_dicts_without_the_end_mark(client: APIClient, model: str) -> None:
     for items in (
         client.chat_completions_v1(model=model, messages=TEST, stream=True, max_tokens=8),

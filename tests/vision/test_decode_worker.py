@@ -54,6 +54,13 @@ async def test_a_picture_comes_back_as_pixels(pool: DecodePool) -> None:
     assert np.array_equal(await decoded(pool, png(31, 17)), noise(31, 17))
 
 
+async def test_a_picture_is_measured_by_its_header_even_where_its_pixels_are_missing(pool: DecodePool) -> None:
+    assert await pool.measure(png(31, 17)[:60]) == (17, 31)
+
+    with pytest.raises(MediaError, match="not a JPEG, PNG"):
+        await pool.measure(b"GIF")
+
+
 async def test_many_pictures_at_once_each_get_their_own_pixels() -> None:
     pool = DecodePool(VisionConfig(num_decode_workers=2))
     await pool.open()
@@ -249,7 +256,9 @@ async def test_mutated_pictures_give_pixels_or_an_error_and_leave_the_worker_ali
         for _ in range(chance.randint(1, 8)):
             mutated[chance.randrange(len(mutated))] = chance.randrange(256)
         try:
-            num_decoded += (await decoded(pool, bytes(mutated))).size > 0
+            pixels = await decoded(pool, bytes(mutated))
+            assert await pool.measure(bytes(mutated)) == pixels.shape[:2]
+            num_decoded += 1
         except MediaError as error:
             assert error.code in ("image_decode_failed", "image_too_large")  # noqa: PT017
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
+from PIL import Image, ImageCms, ImageFile, ImageOps, TiffImagePlugin
 
 from tests.vision.pictures import encoded, noise, png
 from vision.image import MediaError
-from vision.pixels import decode_picture
+from vision.pixels import decode_picture, measure_picture
 
 MAX_PIXELS = 1_000_000
 ORIENTATION = 0x0112
@@ -17,7 +17,10 @@ FORMATS = {"JPEG": {}, "PNG": {}, "GIF": {}, "WEBP": {"lossless": True}, "AVIF":
 
 
 def decoded(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray[Any, Any]:
-    return decode_picture(data, max_pixels=max_pixels).numpy()
+    """The pixels, whose size is what the header says, whatever the picture."""
+    pixels = decode_picture(data, max_pixels=max_pixels).numpy()
+    assert measure_picture(data, max_pixels=max_pixels) == pixels.shape[:2]
+    return pixels
 
 
 def opened(data: bytes) -> Image.Image:
@@ -235,6 +238,26 @@ def test_pictures_are_turned_upright(form: str, orientation: int) -> None:
     assert np.array_equal(pixels, np.asarray(expected))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_png_may_name_its_orientation_behind_its_pixels(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    plain = encoded(smooth(), "PNG")
+    start_of_end = plain.rindex(b"IEND") - 4
+
+    pixels = decoded(plain[:start_of_end] + png_chunk(b"eXIf", exif.tobytes()[6:]) + plain[start_of_end:])
+
+    assert pixels.shape[:2] == ((40, 24) if orientation >= 5 else (24, 40))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_picture_is_measured_without_its_pixels(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(smooth(), form)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels were decoded"))
+
+    assert measure_picture(data, max_pixels=MAX_PIXELS) == (24, 40)
+
+
 @pytest.mark.parametrize(
     "exif", [b"Exif\x00\x00garbage", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff"]
 )
@@ -328,11 +351,10 @@ def huge_tiff() -> bytes:
 
 @pytest.mark.parametrize("bomb", [huge_gif, huge_webp, huge_lossless_webp, huge_bmp, huge_tiff])
 def test_small_files_that_claim_gigapixels_are_refused(bomb: Any) -> None:
-    with pytest.raises(MediaError) as caught:
-        decoded(bomb())
-
-    assert caught.value.code == "image_too_large"
-    assert "at most 1000000 are allowed" in caught.value.message
+    for use in (decode_picture, measure_picture):
+        with pytest.raises(MediaError, match="at most 1000000 are allowed") as caught:
+            use(bomb(), max_pixels=MAX_PIXELS)
+        assert caught.value.code == "image_too_large"
 
 
 @pytest.mark.parametrize("form", FORMATS)

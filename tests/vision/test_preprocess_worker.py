@@ -9,7 +9,7 @@ from tests.vision.pictures import noise
 from tests.vision.processes import is_gone, num_descriptors
 from vision.config import VisionConfig
 from vision.image import ImageOptions, MediaError
-from vision.preprocess import PreprocessSettings
+from vision.preprocess import PreprocessResult, PreprocessSettings
 from vision.preprocess_pool import PreprocessPool
 from vision.shared_array import SharedArray
 from vision.workers import WorkerError
@@ -40,6 +40,10 @@ async def test_arrays_layout_and_number_of_tokens_come_back(pool: PreprocessPool
     for shared in arrays.values():
         shared.close()
     assert num_descriptors() == before
+
+
+async def test_a_size_is_measured(pool: PreprocessPool) -> None:
+    assert await pool.measure((6, 8), ImageOptions()) == PreprocessResult(12, {"rows": 3})
 
 
 async def test_errors_of_the_processor_reach_the_caller_without_their_text(pool: PreprocessPool) -> None:

@@ -78,3 +78,20 @@ def test_low_detail_leaves_small_pictures_alone() -> None:
     low, auto = (preprocessor("llava").process(picture((60, 90)), ImageOptions(detail=detail))[0] for detail in ("low", "auto"))
 
     assert np.array_equal(low["pixel_values"], auto["pixel_values"])
+
+
+BUDGETS = {
+    "plain": ImageOptions(),
+    "low": ImageOptions(detail="low"),
+    "few": ImageOptions(max_pixels=900),
+    "many": ImageOptions(min_pixels=90_000),
+}
+
+
+@pytest.mark.parametrize("options", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("size", [*SIZES.values(), (700, 1300)], ids=[*SIZES, "over the low budget"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_size_alone_tells_the_layout(name: str, size: tuple[int, int], options: ImageOptions) -> None:
+    _, layout, num_tokens = preprocessor(name).process(picture(size), options)
+
+    assert preprocessor(name).measure(size, options) == (layout, num_tokens)

@@ -9,7 +9,7 @@ from tests.vision.picture_server import Gate, PictureServer, body
 from tests.vision.pictures import data_url, noise, png
 from tests.vision.processes import freeze, is_gone, num_descriptors, until
 from vision.config import VisionConfig
-from vision.image import ImageOptions, ImageRef, MediaError, ProcessedImage
+from vision.image import ImageOptions, ImageRef, MeasuredImage, MediaError, ProcessedImage
 from vision.service import VisionService
 from vision.workers import WorkerError
 
@@ -80,6 +80,11 @@ async def test_one_service_through_hits_misses_tenants_options_and_errors(servic
     assert set(again.timings_s) == {"fetch"}
     assert (service.stats().num_done["decode"], service.stats().num_cache_hits) == (1, num_hits + 1)
     close([again])
+
+    # Measuring says the same and neither decodes nor preprocesses; only the header has to be there.
+    measured = await service.measure(refs(server.url(), data_url(png()[:50])))
+    assert measured == [MeasuredImage(again.num_tokens, again.layout)] * 2
+    assert (service.stats().num_done["decode"], service.stats().num_done["preprocess"]) == (1, 1)
 
     # Options and tenants are part of what is known; other pictures have other hashes.
     (sized,) = await service.load(refs(data_url(png()), max_pixels=100))

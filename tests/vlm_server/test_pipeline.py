@@ -88,6 +88,21 @@ async def test_a_prompts_tokens_equal_the_reference_processors(
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize("name", FAMILIES)
+async def test_a_conversation_is_counted_by_its_pictures_sizes(
+    name: str, conversation: list[tuple[str, list[str]]], pipelines: Any
+) -> None:
+    pipeline = pipelines(name)
+    messages = openai_messages(conversation)
+    prompt = await pipeline.chat_prompt(messages)
+
+    counted = await pipeline.chat_tokens(messages)
+
+    assert tuple(counted) == prompt.token_ids
+    assert len(await pipeline.chat_tokens(messages, add_generation_prompt=False)) < len(counted)
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+@pytest.mark.parametrize("name", FAMILIES)
 async def test_spans_cover_every_row_of_every_picture_in_order(
     name: str, conversation: list[tuple[str, list[str]]], pipelines: Any
 ) -> None:

@@ -1,0 +1,80 @@
+"""`POST /tokenize`, `/detokenize` and LMDeploy's `/v1/encode`: text and chats to token ids and back, without generating."""
+
+import asyncio
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from vlm_server.auth import tenant_of
+from vlm_server.context import ServerContext, context_of
+from vlm_server.errors import bad_request
+from vlm_server.response_schema import DetokenizeResponse, EncodeResponse, TokenizeResponse
+from vlm_server.streaming import unless_client_leaves
+from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest
+
+router = APIRouter(tags=["tokens"])
+
+
+@router.post("/tokenize", response_model=TokenizeResponse, summary="The tokens of a prompt or a conversation")
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    """As many as the same prompt or messages would be charged for. Pictures are measured by their headers."""
+    context = context_of(request)
+    warnings = context.accept(request, body)
+    tokens = await unless_client_leaves(request, _tokens(context, body, tenant_of(request.scope)))
+    content: dict[str, Any] = {"count": len(tokens), "max_model_len": context.engine_info.session_len, "tokens": tokens}
+    if body.return_token_strs:
+        tokenizer = context.backend.pipeline.tokenizer
+        content["token_strs"] = [tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in tokens]
+    return _json(content, warnings)
+
+
+@router.post("/detokenize", response_model=DetokenizeResponse, summary="The text of token ids")
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    context = context_of(request)
+    warnings = context.accept(request, body)
+    vocab_size = context.engine_info.vocab_size
+    for index, token_id in enumerate(body.tokens):
+        if token_id >= vocab_size:
+            raise bad_request("invalid_value", f"tokens[{index}]: only 0 … {vocab_size - 1} are allowed", param=f"tokens[{index}]")
+    decode = context.backend.pipeline.tokenizer.decode
+    text = await asyncio.to_thread(decode, body.tokens, skip_special_tokens=body.skip_special_tokens)
+    return _json({"prompt": text}, warnings)
+
+
+@router.post("/v1/encode", response_model=EncodeResponse, summary="Token ids, as LMDeploy's clients ask for them")
+async def encode(request: Request, body: EncodeRequest) -> Response:
+    """One text gives a list of ids and its length, several give a list of each."""
+    context = context_of(request)
+    warnings = context.accept(request, body)
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    encoded = await unless_client_leaves(request, _encoded(context, texts, body, tenant_of(request.scope)))
+    lengths = [len(tokens) for tokens in encoded]
+    if isinstance(body.input, str):
+        return _json({"input_ids": encoded[0], "length": lengths[0]}, warnings)
+    return _json({"input_ids": encoded, "length": lengths}, warnings)
+
+
+async def _tokens(context: ServerContext, body: TokenizeRequest, tenant: str) -> list[int]:
+    pipeline = context.backend.pipeline
+    if body.messages is None:
+        assert body.prompt is not None
+        return await asyncio.to_thread(pipeline.text_tokens, body.prompt, add_special_tokens=body.add_special_tokens)
+    return await pipeline.chat_tokens(
+        [message.as_dict() for message in body.messages],
+        template_kwargs=body.chat_template_kwargs,
+        tenant=tenant,
+        add_generation_prompt=body.add_generation_prompt,
+    )
+
+
+async def _encoded(context: ServerContext, texts: list[str], body: EncodeRequest, tenant: str) -> list[list[int]]:
+    pipeline = context.backend.pipeline
+    if body.do_preprocess:
+        return [await pipeline.chat_tokens([{"role": "user", "content": text}], tenant=tenant) for text in texts]
+    return [await asyncio.to_thread(pipeline.text_tokens, text, add_special_tokens=body.add_bos) for text in texts]
+
+
+def _json(content: dict[str, Any], warnings: list[str]) -> Response:
+    return Response(msgspec.json.encode(content | ({"warnings": warnings} if warnings else {})), media_type="application/json")

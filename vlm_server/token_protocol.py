@@ -1,0 +1,51 @@
+"""The requests of the routes that turn text into tokens and back. `model` may be left out: a server has one."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from vlm_server.message_schema import ChatMessage, UnicodeText
+from vlm_server.protocol import TemplateVariables, TokenIds
+
+
+class TokenRequest(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = Field(None, description="One of the ids of GET /v1/models.")
+
+
+class EncodeRequest(TokenRequest):
+    """LMDeploy's."""
+
+    input: Annotated[
+        Annotated[UnicodeText, Tag("<string>")] | Annotated[list[UnicodeText], Field(max_length=1024), Tag("<strings>")],
+        Discriminator(lambda value: "<strings>" if isinstance(value, list) else "<string>"),
+    ] = Field(description="A text, or several.")
+    do_preprocess: bool = Field(False, description="Encode the chat of which the text is the only user message.")
+    add_bos: bool = Field(True, description="Begin with the token that begins a text, where the model has one.")
+
+
+class TokenizeRequest(TokenRequest):
+    """Either a text, as a completion takes it, or messages, as a chat takes them."""
+
+    prompt: UnicodeText | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = Field(
+        None, validate_default=True, description="A conversation. Its pictures are measured by their headers and not decoded."
+    )
+    add_special_tokens: bool = Field(True, description="Of a prompt: with the tokens that begin or end a text.")
+    add_generation_prompt: bool = Field(True, description="Of messages: with the beginning of the answer.")
+    chat_template_kwargs: TemplateVariables = Field(None, description="Of messages: variables for the chat template.")
+    return_token_strs: bool = Field(False, description="Return each token's text, too.")
+
+    @field_validator("messages")
+    @classmethod
+    def _one_of_two(cls, value: list[ChatMessage] | None, info: ValidationInfo) -> list[ChatMessage] | None:
+        if (value is None) == (info.data.get("prompt") is None):
+            raise PydanticCustomError("api:invalid_value", "give either prompt or messages")
+        return value
+
+
+class DetokenizeRequest(TokenRequest):
+    tokens: TokenIds
+    skip_special_tokens: bool = False
