@@ -94,3 +94,17 @@ def test_models_are_checked_and_unknown_fields_warned_about(server: RunningServe
 
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
     assert warned.json()["warnings"] == ["odd: no API documents this field; it has no effect"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/tokenize", {"messages": CHAT, "add_special_tokens": False}, "add_special_tokens"),
+        ("/tokenize", {"prompt": "x", "add_generation_prompt": False}, "add_generation_prompt"),
+        ("/v1/encode", {"input": "x", "do_preprocess": True, "add_bos": False}, "add_bos"),
+    ],
+)
+def test_a_field_of_the_other_kind_of_request_is_warned_about(server: RunningServer, path: str, body: dict[str, Any], field: str) -> None:
+    assert post(server, path, **body).json()["warnings"] == [f"{field}: it has no effect here"]
+    without = {name: value for name, value in body.items() if name != field}
+    assert "warnings" not in post(server, path, **without).json()

@@ -1,6 +1,7 @@
 """`POST /tokenize`, `/detokenize` and LMDeploy's `/v1/encode`: text and chats to token ids and back, without generating."""
 
 import asyncio
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -12,16 +13,20 @@ from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import bad_request
 from vlm_server.response_schema import DetokenizeResponse, EncodeResponse, TokenizeResponse
 from vlm_server.streaming import unless_client_leaves
-from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest
+from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest, TokenRequest
 
 router = APIRouter(tags=["tokens"])
+
+_OF_PROMPTS = frozenset({"add_special_tokens"})
+_OF_CHATS = frozenset({"add_generation_prompt", "chat_template_kwargs"})
 
 
 @router.post("/tokenize", response_model=TokenizeResponse, summary="The tokens of a prompt or a conversation")
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """As many as the same prompt or messages would be charged for. Pictures are measured by their headers."""
     context = context_of(request)
-    warnings = context.accept(request, body)
+    is_chat = body.messages is not None
+    warnings = context.accept(request, body) + _without_effect(body, _OF_PROMPTS if is_chat else _OF_CHATS)
     tokens = await unless_client_leaves(request, _tokens(context, body, tenant_of(request.scope)))
     content: dict[str, Any] = {"count": len(tokens), "max_model_len": context.engine_info.session_len, "tokens": tokens}
     if body.return_token_strs:
@@ -47,7 +52,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 async def encode(request: Request, body: EncodeRequest) -> Response:
     """One text gives a list of ids and its length, several give a list of each."""
     context = context_of(request)
-    warnings = context.accept(request, body)
+    warnings = context.accept(request, body) + _without_effect(body, {"add_bos"} if body.do_preprocess else ())
     texts = [body.input] if isinstance(body.input, str) else body.input
     encoded = await unless_client_leaves(request, _encoded(context, texts, body, tenant_of(request.scope)))
     lengths = [len(tokens) for tokens in encoded]
@@ -74,6 +79,11 @@ async def _encoded(context: ServerContext, texts: list[str], body: EncodeRequest
     if body.do_preprocess:
         return [await pipeline.chat_tokens([{"role": "user", "content": text}], tenant=tenant) for text in texts]
     return [await asyncio.to_thread(pipeline.text_tokens, text, add_special_tokens=body.add_bos) for text in texts]
+
+
+def _without_effect(body: TokenRequest, names: Collection[str]) -> list[str]:
+    """Warnings for fields of the other kind of request."""
+    return [f"{name}: it has no effect here" for name in sorted(body.model_fields_set.intersection(names))]
 
 
 def _json(content: dict[str, Any], warnings: list[str]) -> Response:
