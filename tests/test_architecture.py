@@ -74,8 +74,9 @@ MAY_IMPORT = {
     "vision.single_flight": "",
     "vision.workers": ".frames",
     "vlm_server": "",
+    "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.app": (
-        ".auth .backend .config .context .docs .errors .metrics .middleware .routes.* .sampling engine.request vision.image"
+        ".answer_formats .auth .backend .config .context .docs .errors .metrics .middleware .routes.* .sampling engine.request vision.image"
     ),
     "vlm_server.auth": ".errors",
     "vlm_server.backend": ".config .detokenizer .pipeline engine.client engine.request vision.service",
@@ -85,7 +86,8 @@ MAY_IMPORT = {
     "vlm_server.client": "",
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (
-        ".backend .config .errors .field_rules .generation .metrics .middleware .protocol .sampling .token_protocol engine.request"
+        ".answer_formats .backend .config .detokenizer .errors .field_rules .generation .metrics .middleware .parsing.answer .protocol "
+        ".sampling .token_protocol engine.request"
     ),
     "vlm_server.detokenizer": "",
     "vlm_server.docs": ".config .examples .response_schema vlm_server",
@@ -93,13 +95,14 @@ MAY_IMPORT = {
     "vlm_server.environment": "vlm_server",
     "vlm_server.errors": "engine.request vision.image",
     "vlm_server.examples": "",
-    "vlm_server.field_rules": ".errors .message_schema .protocol .token_protocol",
-    "vlm_server.flags": ".config engine.config vision.config",
-    "vlm_server.generation": ".backend .detokenizer .errors .metrics .protocol .sampling engine.request",
+    "vlm_server.field_rules": ".errors .message_schema .protocol .token_protocol .tool_schema",
+    "vlm_server.flags": ".answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
+    "vlm_server.generation": (".backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request"),
     "vlm_server.logprobs": "engine.request",
-    "vlm_server.message_schema": "",
+    "vlm_server.message_schema": ".nesting",
     "vlm_server.metrics": "engine.request vision.service",
     "vlm_server.middleware": ".errors .metrics",
+    "vlm_server.nesting": "",
     "vlm_server.parsing": "",
     "vlm_server.parsing.answer": ".parsing.calls .parsing.events .parsing.reasoning",
     "vlm_server.parsing.calls": ".parsing.events .parsing.scanner",
@@ -108,20 +111,24 @@ MAY_IMPORT = {
     "vlm_server.parsing.scanner": "",
     "vlm_server.parsing.tool_formats": ".parsing.calls .parsing.scanner",
     "vlm_server.pipeline": ".chat_template .tokenizer engine.request vision.families vision.image",
-    "vlm_server.protocol": ".message_schema",
+    "vlm_server.protocol": ".message_schema .nesting .tool_schema",
     "vlm_server.response_schema": "",
     "vlm_server.routes": "",
-    "vlm_server.routes.chat": ".auth .context .protocol .response_schema .shapes .streaming engine.request",
+    "vlm_server.routes.chat": ".auth .context .protocol .response_schema .shapes .streaming .tools engine.request",
     "vlm_server.routes.completions": ".auth .context .protocol .response_schema .shapes .streaming engine.request",
     "vlm_server.routes.health": ".context .errors .metrics .response_schema engine.request",
     "vlm_server.routes.models": ".context .errors .response_schema",
-    "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol",
+    "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
     "vlm_server.serving": ".app .backend .config engine.request",
-    "vlm_server.shapes": ".backend .generation .logprobs .protocol",
+    "vlm_server.shapes": ".backend .generation .logprobs .parsing.events .protocol",
     "vlm_server.streaming": ".errors .generation .middleware .protocol",
-    "vlm_server.token_protocol": ".message_schema .protocol",
+    "vlm_server.token_protocol": ".message_schema .protocol .tool_schema",
     "vlm_server.tokenizer": "vision",
+    "vlm_server.tool_schema": ".message_schema .nesting",
+    "vlm_server.tools": (
+        ".answer_formats .errors .parsing.answer .parsing.calls .parsing.reasoning .parsing.tool_formats .protocol .tool_schema"
+    ),
 }
 
 # Whole packages that a package never imports, whatever the table says: vision knows neither other package, the engine no server.

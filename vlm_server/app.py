@@ -13,8 +13,9 @@ from starlette.responses import Response
 
 from engine.request import EngineError
 from vision.image import MediaError
+from vlm_server.answer_formats import AnswerFormats
 from vlm_server.auth import RequireApiKey
-from vlm_server.backend import OpenBackend, open_backend
+from vlm_server.backend import Backend, OpenBackend, open_backend
 from vlm_server.config import ServerConfig
 from vlm_server.context import ServerContext
 from vlm_server.docs import add_docs
@@ -33,7 +34,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         defaults = SamplingDefaults.load(config.generation_config, Path(config.engine.model_folder))
         async with open_backend(config) as backend:
-            app.state.context = ServerContext(config, backend, defaults, metrics, created_s=int(time.time()))
+            app.state.context = ServerContext(config, backend, defaults, metrics, _answer_formats(config, backend), int(time.time()))
             yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -46,6 +47,11 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     _add_error_handlers(app)
     _add_middleware(app, config, metrics)
     return app
+
+
+def _answer_formats(config: ServerConfig, backend: Backend) -> AnswerFormats:
+    template = backend.pipeline.template
+    return AnswerFormats.choose(config.tool_call_parser, config.reasoning_parser, template=template.text, shows_tools=template.shows_tools)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -5,7 +5,7 @@ The protocols are all that the routes know of them, so that tests can put script
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,9 +34,21 @@ class Engine(Protocol):
 
 
 class Tokenizer(TextDecoder, Protocol):
+    def showing(self, words: Collection[str]) -> TextDecoder: ...
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]: ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class Template(Protocol):
+    """See `vlm_server.chat_template.ChatTemplate`."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def shows_tools(self) -> bool: ...
 
 
 class PromptPipeline(Protocol):
@@ -45,6 +57,9 @@ class PromptPipeline(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
 
+    @property
+    def template(self) -> Template: ...
+
     async def chat_prompt(
         self,
         messages: list[dict[str, Any]],
@@ -52,6 +67,8 @@ class PromptPipeline(Protocol):
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
         tenant: str = "",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> Prompt: ...
 
     async def chat_tokens(
@@ -62,6 +79,7 @@ class PromptPipeline(Protocol):
         template_kwargs: dict[str, Any] | None = None,
         tenant: str = "",
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]: ...
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt: ...

@@ -3,7 +3,9 @@
 Knows nothing of tokens, of pictures' contents or of HTTP.
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,12 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 _PROBE = "probe"
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "probe_tool", "description": "", "parameters": {"type": "object", "properties": {}}},
+}
+_REFUSALS = (JinjaError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what a template's own code can raise
+_STRICT_ID = re.compile(r"[a-zA-Z0-9]{9}")  # of a call, as Mistral's templates want it
 
 
 class TemplateError(InvalidRequestError):
@@ -45,6 +53,14 @@ class ChatTemplate:
         self._meta_instruction = meta_instruction
         self._takes_parts = self._shows([{"type": "text", "text": _PROBE}])
         self._takes_strings = self._shows(_PROBE)
+        self.shows_tools = self._shows_tools()  # whether it writes the tools of a request into the prompt
+
+    @property
+    def text(self) -> str:
+        """The template's own text, or its variants' texts; empty where there is none."""
+        if isinstance(self._source, dict):
+            return "\n".join(self._source.values())
+        return self._source or ""
 
     def render(
         self,
@@ -52,11 +68,13 @@ class ChatTemplate:
         *,
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: dict[str, Any] | None = None,
     ) -> str:
-        """The prompt's text, special tokens included.
+        """The prompt's text, special tokens included; with `continue_final_message` up to the last message's text.
 
-        Raises TemplateError with the template's own complaint, e.g. about the order of roles.
+        Arguments of earlier calls are objects, as templates expect. Raises TemplateError with the template's own complaint, e.g. about
+        the order of roles.
         """
         source = self._choose(tools)
         prepared = [self._prepared(message, source) for message in self._with_system(messages)]
@@ -68,10 +86,13 @@ class ChatTemplate:
                     chat_template=source,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
                     **(template_kwargs or {}),
                 )
             )
-        except (JinjaError, TypeError, ValueError, KeyError) as error:
+        except _REFUSALS as error:
+            if continue_final_message and "continue_final_message" in str(error):  # the reference's complaint holds the whole prompt
+                raise TemplateError("continue_final_message: the model's chat template changes the last message's text") from error
             raise TemplateError(f"messages: the model's chat template refuses them: {error}") from error
 
     def _choose(self, tools: list[dict[str, Any]] | None) -> str:
@@ -95,8 +116,10 @@ class ChatTemplate:
         prepared = {**message, "content": self._content(message.get("content"))}
         if message["role"] == "developer" and "developer" not in source:
             prepared["role"] = "system"
-        if message.get("tool_calls"):
-            prepared["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
+        if message["role"] == "tool" and self._takes_strings and _is_text(message.get("content")):
+            prepared["content"] = "\n".join(part["text"] for part in message["content"])  # many know results as strings only
+        if "[TOOL_CALLS]" in source:
+            return _with_strict_ids(prepared)
         return prepared
 
     def _content(self, content: Any) -> str | list[dict[str, Any]]:
@@ -117,9 +140,17 @@ class ChatTemplate:
             text = self._tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], chat_template=self._choose(None), tokenize=False, add_generation_prompt=True
             )
-        except (JinjaError, TemplateError, TypeError, ValueError, KeyError):
+        except (*_REFUSALS, TemplateError):
             return False
         return _PROBE in text and "'text'" not in text and '"text"' not in text
+
+    def _shows_tools(self) -> bool:
+        if self._source is None:
+            return False
+        try:
+            return "probe_tool" in self.render([{"role": "user", "content": _PROBE}], tools=[_PROBE_TOOL])
+        except TemplateError:
+            return False
 
 
 def load_chat_template(
@@ -155,11 +186,20 @@ def _processor_template(folder: Path) -> str | dict[str, str] | None:
     return None
 
 
-def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """Templates write arguments as an object; OpenAI's clients send them as its JSON text."""
-    function = call.get("function") or {}
-    try:
-        arguments = json.loads(function["arguments"])
-    except (KeyError, TypeError, ValueError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
+def _is_text(content: object) -> bool:
+    """Whether a content is a list of texts alone."""
+    return isinstance(content, list) and all(part["type"] == "text" for part in content)
+
+
+def _with_strict_ids(message: Message) -> Message:
+    """Mistral's templates refuse every id of a call that is not of nine letters and digits."""
+    strict = dict(message)
+    if message.get("tool_calls"):
+        strict["tool_calls"] = [{**call, "id": _strict_id(call["id"])} for call in message["tool_calls"]]
+    if message.get("tool_call_id"):
+        strict["tool_call_id"] = _strict_id(message["tool_call_id"])
+    return strict
+
+
+def _strict_id(call_id: str) -> str:
+    return call_id if _STRICT_ID.fullmatch(call_id) else hashlib.sha256(call_id.encode()).hexdigest()[:9]

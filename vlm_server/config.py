@@ -26,6 +26,8 @@ class ServerConfig:
     allow_credentials: bool = False
     chat_template: str | None = None  # a file; None: the checkpoint's own
     meta_instruction: str | None = None  # the system text of chats that bring none
+    tool_call_parser: str = "auto"  # see answer_formats; auto: by the chat template
+    reasoning_parser: str = "auto"
     generation_config: str = "auto"  # auto | lmdeploy | a folder
     strict_fields: bool = False  # refuse fields that no API documents
     max_body_bytes: int = 128 << 20

@@ -2,18 +2,22 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.requests import Request
 
 from engine.request import EngineDeadError, EngineInfo, Prompt
+from vlm_server.answer_formats import AnswerFormats
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
+from vlm_server.detokenizer import TextDecoder
 from vlm_server.errors import ApiError
 from vlm_server.field_rules import check_fields
 from vlm_server.generation import Generation
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import request_facts
+from vlm_server.parsing.answer import AnswerParser
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest
 from vlm_server.sampling import SamplingDefaults, sampling_params
 from vlm_server.token_protocol import TokenRequest
@@ -25,6 +29,7 @@ class ServerContext:
     backend: Backend
     defaults: SamplingDefaults
     metrics: Metrics
+    formats: AnswerFormats
     created_s: int  # Unix time of the start
 
     @property
@@ -47,12 +52,29 @@ class ServerContext:
         """A prompt without a template, tokenized in a thread."""
         return await asyncio.to_thread(self.backend.pipeline.text_prompt, text_or_ids, tenant=tenant)
 
-    def generation(self, body: ChatCompletionRequest | CompletionRequest, prompts: list[Prompt], *, request_id: str) -> Generation:
-        """All answers to the request, not yet begun."""
+    def generation(
+        self,
+        body: ChatCompletionRequest | CompletionRequest,
+        prompts: list[Prompt],
+        *,
+        request_id: str,
+        decoder: TextDecoder | None = None,
+        new_parser: Callable[[], AnswerParser] | None = None,
+    ) -> Generation:
+        """All answers to the request, not yet begun. For the last two see `Generation`."""
         info = self.engine_info
         params = sampling_params(body, self.defaults, num_logprobs=body.num_logprobs, vocab_size=info.vocab_size)
-        tokenizer = self.backend.pipeline.tokenizer
-        return Generation(self.backend.engine, tokenizer, prompts, params, body, request_id=request_id, metrics=self.metrics)
+        return Generation(
+            self.backend.engine,
+            self.backend.pipeline.tokenizer,
+            prompts,
+            params,
+            body,
+            request_id=request_id,
+            metrics=self.metrics,
+            decoder=decoder,
+            new_parser=new_parser,
+        )
 
 
 def context_of(request: Request) -> ServerContext:

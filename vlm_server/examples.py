@@ -33,6 +33,18 @@ _PICTURE_CHAT = [
     }
 ]
 
+_WEATHER_CHAT = [{"role": "user", "content": "How is the weather in Hangzhou?"}]
+_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather of a city.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+
 
 def request_examples(model: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Path → name → OpenAPI example of the request's body."""
@@ -51,6 +63,7 @@ def _chat(model: str) -> dict[str, dict[str, Any]]:
     return {
         "text": _example("Text", {"model": model, "messages": text, "max_tokens": 64}),
         "image": _example("A picture as a data: URL", image),
+        "tools": _example("A function that may be called", {"model": model, "messages": _WEATHER_CHAT, "tools": _TOOLS, "max_tokens": 64}),
         "stream": _example("Streamed, with the usage at the end", {**image, "stream": True, "stream_options": {"include_usage": True}}),
     }
 
@@ -67,6 +80,7 @@ def _tokenize() -> dict[str, dict[str, Any]]:
     return {
         "prompt": _example("A prompt", {"prompt": "two steps to build a house:", "return_token_strs": True}),
         "image": _example("A chat with a picture", {"messages": _PICTURE_CHAT}),
+        "tools": _example("A chat with a function", {"messages": _WEATHER_CHAT, "tools": _TOOLS}),
     }
 
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from pydantic import BaseModel
 
 from vlm_server.errors import bad_request
-from vlm_server.message_schema import ChatMessage, ImagePart, ImageUrl, TextPart
+from vlm_server.message_schema import CalledFunction, ChatMessage, ImagePart, ImageUrl, TextPart, ToolCall
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
 from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest
+from vlm_server.tool_schema import AllowedTools, AllowedToolsChoice, FunctionDefinition, FunctionReference, NamedTool, Tool
 
 NO_OPS = frozenset({"kwargs", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 
@@ -37,12 +38,8 @@ _UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
     "return_routed_experts": (False,),
 }
 _UNSUPPORTED_IN_CHAT: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "reasoning_effort": (),
     "verbosity": ("medium",),
     "modalities": (["text"],),
     "audio": (),
@@ -57,13 +54,10 @@ _UNSUPPORTED_IN_CHAT: dict[str, tuple[object, ...]] = {
 }
 # Fields of our own and of OpenAI's answers, that clients send back with the history.
 _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "refusal": (),
     "audio": (),
     "annotations": ([],),
-    "reasoning_content": ("",),
 }
 
 _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
@@ -71,12 +65,14 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     CompletionRequest: _UNSUPPORTED_ANYWHERE,
     ChatMessage: _UNSUPPORTED_IN_MESSAGE,
     EncodeRequest: {},
-    TokenizeRequest: {"tools": ([],), "continue_final_message": (False,), "mm_processor_kwargs": ({},)},
+    TokenizeRequest: {"mm_processor_kwargs": ({},)},
     DetokenizeRequest: {},
     StreamOptions: {"include_obfuscation": (False,)},
     ImageUrl: {"min_pixels": (), "max_pixels": (), "file_id": ()},
     ImagePart: {"uuid": ()},
     TextPart: {},
+    **{model: {} for model in (Tool, FunctionDefinition, NamedTool, FunctionReference, AllowedToolsChoice, AllowedTools)},
+    **{model: {} for model in (ToolCall, CalledFunction)},
 }
 
 

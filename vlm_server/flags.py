@@ -10,7 +10,10 @@ from typing import Any
 
 from engine.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
 from vision.config import VisionConfig
+from vlm_server.answer_formats import reasoning_parser_name, tool_parser_name
 from vlm_server.config import ServerConfig
+from vlm_server.parsing.reasoning import REASONING_FORMATS
+from vlm_server.parsing.tool_formats import TOOL_FORMATS
 
 LOG_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 
@@ -32,6 +35,18 @@ class Flag:
         return self.field or self.name.replace("-", "_")
 
 
+def _named(name_of: Callable[[str], str]) -> Callable[[str], str]:
+    """For argparse, which keeps no other exception's message."""
+
+    def read(text: str) -> str:
+        try:
+            return name_of(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "model": (
         Flag("model-name", "checkpoint", "the model's id for clients (default: MODEL as given)"),
@@ -42,6 +57,18 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("dtype", "engine", "of weights and KV cache; auto on a CPU: float32", DTYPES),
         Flag("chat-template", "server", "Jinja file in place of the checkpoint's chat template"),
         Flag("meta-instruction", "server", "system text of chats that bring none"),
+        Flag(
+            "tool-call-parser",
+            "server",
+            f"format of the model's calls: auto (by its chat template), none, {', '.join(TOOL_FORMATS)}",
+            _named(tool_parser_name),
+        ),
+        Flag(
+            "reasoning-parser",
+            "server",
+            f"format of the model's reasoning: auto (by its chat template), none, {', '.join(REASONING_FORMATS)}",
+            _named(reasoning_parser_name),
+        ),
         Flag(
             "generation-config",
             "server",

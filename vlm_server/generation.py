@@ -1,4 +1,4 @@
-"""One request's answers while they are written: the engine's tokens in, pieces of text out.
+"""One request's answers while they are written: the engine's tokens in, pieces of text, reasoning and calls out.
 
 Submits one generation per answer, merges their steps, ends an answer at its stop string and closes the engine's generators
 whatever happens. Knows nothing of HTTP or of the shape of a response.
@@ -6,28 +6,33 @@ whatever happens. Knows nothing of HTTP or of the shape of a response.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from engine.request import FinishReason, InvalidRequestError, Prompt, SamplingParams, StepOutput, TokenLogprobs
 from vlm_server.backend import Engine, Tokenizer
-from vlm_server.detokenizer import Detokenizer
+from vlm_server.detokenizer import Detokenizer, TextDecoder
 from vlm_server.errors import ApiError, to_api_error
 from vlm_server.metrics import Metrics
+from vlm_server.parsing.answer import AnswerParser
+from vlm_server.parsing.events import Event, merged
 from vlm_server.protocol import GenerationFields
 from vlm_server.sampling import for_choice
+
+TOOL_CALLS = "tool_calls"  # the finish reason of an answer that ended with calls
 
 
 @dataclass(slots=True)
 class Delta:
-    """What one step added to one answer."""
+    """What one step added to one answer: its text, and with a parser what that turned out to be."""
 
     index: int
     text: str
     offset: int  # characters of the answer before it
     logprobs: list[TokenLogprobs] | None  # of the tokens whose text is in it or before it
-    finish_reason: FinishReason | None
+    finish_reason: str | None  # a FinishReason or TOOL_CALLS
+    events: list[Event] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +41,16 @@ class Usage:
     completion_tokens: int
     cached_tokens: int
     image_tokens: int
+    reasoning_tokens: int | None = None  # None where nobody counts them
 
     def as_dict(self) -> dict[str, object]:
+        details = {"accepted_prediction_tokens": None, "audio_tokens": None, "rejected_prediction_tokens": None}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens, "image_tokens": self.image_tokens},
-            "completion_tokens_details": None,
+            "completion_tokens_details": None if self.reasoning_tokens is None else {"reasoning_tokens": self.reasoning_tokens, **details},
         }
 
 
@@ -59,7 +66,9 @@ class _PendingLogprobs:
 class Answer:
     """One answer: counts its tokens, holds its text back as long as it may change."""
 
-    def __init__(self, index: int, params: SamplingParams, detokenizer: Detokenizer, *, includes_stop: bool) -> None:
+    def __init__(
+        self, index: int, params: SamplingParams, detokenizer: Detokenizer, *, includes_stop: bool, parser: AnswerParser | None = None
+    ) -> None:
         self.index = index
         self.params = params
         self.finish_reason: FinishReason | None = None
@@ -67,30 +76,62 @@ class Answer:
         self.num_cached_tokens = 0
         self._detokenizer = detokenizer
         self._includes_stop = includes_stop
+        self._parser = parser
         self._pending: list[_PendingLogprobs] = []
+        self._starts: list[int] = []  # of each token: characters decoded before it; kept where reasoning is counted
+
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """Tokens that begin between the markers of the reasoning."""
+        parser = self._parser
+        return sum(map(parser.is_reasoning_at, self._starts)) if parser is not None and parser.counts_reasoning else None
 
     def take(self, step: StepOutput) -> Delta | None:
         """What the step adds; None while nothing can be released. Raises ApiError where the engine reports an error."""
         _raise_engine_error(step)
         self.num_cached_tokens = max(self.num_cached_tokens, step.num_cached_tokens)
         offset = self._detokenizer.num_characters
-        text = "".join([self._add(step, place) for place in range(len(step.token_ids))])
-        if step.finish_reason is not None:
-            text += self._detokenizer.finish()
-        self.finish_reason = FinishReason.STOP if self._detokenizer.is_stopped else step.finish_reason
+        text, events = "", list[Event]()
+        for place in range(len(step.token_ids)):
+            added = self._add(step, place)
+            text += added
+            events += self._parsed(added)
+        if step.finish_reason is not None and not self._is_over:
+            rest = self._detokenizer.finish()
+            text += rest
+            events += self._parsed(rest)
+        self.finish_reason = FinishReason.STOP if self._is_over else step.finish_reason
+        if self._parser is not None and self.finish_reason is not None:
+            events += self._parser.finish()
         logprobs = self._released() if self.params.logprobs is not None else None
-        if not (text or logprobs or self.finish_reason):
+        has_news = bool(text) if self._parser is None else bool(events)
+        if not (has_news or logprobs or self.finish_reason):
             return None
-        return Delta(self.index, text, offset, logprobs, self.finish_reason)
+        return Delta(self.index, text, offset, logprobs, self._reported_reason, merged(events))
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether what the engine still gives is not part of the answer."""
+        return self._detokenizer.is_stopped or (self._parser is not None and self._parser.is_done)
+
+    @property
+    def _reported_reason(self) -> str | None:
+        has_calls = self._parser is not None and self._parser.has_calls
+        return TOOL_CALLS if has_calls and self.finish_reason is FinishReason.STOP else self.finish_reason
+
+    def _parsed(self, text: str) -> list[Event]:
+        return self._parser.feed(text) if self._parser is not None else []
 
     def _add(self, step: StepOutput, place: int) -> str:
-        if self._detokenizer.is_stopped:
+        if self._is_over:
             return ""
         self.num_tokens += 1
         is_end_token = step.finish_reason is FinishReason.STOP and place == len(step.token_ids) - 1
         if is_end_token and not self._includes_stop:
             return ""
         start = self._detokenizer.num_decoded
+        if self._parser is not None and self._parser.counts_reasoning:
+            self._starts.append(start)
         text = self._detokenizer.add(step.token_ids[place])
         if step.logprobs is not None:
             self._pending.append(_PendingLogprobs(step.logprobs[place], start))
@@ -121,8 +162,9 @@ class FinishedAnswer:
     """All deltas of one answer, put together."""
 
     pieces: list[str] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: str | None = None
 
     @property
     def text(self) -> str:
@@ -142,7 +184,10 @@ class Generation:
         *,
         request_id: str,
         metrics: Metrics,
+        decoder: TextDecoder | None = None,
+        new_parser: Callable[[], AnswerParser] | None = None,
     ) -> None:
+        """decoder: in place of the tokenizer. new_parser: makes what reads one answer's text; None for answers that are text alone."""
         self._engine = engine
         self._prompts = prompts
         self._num_choices = request.num_choices
@@ -155,13 +200,14 @@ class Generation:
                 index,
                 for_choice(params, index % request.num_choices),
                 Detokenizer(
-                    tokenizer,
+                    decoder or tokenizer,
                     stops=request.stop or (),
                     includes_stop=includes_stop,
                     skip_special_tokens=request.skip_special_tokens is not False,
                     min_tokens=params.min_tokens,
                 ),
                 includes_stop=includes_stop,
+                parser=new_parser() if new_parser is not None else None,
             )
             for index in range(len(prompts) * request.num_choices)
         ]
@@ -191,6 +237,7 @@ class Generation:
             async for delta in deltas:
                 answer = finished[delta.index]
                 answer.pieces.append(delta.text)
+                answer.events += delta.events
                 if delta.logprobs is not None:
                     answer.logprobs = [*(answer.logprobs or ()), *delta.logprobs]
                 answer.finish_reason = delta.finish_reason
@@ -204,6 +251,7 @@ class Generation:
             completion_tokens=sum(answer.num_tokens for answer in self._answers),
             cached_tokens=sum(answer.num_cached_tokens for answer in firsts),
             image_tokens=sum(span.num_tokens for prompt in self._prompts for span in prompt.spans),
+            reasoning_tokens=_sum_known([answer.num_reasoning_tokens for answer in self._answers]),
         )
 
     async def _run(self, answer: Answer) -> AsyncGenerator[Delta, None]:
@@ -247,6 +295,11 @@ class Generation:
             queue.put_nowait(None)
         except Exception as error:  # handed to the reader, who raises it
             queue.put_nowait(error)
+
+
+def _sum_known(numbers: Sequence[int | None]) -> int | None:
+    known = [number for number in numbers if number is not None]
+    return sum(known) if known else None
 
 
 def _raise_engine_error(step: StepOutput) -> None:

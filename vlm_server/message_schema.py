@@ -1,13 +1,17 @@
-"""The shape of a chat's messages: roles, text parts and image parts.
+"""The shape of a chat's messages: roles, text parts and image parts, calls of functions and their results.
 
 Checks shape only; whether a picture's URL may be fetched is the vision package's to say. Names that begin with < are tags of unions:
 they show up in pydantic's locations and are dropped from the paths in error messages.
 """
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from vlm_server.nesting import is_too_deep
 
 _OTHER_MEDIA = {
     "input_audio": "audio",
@@ -85,9 +89,40 @@ ContentPart = Annotated[
 ]
 
 
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[UnicodeText, Field(min_length=1)]
+    arguments: UnicodeText = Field(description="JSON text.")
+
+
+class ToolCall(BaseModel):
+    """A call that the assistant made in an earlier turn."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: UnicodeText
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = Field(None, description="Accepted, without effect: clients that streamed the call send it back.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the chat template: arguments as the object that they write, or as their text where they write none."""
+        name, arguments = self.function.name, _object_in(self.function.arguments)
+        return {"id": self.id, "type": self.type, "function": {"name": name, "arguments": arguments}}
+
+
+def _object_in(text: str) -> dict[str, Any] | str:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) and not is_too_deep(value) else text
+
+
 def _known_role(value: object) -> object:
-    if value in ("tool", "function"):
-        raise PydanticCustomError("api:unsupported_role", "messages of tools are not supported yet")
+    if value == "function":
+        raise PydanticCustomError("api:unsupported_role", "not supported; results of functions are messages of the role tool")
     return value
 
 
@@ -96,17 +131,49 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_known_role)]
+    role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_known_role)]
     content: Annotated[
         Annotated[UnicodeText | None, Tag("<string>")] | Annotated[list[ContentPart], Tag("<parts>")],
         Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<string>"),
     ] = None
     name: UnicodeText | None = Field(None, description="Passed to the chat template.")
+    reasoning_content: UnicodeText | None = Field(None, description="Of an assistant's message; passed to the chat template.")
+    tool_calls: list[ToolCall] | None = Field(None, description="Of an assistant's message: what it called.")
+    tool_call_id: UnicodeText | None = Field(None, validate_default=True, description="Of a tool's message: which call it answers.")
+
+    @field_validator("tool_calls", "reasoning_content")
+    @classmethod
+    def _of_an_assistant(cls, value: list[ToolCall] | str | None, info: ValidationInfo) -> list[ToolCall] | str | None:
+        if value and info.data.get("role", "assistant") != "assistant":
+            raise PydanticCustomError("api:invalid_value", "only in messages of the assistant")
+        return value
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _of_a_tool(cls, value: str | None, info: ValidationInfo) -> str | None:
+        role = info.data.get("role")
+        if role == "tool" and not value:
+            raise PydanticCustomError("missing", "a message of the role tool needs the id of the call that it answers")
+        if role not in ("tool", None) and value is not None:
+            raise PydanticCustomError("api:invalid_value", "only in messages of the role tool")
+        return value
 
     def as_dict(self) -> dict[str, Any]:
         """What the client sent, for the chat template; a bare string as `image_url` is written out as an object."""
-        message = self.model_dump(exclude_unset=True)
+        message = self.model_dump(exclude_unset=True, include=set(ChatMessage.model_fields) - {"tool_calls"})
         for part in message["content"] if isinstance(message.get("content"), list) else ():
             if isinstance(part.get("image_url"), str):
                 part["image_url"] = {"url": part["image_url"]}
-        return message
+        return message | ({"tool_calls": [call.as_dict() for call in self.tool_calls]} if self.tool_calls else {})
+
+
+def check_ending(messages: Sequence[ChatMessage], *, adds_prompt: bool | None, continues: bool | None) -> None:
+    """Refuses `continue_final_message` where there is nothing to continue. Raises PydanticCustomError."""
+    if not continues:
+        return
+    last = messages[-1]
+    has_text = any(isinstance(part, TextPart) and part.text for part in last.content) if isinstance(last.content, list) else last.content
+    if last.role != "assistant" or not has_text or last.tool_calls:
+        raise PydanticCustomError("api:invalid_value", "the last message must be the assistant's, with text and without calls")
+    if adds_prompt:
+        raise PydanticCustomError("api:invalid_value", "not together with add_generation_prompt: true")

@@ -93,13 +93,21 @@ class Pipeline:
         template_kwargs: dict[str, Any] | None = None,
         tenant: str = "",
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> Prompt:
         """The prompt for a conversation whose shape is already checked.
 
         Raises TemplateError, ImagesNotSupportedError, or the vision service's MediaError, each naming the field.
         """
         marker = _new_marker()
-        refs, text = await self._rendered(messages, tools, template_kwargs, add_generation_prompt, marker)
+        refs, text = await self._rendered(
+            messages,
+            marker,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         loaded = await self._images.load(refs, tenant=tenant) if refs and self._images is not None else []
         try:
             return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant))
@@ -116,10 +124,18 @@ class Pipeline:
         template_kwargs: dict[str, Any] | None = None,
         tenant: str = "",
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """The tokens of the prompt that `chat_prompt` makes, its pictures measured by their headers and not loaded. Raises as it does."""
         marker = _new_marker()
-        refs, text = await self._rendered(messages, tools, template_kwargs, add_generation_prompt, marker)
+        refs, text = await self._rendered(
+            messages,
+            marker,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         measured = await self._images.measure(refs, tenant=tenant) if refs and self._images is not None else []
         return await self._in_thread(lambda: self._chat_tokens(text, measured, marker))
 
@@ -145,10 +161,12 @@ class Pipeline:
     async def _rendered(
         self,
         messages: Sequence[Message],
+        marker: str,
+        *,
         tools: list[dict[str, Any]] | None,
         template_kwargs: dict[str, Any] | None,
         add_generation_prompt: bool,
-        marker: str,
+        continue_final_message: bool,
     ) -> tuple[list[ImageRef], str]:
         """The pictures in order, and the template's text with a placeholder for each."""
         refs, plain = _split_images(messages)
@@ -159,7 +177,8 @@ class Pipeline:
                 self._guarded(plain, marker),
                 tools=self._guarded(tools, marker),
                 add_generation_prompt=add_generation_prompt,
-                template_kwargs=template_kwargs,
+                continue_final_message=continue_final_message,
+                template_kwargs=self._guarded(template_kwargs, marker),
             )
         )
         return refs, text
@@ -180,7 +199,7 @@ class Pipeline:
         if isinstance(value, list | tuple):
             return [self._guarded(item, marker) for item in value]
         if isinstance(value, dict):
-            return {key: self._guarded(item, marker) for key, item in value.items()}
+            return {self._guarded(key, marker): self._guarded(item, marker) for key, item in value.items()}
         return value
 
     def _prompt(self, text: str, images: Sequence[ProcessedImage], marker: str, tenant: str) -> Prompt:
@@ -207,7 +226,7 @@ class Pipeline:
         if len(gaps) - 1 != len(images):
             raise TemplateError(
                 f"messages: the chat template wrote {len(gaps) - 1} of {self.family.placeholder} for {len(images)} pictures; "
-                "pictures are allowed in user messages, and no text may form that word"
+                "pictures are allowed in messages of those roles whose pictures the template writes, and no text may form that word"
             )
         expansions = [self.family.expand(image.layout) for image in images]
         return gaps[0] + "".join(expansion + gap for expansion, gap in zip(expansions, gaps[1:], strict=True))

@@ -4,7 +4,7 @@ Every declared field has its effect. A documented field that is not declared her
 `--strict-fields`, one that no API documents. Bounds stand here and nowhere else, so that a 400 names the field.
 """
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,7 +20,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from vlm_server.message_schema import ChatMessage, UnicodeText
+from vlm_server.message_schema import ChatMessage, TextPart, UnicodeText, check_ending
+from vlm_server.nesting import MAX_DEPTH, is_too_deep
+from vlm_server.tool_schema import NamedTool, Tool, ToolChoice, Tools, forces_a_call, may_be_called, names_in
 
 MAX_CHOICES = 128
 _MAX_INT64 = 2**63 - 1
@@ -113,6 +115,8 @@ def _are_variables(value: dict[str, Any] | None) -> dict[str, Any] | None:
     for name in value or {}:
         if not name.isidentifier() or name in _NOT_FOR_CLIENTS:
             raise PydanticCustomError("api:invalid_value", "{name} is no variable of a chat template", {"name": repr(name)})
+    if is_too_deep(value):
+        raise PydanticCustomError("api:invalid_value", "nested in more than {limit} levels", {"limit": MAX_DEPTH})
     return value
 
 
@@ -136,6 +140,45 @@ class ChatCompletionRequest(GenerationFields):
     top_logprobs: int | None = Field(None, ge=0, le=20, description="With logprobs: as many of the likeliest tokens at each place.")
     chat_template_kwargs: TemplateVariables = Field(None, description="Variables for the chat template, e.g. enable_thinking.")
     enable_thinking: bool | None = Field(None, description="Short for chat_template_kwargs.enable_thinking, which wins.")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="Short for chat_template_kwargs.reasoning_effort, which wins."
+    )
+    tools: Tools = Field(None, description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(
+        None, description="auto (default), none, required, one function, or OpenAI's allowed_tools: some of them."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: the answer ends after its first call.")
+    add_generation_prompt: bool | None = Field(None, description="false: without the beginning of an answer behind the messages.")
+    continue_final_message: bool | None = Field(None, description="Go on with the last message, the assistant's, in place of a new one.")
+
+    @field_validator("tools")
+    @classmethod
+    def _need_messages(cls, value: list[Tool] | None, info: ValidationInfo) -> list[Tool] | None:
+        if value and isinstance(info.data.get("messages"), str):
+            raise PydanticCustomError("api:invalid_value", "not with messages as a plain string: tools are written by the chat template")
+        return value or None
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _chooses_a_tool(cls, value: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None:
+        if "tools" not in info.data:  # refused already
+            return value
+        offered = {tool.function.name for tool in info.data["tools"] or ()}
+        missing = [name for name in names_in(value) or () if name not in offered]
+        if missing or (forces_a_call(value) and not offered):
+            message = "{name} is not among the tools" if missing else "only with tools"
+            raise PydanticCustomError("api:invalid_value", message, {"name": missing[0]} if missing else {})
+        return value
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _has_an_ending(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        messages = info.data.get("messages")
+        if value and isinstance(messages, str):
+            raise PydanticCustomError("api:invalid_value", "a plain string is always continued; only for a list of messages")
+        if messages:
+            check_ending(messages, adds_prompt=info.data.get("add_generation_prompt"), continues=value)
+        return value
 
     @field_validator("top_logprobs")
     @classmethod
@@ -149,8 +192,33 @@ class ChatCompletionRequest(GenerationFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def template_kwargs(self) -> dict[str, Any]:
-        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
-        return thinking | (self.chat_template_kwargs or {})
+        short = {"enable_thinking": self.enable_thinking, "reasoning_effort": self.reasoning_effort}
+        return {name: value for name, value in short.items() if value is not None} | (self.chat_template_kwargs or {})
+
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        return may_be_called(self.tools or [], self.tool_choice)
+
+    @property
+    def must_call(self) -> bool:
+        return forces_a_call(self.tool_choice)
+
+    @property
+    def names_one_tool(self) -> bool:
+        return isinstance(self.tool_choice, NamedTool)
+
+    def continued_text(self) -> str:
+        """The text of the message that the answer continues; empty without one."""
+        if not self.continue_final_message or isinstance(self.messages, str):
+            return ""
+        content = self.messages[-1].content
+        if isinstance(content, list):
+            return "".join(part.text for part in content if isinstance(part, TextPart))
+        return content or ""
+
+    @property
+    def adds_generation_prompt(self) -> bool:
+        return self.add_generation_prompt is not False and not self.continue_final_message
 
 
 def _prompt_kind(value: object) -> str:

@@ -1,6 +1,6 @@
 """The shapes of the answers, for `openapi.json` alone: what is sent is built by `shapes` and is not validated again."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
@@ -10,12 +10,21 @@ class PromptTokensDetails(BaseModel):
     image_tokens: int = Field(description="Prompt tokens that stand for pictures.")
 
 
+class CompletionTokensDetails(BaseModel):
+    reasoning_tokens: int = Field(description="Completion tokens that begin between the markers of the reasoning.")
+    accepted_prediction_tokens: None = None
+    audio_tokens: None = None
+    rejected_prediction_tokens: None = None
+
+
 class UsageInfo(BaseModel):
     prompt_tokens: int = Field(description="Tokens of the prompt, those of pictures included.")
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: dict[str, Any] | None = None
+    completion_tokens_details: CompletionTokensDetails | None = Field(
+        None, description="Null where the model's reasoning is not told apart."
+    )
 
 
 class TopLogprob(BaseModel):
@@ -33,22 +42,34 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class FunctionOfCall(BaseModel):
+    name: str
+    arguments: str = Field(description="JSON text, as the model wrote it.")
+
+
+class MessageToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionOfCall
+
+
 class AssistantMessage(BaseModel):
     role: Literal["assistant"]
-    content: str | None
+    content: str | None = Field(description="Null where there are only calls or only reasoning.")
     refusal: None = None
     reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[MessageToolCall] | None = None
 
 
 FinishReasonName = Literal["stop", "length"]
+ChatFinishReasonName = Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletionResponseChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReasonName
+    finish_reason: ChatFinishReasonName
 
 
 class ChatCompletionResponse(BaseModel):
@@ -62,16 +83,32 @@ class ChatCompletionResponse(BaseModel):
     warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
 
 
+class FunctionOfCallDelta(BaseModel):
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """A call's id, type and name first, then pieces of its arguments under the same index."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionOfCallDelta
+
+
 class DeltaMessage(BaseModel):
     role: Literal["assistant"] | None = None
-    content: str
+    content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatCompletionResponseStreamChoice(BaseModel):
     index: int
     delta: DeltaMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReasonName | None
+    finish_reason: ChatFinishReasonName | None
 
 
 class ChatCompletionStreamResponse(BaseModel):

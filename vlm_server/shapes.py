@@ -2,31 +2,48 @@
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from vlm_server.backend import Tokenizer
 from vlm_server.generation import Delta, FinishedAnswer, Usage
 from vlm_server.logprobs import chat_logprobs, completion_logprobs
+from vlm_server.parsing.events import ArgumentPiece, CallBegun, CallEnded, Content, Event, Reasoning
 from vlm_server.protocol import GenerationFields
 
 
 class ChatShape:
-    """`chat.completion` and `chat.completion.chunk`."""
+    """`chat.completion` and `chat.completion.chunk`, from the events of each answer.
 
-    def __init__(self, request: GenerationFields, tokenizer: Tokenizer, *, response_id: str, warnings: Sequence[str]) -> None:
+    is_plain: answers are content alone, which is then never null.
+    """
+
+    def __init__(
+        self, request: GenerationFields, tokenizer: Tokenizer, *, response_id: str, warnings: Sequence[str], is_plain: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        self._nothing = "" if is_plain else None
+        self._num_calls: Counter[int] = Counter()  # by the answer's index
         self._head = {"id": response_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": request.model}
         self._warnings = {"warnings": list(warnings)} if warnings else {}
 
     def first_chunks(self, num_answers: int) -> list[dict[str, Any]]:
         """The role alone, per answer, as OpenAI."""
-        return [self._chunk(index, {"role": "assistant", "content": ""}, None, None) for index in range(num_answers)]
+        return [self._chunk(index, {"role": "assistant", "content": self._nothing}, None, None) for index in range(num_answers)]
 
-    def chunk(self, delta: Delta) -> dict[str, Any]:
+    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
+        """One per event. Log probabilities are in the first; the finish reason is in the last, alone where that would be of a call."""
+        contents = [content for event in delta.events for content in self._delta(delta.index, event)]
+        if not contents or (delta.finish_reason and "tool_calls" in contents[-1]):
+            contents.append({"content": self._nothing})
         logprobs = chat_logprobs(delta.logprobs, self._tokenizer) if delta.logprobs is not None else None
-        chunk = self._chunk(delta.index, {"content": delta.text}, logprobs, delta.finish_reason)
-        return chunk | self._warnings if delta.finish_reason else chunk
+        chunks = [self._chunk(delta.index, content, None, None) for content in contents]
+        chunks[0]["choices"][0]["logprobs"] = logprobs
+        chunks[-1]["choices"][0]["finish_reason"] = delta.finish_reason
+        if delta.finish_reason:
+            chunks[-1] |= self._warnings
+        return chunks
 
     def last_chunk(self, usage: Usage) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": usage.as_dict(), **self._warnings}
@@ -36,14 +53,51 @@ class ChatShape:
         head = {**self._head, "object": "chat.completion"}
         return {**head, "choices": choices, "usage": usage.as_dict(), "service_tier": None, **self._warnings}
 
+    def _delta(self, index: int, event: Event) -> list[dict[str, Any]]:
+        match event:
+            case Content(text):
+                return [{"content": text}]
+            case Reasoning(text):
+                return [{"content": None, "reasoning_content": text}]
+            case CallBegun(name):
+                self._num_calls[index] += 1
+                return [{"content": None, "tool_calls": [{"index": self._num_calls[index] - 1, **_call(name, "")}]}]
+            case ArgumentPiece(text):
+                piece = {"index": self._num_calls[index] - 1, "function": {"arguments": text}}
+                return [{"content": None, "tool_calls": [piece]}]
+            case CallEnded():
+                return []
+
     def _chunk(self, index: int, delta: dict[str, Any], logprobs: object, finish_reason: str | None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**self._head, "choices": [choice], "usage": None}
 
     def _choice(self, index: int, answer: FinishedAnswer) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text, "refusal": None, "reasoning_content": None, "tool_calls": None}
         logprobs = chat_logprobs(answer.logprobs, self._tokenizer) if answer.logprobs is not None else None
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish_reason}
+        return {"index": index, "message": _message(answer.events), "logprobs": logprobs, "finish_reason": answer.finish_reason}
+
+
+def _message(events: Sequence[Event]) -> dict[str, Any]:
+    """The assistant's; its content is null where there is something else and no content."""
+    content = "".join(event.text for event in events if isinstance(event, Content))
+    reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
+    calls: list[dict[str, Any]] = []
+    for event in events:
+        if isinstance(event, CallBegun):
+            calls.append(_call(event.name, ""))
+        elif isinstance(event, ArgumentPiece):
+            calls[-1]["function"]["arguments"] += event.text
+    return {
+        "role": "assistant",
+        "content": None if not content and (reasoning or calls) else content,
+        "refusal": None,
+        "reasoning_content": reasoning or None,
+        "tool_calls": calls or None,
+    }
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 class CompletionShape:
@@ -57,11 +111,11 @@ class CompletionShape:
     def first_chunks(self, num_answers: int) -> list[dict[str, Any]]:
         return []
 
-    def chunk(self, delta: Delta) -> dict[str, Any]:
+    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
         logprobs = completion_logprobs(delta.logprobs, self._tokenizer, offset=delta.offset) if delta.logprobs is not None else None
         choice = {"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
         chunk = {**self._head, "choices": [choice], "usage": None}
-        return chunk | self._warnings if delta.finish_reason else chunk
+        return [chunk | self._warnings if delta.finish_reason else chunk]
 
     def last_chunk(self, usage: Usage) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": usage.as_dict(), **self._warnings}

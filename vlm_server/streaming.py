@@ -35,7 +35,7 @@ class Shape(Protocol):
     def first_chunks(self, num_answers: int) -> list[dict[str, Any]]:
         """Chunks before any text."""
 
-    def chunk(self, delta: Delta) -> dict[str, Any]: ...
+    def chunks(self, delta: Delta) -> list[dict[str, Any]]: ...
 
     def last_chunk(self, usage: Usage) -> dict[str, Any]:
         """The chunk without choices that carries the usage."""
@@ -93,9 +93,9 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     try:
         async with aclosing(deltas):
-            yield b"".join(_event(chunk) for chunk in [*shape.first_chunks(generation.num_answers), shape.chunk(first)])
+            yield b"".join(_event(chunk) for chunk in [*shape.first_chunks(generation.num_answers), *shape.chunks(first)])
             async for delta in deltas:
-                yield _event(shape.chunk(delta))
+                yield b"".join(_event(chunk) for chunk in shape.chunks(delta))
         last = _event(shape.last_chunk(generation.usage())) if includes_usage else b""
         yield last + _DONE
     except Exception as error:  # the status is sent already: the error becomes the last event

@@ -5,8 +5,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from vlm_server.message_schema import ChatMessage, UnicodeText
+from vlm_server.message_schema import ChatMessage, UnicodeText, check_ending
 from vlm_server.protocol import TemplateVariables, TokenIds
+from vlm_server.tool_schema import Tools
 
 
 class TokenRequest(BaseModel):
@@ -35,7 +36,9 @@ class TokenizeRequest(TokenRequest):
     )
     add_special_tokens: bool = Field(True, description="Of a prompt: with the tokens that begin or end a text.")
     add_generation_prompt: bool = Field(True, description="Of messages: with the beginning of the answer.")
+    continue_final_message: bool = Field(False, description="Of messages: without the end of the last one, the assistant's.")
     chat_template_kwargs: TemplateVariables = Field(None, description="Of messages: variables for the chat template.")
+    tools: Tools = Field(None, description="Of messages: functions that the model may call.")
     return_token_strs: bool = Field(False, description="Return each token's text, too.")
 
     @field_validator("messages")
@@ -44,6 +47,17 @@ class TokenizeRequest(TokenRequest):
         if (value is None) == (info.data.get("prompt") is None):
             raise PydanticCustomError("api:invalid_value", "give either prompt or messages")
         return value
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _has_an_ending(cls, value: bool, info: ValidationInfo) -> bool:
+        if info.data.get("messages"):
+            check_ending(info.data["messages"], adds_prompt=None, continues=value)
+        return value
+
+    @property
+    def adds_generation_prompt(self) -> bool:
+        return self.add_generation_prompt and not self.continue_final_message
 
 
 class DetokenizeRequest(TokenRequest):

@@ -9,7 +9,7 @@ import vision  # noqa: F401  first: it makes torchvision, and so transformers, i
 # isort: split
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ class TextTokenizer:
         assert isinstance(text, str)
         return text
 
+    def showing(self, words: Collection[str]) -> "ShowingDecoder":
+        """Decodes as this tokenizer does, but shows those of the words that are special tokens also where these are skipped."""
+        special = {token_id for token_id, token in self.reference.added_tokens_decoder.items() if token.special}
+        return ShowingDecoder(self, special - {self.token_id(word) for word in words})
+
     def token_id(self, token: str) -> int | None:
         """The id of a whole token, None where the vocabulary has no such token."""
         token_id = self.reference.get_vocab().get(token)
@@ -55,6 +60,18 @@ class TextTokenizer:
         if match := _BYTE_PIECE.fullmatch(token):
             return bytes.fromhex(match[1])
         return token.replace("▁", " ").encode()
+
+
+class ShowingDecoder:
+    """Skips some special tokens and shows the others."""
+
+    def __init__(self, tokenizer: TextTokenizer, skipped: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = frozenset(skipped)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        kept = [token_id for token_id in token_ids if token_id not in self._skipped] if skip_special_tokens else token_ids
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
 
 
 def load_tokenizer(model_folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

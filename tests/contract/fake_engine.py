@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
@@ -157,12 +158,22 @@ def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
     return TokenLogprobs(token_id=token_id, logprob=-1.5, rank=2, top=tuple(best[:num_top]))
 
 
+class FakeTemplate:
+    """What the server asks of a template: here that of a model that writes calls as Hermes."""
+
+    def __init__(self) -> None:
+        self.text = "<tool_call>"
+        self.shows_tools = True
+        self.generation_prompt = "assistant: "
+
+
 class FakePipeline:
     """Writes `role: text` lines; a picture is four tokens, known by its URL. URLs with `bad` cannot be loaded, with `slow` never end."""
 
     def __init__(self, activity: Activity) -> None:
         self.activity = activity
         self.tokenizer = ByteTokenizer()
+        self.template = FakeTemplate()
         self.template_kwargs: dict[str, Any] | None = None
 
     async def chat_prompt(
@@ -172,12 +183,16 @@ class FakePipeline:
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
         tenant: str = "",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> Prompt:
         self.template_kwargs = template_kwargs
         token_ids, images, spans = [BOS], [], []
+        token_ids += json.dumps(tools).encode() if tools else b""
         for number, message in enumerate(messages):
             token_ids += f"{message['role']}: ".encode()
-            content = message["content"]
+            token_ids += "".join(json.dumps(call) for call in message.get("tool_calls", ())).encode()
+            content = message.get("content") or ""
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             for index, part in enumerate(parts):
                 if part["type"] == "text":
@@ -187,7 +202,8 @@ class FakePipeline:
                 spans.append(ImageSpan(len(token_ids), TOKENS_PER_IMAGE, len(images)))
                 images.append(ImageInput(part["image_url"]["url"].encode(), TOKENS_PER_IMAGE, {}))
                 token_ids += [IMAGE] * TOKENS_PER_IMAGE
-            token_ids += b"\n"
+            token_ids += b"\n" if message is not messages[-1] or not continue_final_message else b""
+        token_ids += self.template.generation_prompt.encode() if add_generation_prompt else b""
         keys = make_cache_keys(token_ids, images, spans, salt=tenant)
         return Prompt(token_ids=tuple(token_ids), cache_keys=keys, images=tuple(images), spans=tuple(spans))
 
@@ -199,9 +215,17 @@ class FakePipeline:
         template_kwargs: dict[str, Any] | None = None,
         tenant: str = "",
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
-        prompt = await self.chat_prompt(messages, tools=tools, template_kwargs=template_kwargs, tenant=tenant)
-        return [*prompt.token_ids, *(b"assistant: " if add_generation_prompt else b"")]
+        prompt = await self.chat_prompt(
+            messages,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            tenant=tenant,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return list(prompt.token_ids)
 
     def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)

@@ -1,6 +1,6 @@
 """A tokenizer of single bytes, with the odd longer token, for tests that need text without a model."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 BOS = 256
 EOS = 257
@@ -19,6 +19,10 @@ class ByteTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return [*([BOS] if add_special_tokens else []), *text.encode()]
+
+    def showing(self, words: Collection[str]) -> "ByteTokenizer":
+        """None of the words is a special token here."""
+        return self
 
     def token_bytes(self, token_id: int) -> bytes:
         if token_id < 256:

@@ -18,7 +18,6 @@ BOTH = (
     "{% for p in m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}{% endif %}{% endfor %}"
 )
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the first message must be the user’s') }}{% endif %}ok"
-CALLS = "{% for m in messages %}{% for c in m['tool_calls'] or [] %}{{ c['function']['arguments']['city'] }}{% endfor %}{% endfor %}"
 PARTS = [{"type": "text", "text": "See"}, {"type": "image"}, {"type": "text", "text": "How many?"}]
 
 
@@ -84,10 +83,69 @@ def test_tools_have_a_template_of_their_own_where_there_is_one() -> None:
         template({"rag": "x"}).render([{"role": "user", "content": "hi"}])
 
 
-def test_tool_calls_arguments_are_objects_to_the_template() -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Hangzhou"}'}}
+@pytest.mark.parametrize(("source", "shows"), [("{{ tools | tojson }}", True), (BOTH, False), (None, False), ("{{ tools[1] }}", False)])
+def test_a_template_that_leaves_tools_out_is_told_apart(source: str | None, shows: bool) -> None:
+    assert template(source).shows_tools == shows
 
-    assert template(CALLS).render([{"role": "assistant", "content": None, "tool_calls": [call]}]) == "Hangzhou"
+
+def test_the_template_for_tools_is_looked_at_where_there_is_one() -> None:
+    named = template({"default": "plain", "tool_use": "{{ tools }}<tool_call>"})
+
+    assert named.shows_tools
+    assert "<tool_call>" in named.text
+
+
+def test_results_of_functions_are_strings_to_templates_that_take_both() -> None:
+    result = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "Sunny"}, {"type": "text", "text": "27 C"}]}
+    picture = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "Here"}, {"type": "image"}]}
+
+    assert template(BOTH).render([result]) == "[tool]Sunny\n27 C"
+    assert template(BOTH).render([picture]) == "[tool]Here<image>"
+    assert template(PARTS_ONLY).render([result]) == "[tool]Sunny27 C"
+
+
+MISTRAL_IDS = "[TOOL_CALLS]{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.id }} {% endfor %}{{ m.tool_call_id }} {% endfor %}"
+
+
+def test_ids_of_calls_are_what_mistrals_templates_take() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        {"role": "assistant", "tool_calls": [{"id": "call_" + "a" * 24, **call}, {"id": "D681PevKs", **call}]},
+        {"role": "tool", "tool_call_id": "call_" + "a" * 24, "content": "x"},
+        {"role": "tool", "tool_call_id": "D681PevKs", "content": "y"},
+    ]
+
+    first, second, first_again, second_again = template(MISTRAL_IDS).render(messages).removeprefix("[TOOL_CALLS]").split()
+
+    assert (first, second) == (first_again, second_again)
+    assert (len(first), second) == (9, "D681PevKs")
+    assert first.isalnum()
+
+
+CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_the_last_message_is_continued() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Once upon"}]
+
+    rendered = template(CHATML).render(messages, add_generation_prompt=False, continue_final_message=True)
+
+    assert rendered == "<user>hi</><assistant>Once upon"
+
+
+def test_a_last_message_that_the_template_changes_is_not_continued() -> None:
+    changing = "{% for m in messages %}{{ m.content | length }}{% endfor %}"
+
+    with pytest.raises(TemplateError, match=r"continue_final_message: the model's chat template changes the last message's text$"):
+        template(changing).render([{"role": "assistant", "content": "Once"}], add_generation_prompt=False, continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ 1 // 0 }}", "{{ range(10 ** 9) | list }}", "{{ messages[0].content.nothing.at.all }}", "{{ [][0:1:0] }}"]
+)
+def test_whatever_a_template_stumbles_over_is_the_requests_mistake(source: str) -> None:
+    with pytest.raises(TemplateError, match="chat template refuses"):
+        template(source).render([{"role": "user", "content": "hi"}])
 
 
 def test_template_kwargs_reach_the_template() -> None:

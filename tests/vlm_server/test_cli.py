@@ -79,6 +79,17 @@ def test_the_defaults_are_the_documented_ones(folder: str) -> None:
     assert (found.engine.session_len, found.allow_origins, found.api_keys) == (4096, ("*",), ())
 
 
+def test_parsers_are_named_as_peers_name_them(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = server_config(parse(["serve", folder, "--tool-call-parser", "llama3_json", "--reasoning-parser", "deepseek-r1"]))
+    unset = server_config(parse(["serve", folder]))
+
+    assert (config.tool_call_parser, config.reasoning_parser) == ("llama3", "think")
+    assert (unset.tool_call_parser, unset.reasoning_parser) == ("auto", "auto")
+    with pytest.raises(SystemExit):
+        parse(["serve", folder, "--tool-call-parser", "gpt"])
+    assert "--tool-call-parser: 'gpt' is no parser; there are auto, none, hermes" in capsys.readouterr().err
+
+
 def test_vision_flags_are_read(folder: str) -> None:
     found = config("serve", folder, "--allow-private-media", "10.0.0.0/8", "::1", "--allowed-local-media-path", folder)
 

@@ -29,12 +29,9 @@ def sampled_with(server: RunningServer) -> SamplingParams:
 
 
 UNSUPPORTED_IN_CHAT = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
     "response_format": {"type": "json_object"},
-    "reasoning_effort": "high",
     "verbosity": "low",
     "modalities": ["text", "audio"],
     "audio": {"voice": "alloy", "format": "wav"},
@@ -97,6 +94,8 @@ NO_OPS: dict[str, Any] = {
     "session_id": -1,
     "tools": [],
     "tool_choice": "auto",
+    "add_generation_prompt": True,
+    "continue_final_message": False,
     "parallel_tool_calls": True,
     "functions": [],
     "response_format": {"type": "text"},
@@ -151,12 +150,36 @@ def test_strict_fields_refuse_what_no_api_documents() -> None:
         assert post_chat(server, user="me").status_code == 200
 
 
+def tool(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", **fields}}
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+TOOL = tool(parameters={"type": "object", "properties": {"a": {"type": "integer"}}})
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+DEEP = nested(100)
+
 INVALID: list[tuple[dict[str, Any], str]] = [
     ({"messages": None}, "messages"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     ({"messages": [{"role": "pope", "content": "x"}]}, "messages[0].role"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]}, "messages[0].reasoning_content"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}]}, "messages[0].tool_calls[0].type"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": {}}}]}]},
+        "messages[0].tool_calls[0].function.arguments",
+    ),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0].image_url.url"),
     (
@@ -165,7 +188,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
-    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].function"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
@@ -194,6 +217,42 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"chat_template_kwargs": {"chat_template": "{{ x }}"}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"not a name": 1}}, "chat_template_kwargs"),
     ({"stream_options": {"include_usage": "maybe"}}, "stream_options.include_usage"),
+    ({"chat_template_kwargs": {"x": DEEP}}, "chat_template_kwargs"),
+    ({"reasoning_effort": "enormous"}, "reasoning_effort"),
+    ({"tools": {}}, "tools"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "function", "function": {"name": "get weather"}}]}, "tools[0].function.name"),
+    ({"tools": [{"type": "function", "function": {"name": "f" * 65}}]}, "tools[0].function.name"),
+    ({"tools": [TOOL, TOOL]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": f"f{number}"}} for number in range(129)]}, "tools"),
+    ({"tools": [tool(description="x" * (1 << 18))]}, "tools"),
+    ({"tools": [tool(description="\ud800")]}, "tools[0].function.description"),
+    ({"tools": [tool(parameters={"type": "string"})]}, "tools[0].function.parameters"),
+    ({"tools": [tool(parameters=[])]}, "tools[0].function.parameters"),
+    ({"tools": [tool(parameters={"properties": []})]}, "tools[0].function.parameters"),
+    ({"tools": [tool(parameters={"properties": {"a": 5}})]}, "tools[0].function.parameters"),
+    ({"tools": [tool(parameters={"required": "a"})]}, "tools[0].function.parameters"),
+    ({"tools": [tool(parameters={"properties": {"a": {"x": DEEP}}})]}, "tools[0].function.parameters"),
+    ({"tools": [tool(parameters={"description": "\ud800"})]}, "tools[0].function.parameters"),
+    ({"tools": [TOOL], "messages": "raw"}, "tools"),
+    ({"tool_choice": "must"}, "tool_choice"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+    (
+        {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+        "tool_choice.allowed_tools.tools",
+    ),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"continue_final_message": True, "messages": "raw"}, "continue_final_message"),
+    ({"continue_final_message": True, "messages": [{"role": "assistant", "content": ""}]}, "continue_final_message"),
+    ({"continue_final_message": True, "messages": [{"role": "assistant", "content": "x", "tool_calls": [CALL]}]}, "continue_final_message"),
+    (
+        {"continue_final_message": True, "add_generation_prompt": True, "messages": [{"role": "assistant", "content": "x"}]},
+        "continue_final_message",
+    ),
 ]
 
 
@@ -315,9 +374,17 @@ def test_special_tokens_and_stop_strings_can_be_shown(server: RunningServer) -> 
 
 
 def test_template_variables_reach_the_chat_template(server: RunningServer) -> None:
-    post_chat(server, enable_thinking=False, chat_template_kwargs={"style": "brief"})
+    kwargs = {"style": "brief", "reasoning_effort": "low"}
+    response = post_chat(server, enable_thinking=False, reasoning_effort="high", chat_template_kwargs=kwargs)
 
-    assert server.backend.pipeline.template_kwargs == {"enable_thinking": False, "style": "brief"}
+    assert server.backend.pipeline.template_kwargs == {"enable_thinking": False, "style": "brief", "reasoning_effort": "low"}
+    assert [warning.split(":")[0] for warning in response.json()["warnings"]] == ["enable_thinking", "reasoning_effort"]
+
+
+def test_template_variables_that_the_template_has_give_no_warning(server: RunningServer) -> None:
+    server.backend.pipeline.template.text = "{{ enable_thinking }} {{ reasoning_effort }}"
+
+    assert "warnings" not in post_chat(server, enable_thinking=False, reasoning_effort="high").json()
 
 
 def test_a_plain_string_skips_the_chat_template(server: RunningServer) -> None:

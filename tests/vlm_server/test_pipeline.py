@@ -1,4 +1,5 @@
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from engine.request import InvalidRequestError, Prompt
-from tests.image_fixtures import SIZES, FakeImages, picture, reference_model, reference_processor, tiny_folder
+from tests.image_fixtures import EMBEDDED, SIZES, FakeImages, picture, reference_model, reference_processor, tiny_folder
 from tests.tiny_gguf import write_gguf
 from tests.tiny_models import image_model_names
 from vlm_server.chat_template import TemplateError
@@ -30,6 +31,12 @@ CONVERSATIONS = {
         ("user", ["@large", "Describe the image please"]),
         ("assistant", ["A red circle."]),
         ("user", ["And this? 你好\n\n", "@tall"]),
+    ],
+    "pictures of every role": [
+        ("user", ["@wide", "Find one like this."]),
+        ("assistant", ["@tall", "This one?"]),
+        ("tool", ["Found: ", "@small"]),
+        ("user", ["And @ this?"]),
     ],
     "smallest": [("user", ["@dot", "@exact", "What is left of what?"])],
     "no picture": [("user", ["How many?"]), ("assistant", ["12345"]), ("user", ["def main():\n\n    return"])],
@@ -58,7 +65,7 @@ def openai_messages(conversation: list[tuple[str, list[str]]]) -> list[dict[str,
     return [{"role": role, "content": [part(text) for text in content]} for role, content in conversation]
 
 
-def reference_ids(name: str, conversation: list[tuple[str, list[str]]]) -> list[int]:
+def reference_ids(name: str, conversation: list[tuple[str, list[str]]], **options: Any) -> list[int]:
     def part(text: str) -> dict[str, Any]:
         if text.startswith("@"):
             return {"type": "image", "image": Image.fromarray(PICTURES[text[1:]])}
@@ -66,7 +73,7 @@ def reference_ids(name: str, conversation: list[tuple[str, list[str]]]) -> list[
 
     messages = [{"role": role, "content": [part(text) for text in content]} for role, content in conversation]
     outputs = reference_processor(name).apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="np"
+        messages, **{"add_generation_prompt": True, **options}, tokenize=True, return_dict=True, return_tensors="np"
     )
     return [int(token_id) for token_id in outputs["input_ids"][0]]
 
@@ -182,6 +189,65 @@ async def test_equal_text_about_different_pictures_shares_keys_up_to_the_first_p
     first = one.spans[0].start
     assert one.cache_keys[:first] == other.cache_keys[:first]
     assert all(one.cache_keys[slot] != other.cache_keys[slot] for slot, _, _ in image_slots(one))
+
+
+LOOK = {
+    "type": "function",
+    "function": {"name": "look", "description": "Looks at a <image>.", "parameters": {"type": "object", "properties": {"<image>": {}}}},
+}
+
+
+def tool_turns() -> list[dict[str, Any]]:
+    """A call and its result, which is a picture; the words for pictures stand in every other place, escaped in JSON too."""
+    arguments = {"<image>": "a <image>", "nested": [{"<image>": "<image>"}]}
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "What is in <image>?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "Here: <image>"}, *_part("wide")]},
+    ]
+
+
+def _part(name: str) -> list[dict[str, Any]]:
+    return [{"type": "image_url", "image_url": {"url": f"picture:{name}"}}]
+
+
+async def test_tools_calls_and_a_result_with_its_picture_are_in_the_prompt(pipelines: Any) -> None:
+    pipeline = pipelines(EMBEDDED)
+
+    prompt = await pipeline.chat_prompt(tool_turns(), tools=[LOOK], template_kwargs={"word": "<image>"})
+
+    text = pipeline.tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+    assert '"description": "Looks at a <image>.", "parameters": {"type": "object", "properties": {"<image>": {}}}' in text
+    assert '"arguments": {"<image>": "a <image>", "nested": [{"<image>": "<image>"}]}' in text
+    assert len(prompt.images) == 1
+    assert text.index("<|im_start|>tool") < text.index("<image>" * prompt.images[0].num_tokens)
+    assert await pipeline.chat_tokens(tool_turns(), tools=[LOOK]) == list(prompt.token_ids)
+
+
+async def test_tools_and_calls_are_written_as_the_reference_writes_them(pipelines: Any) -> None:
+    pipeline = pipelines(EMBEDDED)
+    messages = [*tool_turns()[:2], {"role": "tool", "tool_call_id": "call_1", "content": "Blue."}]
+    plain = json.loads(json.dumps([messages, LOOK]).replace("<image>", "it"))
+
+    prompt = await pipeline.chat_prompt(plain[0], tools=[plain[1]])
+
+    reference = reference_processor(EMBEDDED).tokenizer
+    source = (tiny_folder(EMBEDDED) / "chat_template.jinja").read_text()
+    expected = reference.apply_chat_template(plain[0], tools=[plain[1]], chat_template=source, add_generation_prompt=True, tokenize=True)
+    assert list(prompt.token_ids) == expected["input_ids"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_the_last_message_is_continued_as_the_reference_does(name: str, pipelines: Any) -> None:
+    conversation = [("user", ["@wide", "What is it?"]), ("assistant", ["It is a"])]
+    pipeline = pipelines(name)
+
+    prompt = await pipeline.chat_prompt(openai_messages(conversation), add_generation_prompt=False, continue_final_message=True)
+
+    expected = reference_ids(name, conversation, add_generation_prompt=False, continue_final_message=True)
+    assert list(prompt.token_ids) == expected
+    assert pipeline.tokenizer.decode(prompt.token_ids, skip_special_tokens=False).endswith("It is a")
 
 
 async def test_tenants_share_no_cache_keys(pipelines: Any) -> None:

@@ -95,3 +95,15 @@ def test_a_gguf_file_brings_its_own_tokenizer(tmp_path: Path) -> None:
     for text in TEXTS:
         assert tokenizer.encode(text) == TextTokenizer(load_tokenizer(tiny_folder("llama"))).encode(text)
     assert tokenizer.token_id("<|im_end|>") == tokenizer.reference.eos_token_id
+
+
+@pytest.mark.parametrize("name", ["llama", "internlm2"])
+def test_chosen_special_tokens_are_shown_and_the_others_skipped(name: str) -> None:
+    tokenizer = TextTokenizer(load_tokenizer(tiny_folder(name)))
+    tokens = tokenizer.encode("The <|im_start|>quick brown<|im_end|> 你好")
+
+    shown = tokenizer.showing({"<|im_start|>", "no token"}).decode(tokens)
+
+    assert shown == tokenizer.decode(tokens, skip_special_tokens=False).replace("<|im_end|>", "")
+    assert tokenizer.showing(()).decode(tokens) == tokenizer.decode(tokens)
+    assert tokenizer.showing(()).decode(tokens, skip_special_tokens=False) == tokenizer.decode(tokens, skip_special_tokens=False)

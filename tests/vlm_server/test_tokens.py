@@ -11,6 +11,7 @@ from tests.vlm_server.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE
 from vlm_server.examples import RED_CIRCLE
 
 CHAT = [{"role": "user", "content": "hi"}]
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 BAD_PICTURE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "bad"}}]}]
 
 
@@ -38,6 +39,26 @@ def test_a_chat_is_counted_with_its_pictures_and_nothing_is_generated(server: Ru
     without = post(server, "/tokenize", messages=picture, add_generation_prompt=False).json()["tokens"]
     assert without == answer["tokens"][:-11]
     assert not server.backend.engine.requests
+
+
+def test_a_chat_with_tools_is_counted_as_it_is_charged(server: RunningServer) -> None:
+    called = [{"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Hangzhou"}'}}]
+    turns = [*CHAT, {"role": "assistant", "tool_calls": called}, {"role": "tool", "tool_call_id": "1", "content": "Sunny"}]
+
+    counted = post(server, "/tokenize", messages=turns, tools=[TOOL]).json()
+
+    charged = post(server, "/v1/chat/completions", model=server.model, messages=turns, tools=[TOOL]).json()["usage"]["prompt_tokens"]
+    assert counted["count"] == charged
+    assert b"get_weather" in bytes(counted["tokens"][1:])
+    assert counted["count"] > post(server, "/tokenize", messages=turns).json()["count"]
+
+
+def test_a_chat_that_is_continued_is_counted_without_its_end(server: RunningServer) -> None:
+    begun = [*CHAT, {"role": "assistant", "content": "Once"}]
+
+    tokens = post(server, "/tokenize", messages=begun, continue_final_message=True).json()["tokens"]
+
+    assert bytes(tokens[1:]).endswith(b"assistant: Once")
 
 
 def test_the_texts_of_tokens_come_on_demand(server: RunningServer) -> None:
@@ -72,7 +93,8 @@ def test_lmdeploys_encode_takes_one_text_or_several(server: RunningServer) -> No
     [
         ("/tokenize", {"prompt": 1}, "prompt"),
         ("/tokenize", {"messages": BAD_PICTURE}, "messages[0].content[0].image_url"),
-        ("/tokenize", {"messages": CHAT, "tools": [{}]}, "tools"),
+        ("/tokenize", {"messages": CHAT, "tools": [{}]}, "tools[0].type"),
+        ("/tokenize", {"messages": CHAT, "continue_final_message": True}, "continue_final_message"),
         ("/tokenize", {"messages": CHAT, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {"tokens": [97, VOCAB_SIZE]}, "tokens[1]"),
@@ -101,6 +123,7 @@ def test_models_are_checked_and_unknown_fields_warned_about(server: RunningServe
     [
         ("/tokenize", {"messages": CHAT, "add_special_tokens": False}, "add_special_tokens"),
         ("/tokenize", {"prompt": "x", "add_generation_prompt": False}, "add_generation_prompt"),
+        ("/tokenize", {"prompt": "x", "tools": [TOOL]}, "tools"),
         ("/v1/encode", {"input": "x", "do_preprocess": True, "add_bos": False}, "add_bos"),
     ],
 )

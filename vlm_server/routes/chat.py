@@ -10,26 +10,53 @@ from vlm_server.protocol import ChatCompletionRequest
 from vlm_server.response_schema import ChatCompletionResponse
 from vlm_server.shapes import ChatShape, new_id
 from vlm_server.streaming import answer, unless_client_leaves
+from vlm_server.tools import AnswerPlan, plan_answer
 
 router = APIRouter()
+
+_NUM_END_TOKENS = 16  # enough for the marker that opens the reasoning, at the prompt's end
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletionResponse, tags=["chat"], summary="Continue a conversation")
 async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
     """Messages of text and pictures in, an assistant message out; with `stream`, as server-sent events."""
     context = context_of(request)
-    warnings = context.accept(request, body)
+    warnings = context.accept(request, body) + _without_effect(context, body)
+    plan = plan_answer(body, context.formats)
     watch = Stopwatch()
-    prompt = await unless_client_leaves(request, _prompt(context, body, tenant_of(request.scope)))
+    prompt = await unless_client_leaves(request, _prompt(context, body, plan, tenant_of(request.scope)))
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("chatcmpl")
-    generation = context.generation(body, [prompt], request_id=response_id)
-    shape = ChatShape(body, context.backend.pipeline.tokenizer, response_id=response_id, warnings=warnings)
+    tokenizer = context.backend.pipeline.tokenizer
+    prompt_end = tokenizer.decode(prompt.token_ids[-_NUM_END_TOKENS:], skip_special_tokens=False)
+    in_reasoning = plan.begins_in_reasoning(prompt_end, body.continued_text())
+    generation = context.generation(
+        body,
+        [prompt],
+        request_id=response_id,
+        decoder=tokenizer.showing(plan.markers) if plan.markers else None,
+        new_parser=lambda: plan.parser(in_reasoning=in_reasoning),
+    )
+    shape = ChatShape(body, tokenizer, response_id=response_id, warnings=warnings, is_plain=plan.is_plain)
     return await answer(request, body, generation, shape, ping_s=context.config.sse_ping_s)
 
 
-async def _prompt(context: ServerContext, body: ChatCompletionRequest, tenant: str) -> Prompt:
+async def _prompt(context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str) -> Prompt:
     if isinstance(body.messages, str):
         return await context.text_prompt(body.messages, tenant=tenant)
     messages = [message.as_dict() for message in body.messages]
-    return await context.backend.pipeline.chat_prompt(messages, template_kwargs=body.template_kwargs() or None, tenant=tenant)
+    return await context.backend.pipeline.chat_prompt(
+        messages,
+        tools=plan.template_tools(),
+        template_kwargs=body.template_kwargs() or None,
+        tenant=tenant,
+        add_generation_prompt=body.adds_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+    )
+
+
+def _without_effect(context: ServerContext, body: ChatCompletionRequest) -> list[str]:
+    """Warnings for short names of template variables that the template does not have."""
+    given = [name for name in ("enable_thinking", "reasoning_effort") if getattr(body, name) is not None]
+    template = context.backend.pipeline.template.text
+    return [f"{name}: the model's chat template has no such variable; it has no effect" for name in given if name not in template]

@@ -14,11 +14,12 @@ from vlm_server.errors import bad_request
 from vlm_server.response_schema import DetokenizeResponse, EncodeResponse, TokenizeResponse
 from vlm_server.streaming import unless_client_leaves
 from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest, TokenRequest
+from vlm_server.tools import check_tools
 
 router = APIRouter(tags=["tokens"])
 
 _OF_PROMPTS = frozenset({"add_special_tokens"})
-_OF_CHATS = frozenset({"add_generation_prompt", "chat_template_kwargs"})
+_OF_CHATS = frozenset({"add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"})
 
 
 @router.post("/tokenize", response_model=TokenizeResponse, summary="The tokens of a prompt or a conversation")
@@ -66,11 +67,15 @@ async def _tokens(context: ServerContext, body: TokenizeRequest, tenant: str) ->
     if body.messages is None:
         assert body.prompt is not None
         return await asyncio.to_thread(pipeline.text_tokens, body.prompt, add_special_tokens=body.add_special_tokens)
+    if body.tools:
+        check_tools(context.formats)
     return await pipeline.chat_tokens(
         [message.as_dict() for message in body.messages],
+        tools=[tool.as_dict() for tool in body.tools or ()] or None,
         template_kwargs=body.chat_template_kwargs,
         tenant=tenant,
-        add_generation_prompt=body.add_generation_prompt,
+        add_generation_prompt=body.adds_generation_prompt,
+        continue_final_message=body.continue_final_message,
     )
 
 

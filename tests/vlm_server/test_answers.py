@@ -1,0 +1,73 @@
+"""One answer from the engine's tokens to its events, with a real tokenizer whose markers are special tokens."""
+
+import pytest
+
+from engine.request import FinishReason, SamplingParams, StepOutput
+from tests.tiny_models import make_tokenizer
+from vlm_server.detokenizer import Detokenizer
+from vlm_server.generation import Answer
+from vlm_server.parsing.answer import AnswerParser
+from vlm_server.parsing.calls import CallReader
+from vlm_server.parsing.events import ArgumentPiece, CallBegun, CallEnded, Content, Event, Reasoning, merged
+from vlm_server.parsing.reasoning import REASONING_FORMATS, ReasoningReader
+from vlm_server.parsing.tool_formats import TOOL_FORMATS
+from vlm_server.tokenizer import TextTokenizer
+
+THINK, HERMES = REASONING_FORMATS["think"], TOOL_FORMATS["hermes"]
+MARKERS = (THINK.opening, THINK.closing, *HERMES.markers)
+TOKENIZER = TextTokenizer(make_tokenizer(("<s>", "</s>", *MARKERS), bos_token="<s>", eos_token="</s>"))
+END = TOKENIZER.token_id("</s>")
+ARGUMENTS = '{"what": "</tool_call>, 你好"}'
+TEXT = f'<think>\nHm: 好.\n</think>\n\n<s>Look:\n<tool_call>\n{{"name": "f", "arguments": {ARGUMENTS}}}\n</tool_call>'
+EVENTS = [Reasoning("Hm: 好."), Content("Look:"), CallBegun("f"), ArgumentPiece(ARGUMENTS), CallEnded(True)]
+
+
+def new_answer() -> Answer:
+    parser = AnswerParser(reasoning=ReasoningReader(THINK, is_open=False), calls=CallReader(HERMES.read, ["f"]))
+    return Answer(0, SamplingParams(), Detokenizer(TOKENIZER.showing(MARKERS)), includes_stop=False, parser=parser)
+
+
+def taken(answer: Answer, token_ids: list[int], *, group: int) -> tuple[list[Event], str | None]:
+    events: list[Event] = []
+    for start in range(0, len(token_ids), group):
+        is_last = start + group >= len(token_ids)
+        step = StepOutput(request_id="x", token_ids=token_ids[start : start + group], finish_reason=FinishReason.STOP if is_last else None)
+        delta = answer.take(step)
+        if delta is not None:
+            events += delta.events
+            reason = delta.finish_reason
+    return merged(events), reason
+
+
+@pytest.mark.parametrize("group", [1, 2, 7, 500])
+def test_markers_are_found_where_they_are_special_tokens(group: int) -> None:
+    tokens = [*TOKENIZER.encode(TEXT), END]
+    assert set(map(TOKENIZER.token_id, MARKERS)) <= set(tokens)
+
+    assert taken(new_answer(), tokens, group=group) == (EVENTS, "tool_calls")
+
+
+@pytest.mark.parametrize("group", [1, 2, 7, 500])
+def test_exactly_the_tokens_between_the_markers_are_reasoning(group: int) -> None:
+    tokens = [*TOKENIZER.encode(TEXT), END]
+    begin, end = (tokens.index(TOKENIZER.token_id(marker)) for marker in (THINK.opening, THINK.closing))
+    answer = new_answer()
+
+    taken(answer, tokens, group=group)
+
+    assert answer.num_reasoning_tokens == end - begin - 1
+    assert answer.num_tokens == len(tokens)
+
+
+def test_every_piece_comes_with_the_token_that_completes_it() -> None:
+    """Nothing is held back for longer than it may still be a marker, or white space in front of a call."""
+    answer = new_answer()
+    shown: dict[str, str] = {}
+
+    for token_id in TOKENIZER.encode("<think>Hm.</think>Look at the quick brown fox"):
+        delta = answer.take(StepOutput(request_id="x", token_ids=[token_id]))
+        for event in delta.events if delta is not None else ():
+            assert isinstance(event, Reasoning | Content)
+            shown[type(event).__name__] = shown.get(type(event).__name__, "") + event.text
+
+    assert shown == {"Reasoning": "Hm.", "Content": "Look at the quick brown fox"}
