@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError as JinjaError
 
 from engine.request import InvalidRequestError
+from vlm_server import internlm_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,14 +54,17 @@ class ChatTemplate:
         self._meta_instruction = meta_instruction
         self._takes_parts = self._shows([{"type": "text", "text": _PROBE}])
         self._takes_strings = self._shows(_PROBE)
-        self.shows_tools = self._shows_tools()  # whether it writes the tools of a request into the prompt
+        self._as_internlm = False
+        self.shows_tools = self._shows_tools()  # whether the tools of a request come into the prompt
+        if not self.shows_tools and internlm_tools.MARKER in tokenizer.get_vocab():
+            self._as_internlm = True
+            self.shows_tools = self._shows_tools()
 
     @property
     def text(self) -> str:
-        """The template's own text, or its variants' texts; empty where there is none."""
-        if isinstance(self._source, dict):
-            return "\n".join(self._source.values())
-        return self._source or ""
+        """The template's own text, or its variants' texts, and what is written around them; empty where there is none."""
+        source = "\n".join(self._source.values()) if isinstance(self._source, dict) else self._source or ""
+        return source + internlm_tools.BEGIN if source and self._as_internlm else source
 
     def render(
         self,
@@ -78,6 +82,8 @@ class ChatTemplate:
         """
         source = self._choose(tools)
         prepared = [self._prepared(message, source) for message in self._with_system(messages)]
+        if self._as_internlm:
+            prepared, tools = internlm_tools.as_plain_messages(prepared, tools), None
         try:
             return str(
                 self._tokenizer.apply_chat_template(

@@ -70,6 +70,28 @@ async def test_usage_counts_the_tokens_of_a_picture(client):
     assert answer.usage.prompt_tokens > 64
 
 
+async def test_tools_are_in_the_prompt_and_a_picture_may_be_a_result(client):
+    """The embedded model was not trained to call; what is shown is that all of it reaches the model, whole and streamed alike."""
+    tool = {"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    picture = {"type": "image_url", "image_url": {"url": data_url(drawn(2))}}
+    turns = [
+        {"role": "user", "content": "Describe the image please"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": [picture, {"type": "text", "text": "Describe the image please"}]},
+    ]
+    fields = {"model": await served_name(client), "messages": turns, "temperature": 0, "max_tokens": 24}
+
+    plain = await client.chat.completions.create(**fields)
+    whole = await client.chat.completions.create(**fields, tools=[tool])
+    stream = await client.chat.completions.create(**fields, tools=[tool], stream=True)
+    streamed = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    assert whole.usage.prompt_tokens > plain.usage.prompt_tokens
+    assert whole.usage.prompt_tokens_details.model_dump()["image_tokens"] == 64
+    assert streamed == (whole.choices[0].message.content or "")
+
+
 async def test_a_client_that_leaves_while_streaming_frees_its_blocks(server, client):
     stream = await client.chat.completions.create(
         model=await served_name(client), messages=conversation(1), max_tokens=4000, stream=True, extra_body={"ignore_eos": True}

@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 
 from tests.image_fixtures import tiny_folder
+from tests.tiny_models import make_tokenizer
+from vlm_server.answer_formats import AnswerFormats
 from vlm_server.chat_template import ChatTemplate, TemplateError, load_chat_template
+from vlm_server.parsing.tool_formats import TOOL_FORMATS
 from vlm_server.tokenizer import load_tokenizer
 
 TEXT_ONLY = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -123,6 +126,56 @@ def test_ids_of_calls_are_what_mistrals_templates_take() -> None:
 
 
 CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+INTERNLM = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def internlm(source: str | None = INTERNLM) -> ChatTemplate:
+    special = ("<s>", "<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", "<|plugin|>")
+    return ChatTemplate(make_tokenizer(special, bos_token="<s>"), source)
+
+
+def test_internlm_is_told_of_tools_calls_and_results_in_messages() -> None:
+    tool = {"type": "function", "function": {"name": "look", "description": "看", "parameters": {"type": "object"}}}
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": "天"}}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Look!"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "Blue."}]},
+    ]
+
+    assert internlm().shows_tools
+    assert internlm().render(messages, tools=[tool]) == (
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n"
+        '<|im_start|>system name=<|plugin|>\n[{"name": "look", "description": "看", "parameters": {"type": "object"}}]<|im_end|>\n'
+        "<|im_start|>user\nLook!<|im_end|>\n"
+        '<|im_start|>assistant\n<|action_start|><|plugin|>\n{"name": "look", "parameters": {"at": "天"}}<|action_end|><|im_end|>\n'
+        "<|im_start|>environment name=<|plugin|>\nBlue.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert internlm().render(messages[:2]).count("<|im_start|>") == 3
+
+
+def test_internlms_calls_follow_parts_too() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {}}}
+    source = "{% for m in messages %}{{ m.content if m.content is string else m.content | map(attribute='text') | join }}{% endfor %}"
+
+    rendered = internlm(source).render([{"role": "assistant", "content": [{"type": "text", "text": "So: "}], "tool_calls": [call]}])
+
+    assert rendered == 'So: <|action_start|><|plugin|>\n{"name": "look", "parameters": {}}<|action_end|>'
+
+
+def test_internlms_format_is_seen_although_its_template_does_not_show_it() -> None:
+    formats = AnswerFormats.choose("auto", "auto", template=internlm().text, shows_tools=internlm().shows_tools)
+
+    assert formats.tools is TOOL_FORMATS["internlm"]
+    assert internlm(None).text == ""
+    assert not internlm(None).shows_tools
 
 
 def test_the_last_message_is_continued() -> None:
