@@ -25,6 +25,14 @@ _PROBE_TOOL = {
     "type": "function",
     "function": {"name": "probe_tool", "description": "", "parameters": {"type": "object", "properties": {}}},
 }
+_PROBE_CALL = {"id": "callprobe", "type": "function", "function": {"name": "probe_call", "arguments": {}}}
+_PROBE_TURNS = (
+    {"role": "user", "content": _PROBE},
+    {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]},
+    {"role": "tool", "tool_call_id": "callprobe", "content": "probe_result"},
+    {"role": "assistant", "content": _PROBE},
+    {"role": "user", "content": _PROBE},
+)
 _REFUSALS = (JinjaError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what a template's own code can raise
 _STRICT_ID = re.compile(r"[a-zA-Z0-9]{9}")  # of a call, as Mistral's templates want it
 
@@ -55,10 +63,12 @@ class ChatTemplate:
         self._takes_parts = self._shows([{"type": "text", "text": _PROBE}])
         self._takes_strings = self._shows(_PROBE)
         self._as_internlm = False
+        self._leaves_out: tuple[str, ...] = ()
         self.shows_tools = self._shows_tools()  # whether the tools of a request come into the prompt
         if not self.shows_tools and internlm_tools.MARKER in tokenizer.get_vocab():
             self._as_internlm = True
             self.shows_tools = self._shows_tools()
+        self._leaves_out = self._left_out()
 
     @property
     def text(self) -> str:
@@ -81,6 +91,7 @@ class ChatTemplate:
         the order of roles.
         """
         source = self._choose(tools)
+        self._refuse_what_is_left_out(messages)
         prepared = [self._prepared(message, source) for message in self._with_system(messages)]
         if self._as_internlm:
             prepared, tools = internlm_tools.as_plain_messages(prepared, tools), None
@@ -149,6 +160,23 @@ class ChatTemplate:
         except (*_REFUSALS, TemplateError):
             return False
         return _PROBE in text and "'text'" not in text and '"text"' not in text
+
+    def _refuse_what_is_left_out(self, messages: Sequence[Message]) -> None:
+        for number, message in enumerate(messages):
+            for field in self._leaves_out:
+                if message.get(field):
+                    raise TemplateError(
+                        f"messages[{number}].{field}: the model's chat template writes none; start with --chat-template FILE"
+                    )
+
+    def _left_out(self) -> tuple[str, ...]:
+        """Of an earlier call and its result, by the field that tells of it, what the template drops without a word."""
+        try:
+            text = self.render(_PROBE_TURNS, tools=[_PROBE_TOOL] if self.shows_tools else None)
+        except TemplateError:
+            return ()
+        shown = {"tool_calls": "probe_call" in text, "tool_call_id": "probe_result" in text}
+        return tuple(field for field, is_shown in shown.items() if not is_shown)
 
     def _shows_tools(self) -> bool:
         if self._source is None:

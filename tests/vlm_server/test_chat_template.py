@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,27 @@ def test_a_template_that_leaves_tools_out_is_told_apart(source: str | None, show
     assert template(source).shows_tools == shows
 
 
+USERS_ONLY = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+CALLS_ONLY = "{% for m in messages %}{{ m.tool_calls }}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "field"),
+    [(USERS_ONLY, "messages[1].tool_calls"), (BOTH, "messages[1].tool_calls"), (CALLS_ONLY, "messages[2].tool_call_id")],
+)
+def test_calls_and_results_that_a_template_would_drop_are_refused(source: str, field: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {}}}
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "Blue."},
+    ]
+
+    with pytest.raises(TemplateError, match=re.escape(f"{field}: the model's chat template writes none; start with --chat-template FILE")):
+        template(source).render(turns)
+    assert template(source).render([{"role": "user", "content": "hi"}])
+
+
 def test_the_template_for_tools_is_looked_at_where_there_is_one() -> None:
     named = template({"default": "plain", "tool_use": "{{ tools }}<tool_call>"})
 
@@ -107,7 +129,10 @@ def test_results_of_functions_are_strings_to_templates_that_take_both() -> None:
     assert template(PARTS_ONLY).render([result]) == "[tool]Sunny27 C"
 
 
-MISTRAL_IDS = "[TOOL_CALLS]{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.id }} {% endfor %}{{ m.tool_call_id }} {% endfor %}"
+MISTRAL_IDS = (
+    "{# [TOOL_CALLS] #}{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.id }}={{ c.function.name }} {% endfor %}"
+    "{% if m.role == 'tool' %}{{ m.tool_call_id }}={{ m.content }} {% endif %}{% endfor %}"
+)
 
 
 def test_ids_of_calls_are_what_mistrals_templates_take() -> None:
@@ -118,7 +143,7 @@ def test_ids_of_calls_are_what_mistrals_templates_take() -> None:
         {"role": "tool", "tool_call_id": "D681PevKs", "content": "y"},
     ]
 
-    first, second, first_again, second_again = template(MISTRAL_IDS).render(messages).removeprefix("[TOOL_CALLS]").split()
+    first, second, first_again, second_again = (item.split("=")[0] for item in template(MISTRAL_IDS).render(messages).split())
 
     assert (first, second) == (first_again, second_again)
     assert (len(first), second) == (9, "D681PevKs")
