@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.vlm_server.parsing.texts import FORMATS, MARKERS, NAMES, cuttings, events_of, written
+from tests.vlm_server.parsing.texts import FORMATS, MARKERS, NAMES, at_any_speed, cuttings, events_of, written
 from vlm_server.parsing.answer import AnswerParser
 from vlm_server.parsing.calls import CallReader
 from vlm_server.parsing.events import Content, Event, Reasoning, merged
@@ -38,6 +38,7 @@ def test_reasoning_comes_before_calls_and_holds_none(format_name: str) -> None:
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
+@at_any_speed
 @given(pieces=cuttings(st.lists(st.sampled_from([*MARKERS, "<think>", "</think>", "\n", '{"name": "f"}', "x"]), max_size=12).map("".join)))
 def test_no_cutting_changes_what_an_answer_is(format_name: str, pieces: list[str]) -> None:
     assert read(parser(format_name), pieces) == read(parser(format_name), ["".join(pieces)])

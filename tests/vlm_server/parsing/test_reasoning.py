@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.vlm_server.parsing.texts import cuttings
+from tests.vlm_server.parsing.texts import at_any_speed, cuttings
 from vlm_server.parsing.events import Content, Event, Reasoning, merged
 from vlm_server.parsing.reasoning import REASONING_ALIASES, REASONING_FORMATS, ReasoningReader, reasoning_format_of
 
@@ -43,11 +43,13 @@ def test_reasoning_is_told_from_content_wherever_the_text_is_cut(text: str, is_o
         assert read([text[:cut], text[cut:]], is_open=is_open) == events
 
 
+@at_any_speed
 @given(pieces=cuttings(texts), is_open=st.booleans())
 def test_no_cutting_changes_what_a_text_is(pieces: list[str], is_open: bool) -> None:
     assert read(pieces, is_open=is_open) == read(["".join(pieces)], is_open=is_open)
 
 
+@at_any_speed
 @given(text=texts.filter(lambda text: not text.lstrip().startswith("<think>")))
 def test_an_answer_without_reasoning_is_its_own_content(text: str) -> None:
     assert read(text, is_open=False) == ([Content(text)] if text else [])

@@ -12,6 +12,7 @@ from tests.vlm_server.parsing.texts import (
     MARKERS,
     Call,
     arguments,
+    at_any_speed,
     broken_texts,
     calls,
     content_of,
@@ -51,18 +52,21 @@ def test_calls_are_read_wherever_the_text_is_cut(format_name: str, content: str)
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
+@at_any_speed
 @given(calls=calls)
 def test_arguments_are_the_models_own_text(format_name: str, calls: list[Call]) -> None:
     assert read(format_name, written(format_name, calls)) == events_of(calls)
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
+@at_any_speed
 @given(pieces=cuttings(broken_texts))
 def test_no_cutting_changes_what_a_text_is(format_name: str, pieces: list[str]) -> None:
     assert read(format_name, pieces) == read(format_name, ["".join(pieces)])
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
+@at_any_speed
 @given(text=broken_texts)
 def test_a_text_that_holds_no_call_is_its_own_content(format_name: str, text: str) -> None:
     events = read(format_name, text, names=["nobody knows"])
@@ -72,6 +76,7 @@ def test_a_text_that_holds_no_call_is_its_own_content(format_name: str, text: st
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
+@at_any_speed
 @given(text=broken_texts)
 def test_every_call_is_begun_and_ended_once(format_name: str, text: str) -> None:
     kinds = "".join({CallBegun: "b", ArgumentPiece: "a", CallEnded: "e", Content: "c"}[type(event)] for event in read(format_name, text))
@@ -120,6 +125,7 @@ def test_arguments_are_handed_out_as_they_come(format_name: str) -> None:
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
+@at_any_speed
 @given(value=json_values.filter(lambda value: value is not None and not isinstance(value, dict)))
 def test_arguments_that_are_no_object_are_content(format_name: str, value: object) -> None:
     text = written(format_name, [("f", json.dumps(value))])
@@ -208,6 +214,7 @@ def test_long_strings_in_front_of_a_call_are_not_held_back() -> None:
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
+@at_any_speed
 @given(text=arguments())
 def test_token_streams_of_a_real_tokenizer_give_the_same_calls(format_name: str, text: str) -> None:
     tokens = TOKENIZER.encode(written(format_name, [("get_weather", text), ("f", text)]))
@@ -247,6 +254,7 @@ def test_every_alias_is_of_a_format_and_every_marker_is_in_its_format() -> None:
         assert name in ("llama3", "mistral") or all(marker in text for marker in format.markers if marker != "[CALL_ID]")
 
 
+@at_any_speed
 @given(st.lists(st.text(alphabet=" \n", max_size=3), max_size=5))
 def test_spaces_alone_are_content(pieces: list[str]) -> None:
     assert content_of(read("hermes", pieces)) == "".join(pieces)

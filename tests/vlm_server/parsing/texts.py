@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from vlm_server.parsing.calls import CallReader
@@ -13,6 +14,8 @@ from vlm_server.parsing.tool_formats import TOOL_FORMATS
 NAMES = ("get_weather", "look-up", "f")
 FORMATS = sorted(TOOL_FORMATS)
 MARKERS = sorted({marker for format in TOOL_FORMATS.values() for marker in format.markers})
+
+at_any_speed = settings(deadline=None)  # a busy machine is no failure
 
 Call = tuple[str, str]  # name and the arguments' JSON text
 
