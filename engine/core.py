@@ -6,12 +6,14 @@ Used by the engine process, by tests and offline. Knows nothing of sockets or of
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 
 import torch
 
 from engine.config import EngineConfig
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
+from engine.guided import Guides, Mask
 from engine.request import EngineInfo, EngineStats, InvalidRequestError, Plan, Prompt, Request, SampledToken, SamplingParams, StepOutput
 from engine.sampler import SamplingRow, sample
 from engine.scheduler import Scheduler
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_ENCODE_S = 0.05  # a slice of encoding when no row decodes; new messages are read after it
 MIN_ENCODE_S = 0.002
+IDLE_COMPILE_S = 0.01  # how long a step waits for a grammar when nothing else is to be done
 
 
 class Engine:
@@ -34,6 +37,8 @@ class Engine:
         self.scheduler = Scheduler(self.config, num_blocks=self.runner.num_blocks, eos_token_ids=self.runner.eos_token_ids)
         self.embeddings = EmbeddingCache(config.embedding_cache_bytes)
         self.encoding: Encoding | None = None
+        self.guides = Guides(vocab_size=self.runner.vocab_size, eos_token_ids=self.runner.eos_token_ids)
+        self._compiling: dict[str, Future[None]] = {}  # held requests and what they wait for
         self._own = EngineStats()
         self._num_requests = 0
         self._load_time_s = time.monotonic() - started
@@ -56,6 +61,10 @@ class Engine:
             load_time_s=self._load_time_s,
         )
 
+    def set_vocabulary(self, vocabulary: str) -> None:
+        """What the token ids mean, as the tokenizers library writes it: without it no grammar can be followed."""
+        self.guides.vocabulary = vocabulary
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
@@ -67,22 +76,30 @@ class Engine:
         if params.seed is None:
             params = replace(params, seed=self.config.seed + self._num_requests)
         self.scheduler.add(Request(request_id, prompt, params))
+        if params.grammar is not None:
+            self.scheduler.hold(request_id)
+            self._compiling[request_id] = self.guides.begin(request_id, params.grammar)
         num_hits = sum(self.embeddings.touch(image.content_hash) for image in prompt.images)
         self._own = replace(self._own, num_embedding_cache_hits=self._own.num_embedding_cache_hits + num_hits)
 
     def abort(self, request_id: str) -> StepOutput | None:
         """End a request; its blocks are free on return. None where it is unknown or has ended."""
         output = self.scheduler.abort(request_id)
+        self._forget_grammar(request_id)
         self._drop_unwanted_encoding()
         return output
 
     def step(self) -> list[StepOutput]:
         """Compute one plan, and a slice of the pictures that wait."""
         started = time.perf_counter()
+        self._release_compiled()
         plan = self.scheduler.schedule()
         outputs, tensor_s = self._compute(plan) if plan.chunks else ([], 0.0)
         encode_s, failed = self._encode(step_s=tensor_s if plan.chunks else None)
         self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
+        for output in (*outputs, *failed):
+            if output.finish_reason is not None:
+                self._forget_grammar(output.request_id)
         return outputs + failed
 
     def stats(self) -> EngineStats:
@@ -99,6 +116,7 @@ class Engine:
     def close(self) -> None:
         if self.encoding is not None:
             self.encoding.cancel()
+        self.guides.close()
         self.ranks.close()
 
     def _bounded_by_memory(self, config: EngineConfig) -> EngineConfig:
@@ -121,34 +139,52 @@ class Engine:
             raise InvalidRequestError(f"logit_bias or stop_token_ids name a token id outside 0 … {vocab_size - 1}")
         if prompt.images and self.runner.encoder is None:
             raise InvalidRequestError("this model takes no images")
+        if params.grammar is not None and self.guides.vocabulary is None:
+            raise InvalidRequestError("grammars cannot be followed: the engine was not told its vocabulary")
 
     def _compute(self, plan: Plan) -> tuple[list[StepOutput], float]:
         """Execute and commit a plan; seconds of tensor work. Out of memory ends the request with the largest chunk and nothing else."""
         started = time.perf_counter()
         try:
-            sampled, broken = self._execute(plan)
+            sampled, errors = self._execute(plan)
         except torch.OutOfMemoryError:
             largest = max(plan.chunks, key=lambda chunk: len(chunk.token_ids)).request_id
             logger.exception("out of device memory; the request with the largest chunk ends")
             failed = self.scheduler.fail(largest, "out of device memory; lower --cache-max-entry-count or --max-prefill-token-num")
             return ([failed] if failed else []), time.perf_counter() - started
         tensor_s = time.perf_counter() - started
-        failures = [self.scheduler.fail(request_id, "the model computed no finite numbers for this input") for request_id in broken]
+        failures = [self.scheduler.fail(request_id, error) for request_id, error in errors.items()]
         outputs = [output for output in failures if output] + self.scheduler.commit(plan, sampled)
         self._shrink_embeddings()
         return outputs, tensor_s
 
     @torch.inference_mode()
-    def _execute(self, plan: Plan) -> tuple[dict[str, SampledToken], list[str]]:
-        """The sampled tokens, and the requests whose logits overflowed."""
+    def _execute(self, plan: Plan) -> tuple[dict[str, SampledToken], dict[str, str]]:
+        """The sampled tokens, and why requests cannot go on: their logits overflowed, or their grammar failed."""
         request_ids, logits = self.ranks.execute(plan, self.embeddings.tensors)
         if logits is None:
-            return {}, []
+            return {}, {}
         is_finite = logits.amax(-1).isfinite().tolist()
-        rows = [_sampling_row(self.scheduler.requests[request_id]) for request_id in request_ids]
-        tokens = sample(logits, rows, eos_token_ids=self.runner.eos_token_ids)
-        broken = [request_id for request_id, finite in zip(request_ids, is_finite, strict=True) if not finite]
-        return dict(zip(request_ids, tokens, strict=True)), broken
+        masks, errors = self.guides.masks(request_ids)
+        rows = [_sampling_row(self.scheduler.requests[request_id], masks.get(request_id)) for request_id in request_ids]
+        tokens = dict(zip(request_ids, sample(logits, rows, eos_token_ids=self.runner.eos_token_ids), strict=True))
+        self.guides.advance({request_id: tokens[request_id].token_id for request_id in masks})
+        for request_id, finite in zip(request_ids, is_finite, strict=True):
+            if not finite:
+                errors[request_id] = "the model computed no finite numbers for this input"
+        return tokens, errors
+
+    def _release_compiled(self) -> None:
+        """Let those run whose grammar is ready. Waits a moment where nothing else could run."""
+        if self._compiling and len(self._compiling) == self.scheduler.num_waiting and not self.scheduler.num_running:
+            wait(self._compiling.values(), timeout=IDLE_COMPILE_S, return_when=FIRST_COMPLETED)
+        for request_id in [request_id for request_id, work in self._compiling.items() if work.done()]:
+            del self._compiling[request_id]
+            self.scheduler.release(request_id)
+
+    def _forget_grammar(self, request_id: str) -> None:
+        self._compiling.pop(request_id, None)
+        self.guides.end(request_id)
 
     def _encode(self, *, step_s: float | None) -> tuple[float, list[StepOutput]]:
         """Encode for a share of the time beside a step of `step_s`, for longer beside none; seconds taken and requests that failed."""
@@ -202,7 +238,7 @@ class Engine:
         )
 
 
-def _sampling_row(request: Request) -> SamplingRow:
+def _sampling_row(request: Request, mask: Mask | None) -> SamplingRow:
     assert request.params.seed is not None
     return SamplingRow(
         params=request.params,
@@ -210,4 +246,5 @@ def _sampling_row(request: Request) -> SamplingRow:
         output_counts=request.output_counts,
         num_output_tokens=request.num_output_tokens,
         seed=request.params.seed,
+        mask=mask,
     )

@@ -51,7 +51,7 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one row's next token is chosen. Order: penalties, bias, minimum length, temperature, top_k, top_p, min_p."""
+    """How one row's next token is chosen. Order: penalties, bias, minimum length, grammar, temperature, top_k, top_p, min_p."""
 
     max_tokens: int | None = None  # new tokens; None: as many as fit the window
     min_tokens: int = 0  # before these, end and stop tokens cannot be chosen
@@ -67,6 +67,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # end tokens cannot be chosen
     logprobs: int | None = None  # None: none; k: of the chosen token and of the k best
+    grammar: str | None = None  # the output follows it, see `engine.guided`; None: any output
 
     def __post_init__(self) -> None:
         for name, is_valid, allowed in (

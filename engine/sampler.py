@@ -31,24 +31,22 @@ class SamplingRow:
     output_counts: Mapping[int, int]  # token id → times in the output
     num_output_tokens: int
     seed: int
+    mask: np.ndarray | None = None  # of a grammar: (ceil(vocab_size / 32),) int32, bit i of word j allows token 32 j + i; None: all
 
 
-def sample(
-    logits: Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: Sequence[int], allowed: Tensor | None = None
-) -> list[SampledToken]:
+def sample(logits: Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: Sequence[int]) -> list[SampledToken]:
     """One token per row.
 
-    logits: (num_rows, vocab_size) float32, any device, overwritten. allowed: (num_rows, vocab_size) bool, same device; None: all.
+    logits: (num_rows, vocab_size) float32, any device, overwritten.
     A row in which nothing is left to choose gets the first end token (0 where there is none), so that it ends.
     """
     assert len(rows) == logits.shape[0], f"{len(rows)} rows for logits {tuple(logits.shape)}"
     asking = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
     raw = logits[asking] if asking else None
     is_changed = _change(logits, rows, eos_token_ids)
-    if allowed is not None:
-        logits.masked_fill_(~allowed, -torch.inf)
+    is_masked = _mask(logits, rows)
     chosen = _choose(logits, rows)
-    if is_changed or allowed is not None:
+    if is_changed or is_masked:
         end = next((token_id for token_id in eos_token_ids if token_id < logits.shape[1]), 0)
         chosen = torch.where(logits.amax(-1) == -torch.inf, end, chosen)
     token_ids: list[int] = chosen.tolist()
@@ -108,6 +106,22 @@ def _change(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence
             places, amounts = _flatten(entries, logits)
             logits[places] += amounts
     return bool(repetitions or additions or biases or masked)
+
+
+def _mask(logits: Tensor, rows: Sequence[SamplingRow]) -> bool:
+    """What the rows' grammars forbid, in place. False: no row has any."""
+    masks = [(index, row.mask) for index, row in enumerate(rows) if row.mask is not None]
+    if not masks:
+        return False
+    words = np.stack([mask for _, mask in masks])
+    is_allowed = np.unpackbits(words.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
+    is_forbidden = torch.from_numpy(~is_allowed).to(logits.device)
+    if len(masks) == len(rows):
+        logits.masked_fill_(is_forbidden, -torch.inf)
+    else:
+        row_ids = torch.tensor([index for index, _ in masks], device=logits.device)
+        logits[row_ids] = logits[row_ids].masked_fill_(is_forbidden, -torch.inf)
+    return True
 
 
 def _masked_token_ids(row: SamplingRow, eos_token_ids: Sequence[int]) -> Sequence[int]:

@@ -50,6 +50,7 @@ class Scheduler:
         self._waiting: list[Row] = []  # both in order of arrival
         self._running: list[Row] = []
         self._num_added = 0
+        self._held: set[str] = set()
         self._ready_images: set[bytes] = set()
         self._pending: dict[bytes, Row] = {}  # hash of a full block that is still to be computed → the running row that will
 
@@ -103,6 +104,13 @@ class Scheduler:
     def fail(self, request_id: str, error: str) -> StepOutput | None:
         """End one request with an error. None: unknown or finished."""
         return self._end(request_id, FinishReason.ERROR, error=error)
+
+    def hold(self, request_id: str) -> None:
+        """Do not admit a waiting request until its `release`."""
+        self._held.add(request_id)
+
+    def release(self, request_id: str) -> None:
+        self._held.discard(request_id)
 
     # Pictures
 
@@ -229,12 +237,14 @@ class Scheduler:
     def _admit(self, num_left: int) -> list[Chunk]:
         """First chunks of waiting rows, in order of arrival, until slots, rows or blocks run out.
 
-        A row is passed over only while it waits for a picture or for a block that a running row is computing.
+        A row is passed over only while it is held, or waits for a picture or for a block that a running row is computing.
         """
         chunks: list[Chunk] = []
         for row in self._waiting[: self.config.max_batch_size]:
             if num_left <= 0 or len(self._running) == self.config.max_batch_size:
                 break
+            if row.request.request_id in self._held:
+                continue
             num_matched = self.blocks.match(row.table)
             if self.blocks.next_digest(row.table, num_matched) in self._pending:
                 continue
@@ -360,6 +370,7 @@ class Scheduler:
         self._release(row)
         row.request.status = RequestStatus.FINISHED
         row.request.finish_reason = reason
+        self._held.discard(row.request.request_id)
         del self.requests[row.request.request_id]
         del self._rows[row.request.request_id]
 

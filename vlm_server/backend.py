@@ -111,6 +111,8 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         if pipeline.family is not None:
             await vision.open()
         await start
+        if vocabulary := pipeline.tokenizer.vocabulary():
+            await engine.set_vocabulary(vocabulary)
         if pipeline.family is not None:
             await vision.ready()
         yield Backend(engine, pipeline, vision.stats)

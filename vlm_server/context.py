@@ -47,10 +47,12 @@ class ServerContext:
         """A prompt without a template, tokenized in a thread."""
         return await asyncio.to_thread(self.backend.pipeline.text_prompt, text_or_ids, tenant=tenant)
 
-    def generation(self, body: ChatCompletionRequest | CompletionRequest, prompts: list[Prompt], *, request_id: str) -> Generation:
+    def generation(
+        self, body: ChatCompletionRequest | CompletionRequest, prompts: list[Prompt], *, grammar: str | None, request_id: str
+    ) -> Generation:
         """All answers to the request, not yet begun."""
         info = self.engine_info
-        params = sampling_params(body, self.defaults, num_logprobs=body.num_logprobs, vocab_size=info.vocab_size)
+        params = sampling_params(body, self.defaults, num_logprobs=body.num_logprobs, vocab_size=info.vocab_size, grammar=grammar)
         tokenizer = self.backend.pipeline.tokenizer
         return Generation(self.backend.engine, tokenizer, prompts, params, body, request_id=request_id, metrics=self.metrics)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pydantic import BaseModel
 
 from vlm_server.errors import bad_request
+from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, NamedJsonSchema, RegexFormat, StructuredOutputs, TextFormat
 from vlm_server.message_schema import ChatMessage, ImagePart, ImageUrl, TextPart
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
 from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest
@@ -28,7 +29,10 @@ _UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
     "adapter_name": (),
     "prompt_cache_retention": (),
-    "response_format": ({"type": "text"},),
+    "guided_json": (),  # vLLM's older names of what structured_outputs holds
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
     "migration_request": (),
     "with_cache": (False,),
     "preserve_cache": (False,),
@@ -74,6 +78,18 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     TokenizeRequest: {"tools": ([],), "continue_final_message": (False,), "mm_processor_kwargs": ({},)},
     DetokenizeRequest: {},
     StreamOptions: {"include_obfuscation": (False,)},
+    TextFormat: {},
+    JsonObjectFormat: {},
+    JsonSchemaFormat: {},
+    NamedJsonSchema: {},
+    RegexFormat: {},
+    StructuredOutputs: {
+        "disable_fallback": (False,),
+        "disable_any_whitespace": (True, False),
+        "disable_additional_properties": (False,),
+        "whitespace_pattern": (),
+        "structural_tag": (),
+    },
     ImageUrl: {"min_pixels": (), "max_pixels": (), "file_id": ()},
     ImagePart: {"uuid": ()},
     TextPart: {},

@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from vlm_server.format_protocol import ResponseFormat, StructuredOutputs
 from vlm_server.message_schema import ChatMessage, UnicodeText
 
 MAX_CHOICES = 128
@@ -79,6 +80,8 @@ class GenerationFields(BaseModel):
     ignore_eos: bool | None = Field(None, description="Go on to max_tokens: end tokens cannot be chosen.")
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = Field(None, description="Default true.")
+    response_format: ResponseFormat | None = Field(None, description="Text, any JSON object, JSON by a schema, or a regular expression.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="The same in vLLM's words, and choices and grammars.")
     stream: bool | None = Field(None, description="Answer as server-sent events.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted, without effect.")

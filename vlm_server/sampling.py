@@ -56,7 +56,9 @@ def _number(values: dict[str, object], name: str, default: float) -> float:
     return value if isinstance(value, int | float) else default
 
 
-def sampling_params(request: GenerationFields, defaults: SamplingDefaults, *, num_logprobs: int | None, vocab_size: int) -> SamplingParams:
+def sampling_params(
+    request: GenerationFields, defaults: SamplingDefaults, *, num_logprobs: int | None, vocab_size: int, grammar: str | None = None
+) -> SamplingParams:
     """The parameters of the request's first answer. Raises ApiError 400."""
     try:
         return SamplingParams(
@@ -74,6 +76,7 @@ def sampling_params(request: GenerationFields, defaults: SamplingDefaults, *, nu
             stop_token_ids=_stop_token_ids(request.stop_token_ids or [], vocab_size),
             ignore_eos=bool(request.ignore_eos),
             logprobs=num_logprobs,
+            grammar=grammar,
         )
     except InvalidRequestError as error:  # a checkpoint's generation config out of bounds
         raise bad_request("invalid_value", str(error), param=str(error).split(":")[0]) from error

@@ -56,6 +56,11 @@ class TextTokenizer:
             return bytes.fromhex(match[1])
         return token.replace("▁", " ").encode()
 
+    def vocabulary(self) -> str | None:
+        """The tokenizer as the tokenizers library writes it, in JSON; None where it is of another library."""
+        backend = getattr(self.reference, "backend_tokenizer", None)
+        return None if backend is None else str(backend.to_str())
+
 
 def load_tokenizer(model_folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, or in a `*.gguf` file. Blocks while files are read.

@@ -33,7 +33,6 @@ UNSUPPORTED_IN_CHAT = {
     "tool_choice": "required",
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
-    "response_format": {"type": "json_object"},
     "reasoning_effort": "high",
     "verbosity": "low",
     "modalities": ["text", "audio"],
@@ -128,13 +127,13 @@ def test_a_listed_no_op_is_accepted_without_a_warning(server: RunningServer, fie
 def test_a_field_that_no_api_documents_gives_a_warning(server: RunningServer) -> None:
     message = {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {}}]}
 
-    warnings = post_chat(server, guided_choice=["a"], messages=[message]).json()["warnings"]
+    warnings = post_chat(server, favourite_colour=["a"], messages=[message]).json()["warnings"]
 
-    assert [warning.split(":")[0] for warning in warnings] == ["guided_choice", "messages[0].content[0].cache_control"]
+    assert [warning.split(":")[0] for warning in warnings] == ["favourite_colour", "messages[0].content[0].cache_control"]
 
 
 def test_the_warnings_are_in_the_last_chunk_of_a_stream(server: RunningServer) -> None:
-    text = post_chat(server, guided_choice=["a"], stream=True).text
+    text = post_chat(server, favourite_colour=["a"], stream=True).text
 
     events = [line for line in text.splitlines() if line]
     assert "warnings" in events[-2]
@@ -143,10 +142,10 @@ def test_the_warnings_are_in_the_last_chunk_of_a_stream(server: RunningServer) -
 
 def test_strict_fields_refuse_what_no_api_documents() -> None:
     with running_server(fake_config(strict_fields=True)) as server:
-        response = post_chat(server, guided_choice=["a"])
+        response = post_chat(server, favourite_colour=["a"])
 
         assert response.status_code == 400
-        assert response.json()["error"]["param"] == "guided_choice"
+        assert response.json()["error"]["param"] == "favourite_colour"
         assert response.json()["error"]["code"] == "unknown_parameter"
         assert post_chat(server, user="me").status_code == 200
 

@@ -6,6 +6,7 @@ from starlette.responses import Response
 from engine.request import Prompt
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
+from vlm_server.guided import grammar_of
 from vlm_server.protocol import ChatCompletionRequest
 from vlm_server.response_schema import ChatCompletionResponse
 from vlm_server.shapes import ChatShape, new_id
@@ -19,11 +20,12 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     """Messages of text and pictures in, an assistant message out; with `stream`, as server-sent events."""
     context = context_of(request)
     warnings = context.accept(request, body)
+    grammar = await grammar_of(body)
     watch = Stopwatch()
     prompt = await unless_client_leaves(request, _prompt(context, body, tenant_of(request.scope)))
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("chatcmpl")
-    generation = context.generation(body, [prompt], request_id=response_id)
+    generation = context.generation(body, [prompt], grammar=grammar, request_id=response_id)
     shape = ChatShape(body, context.backend.pipeline.tokenizer, response_id=response_id, warnings=warnings)
     return await answer(request, body, generation, shape, ping_s=context.config.sse_ping_s)
 
