@@ -14,6 +14,7 @@ import torch
 from engine.config import EngineConfig
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
 from engine.guided import Guides, Mask
+from engine.reading import Reading
 from engine.request import EngineInfo, EngineStats, InvalidRequestError, Plan, Prompt, Request, SampledToken, SamplingParams, StepOutput
 from engine.sampler import SamplingRow, sample
 from engine.scheduler import Scheduler
@@ -39,6 +40,7 @@ class Engine:
         self.encoding: Encoding | None = None
         self.guides = Guides(vocab_size=self.runner.vocab_size, eos_token_ids=self.runner.eos_token_ids)
         self._compiling: dict[str, Future[None]] = {}  # held requests and what they wait for
+        self._readings: dict[str, Reading] = {}  # of prompts that are not wholly computed
         self._own = EngineStats()
         self._num_requests = 0
         self._load_time_s = time.monotonic() - started
@@ -85,7 +87,7 @@ class Engine:
     def abort(self, request_id: str) -> StepOutput | None:
         """End a request; its blocks are free on return. None where it is unknown or has ended."""
         output = self.scheduler.abort(request_id)
-        self._forget_grammar(request_id)
+        self._forget(request_id)
         self._drop_unwanted_encoding()
         return output
 
@@ -99,7 +101,7 @@ class Engine:
         self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
         for output in (*outputs, *failed):
             if output.finish_reason is not None:
-                self._forget_grammar(output.request_id)
+                self._forget(output.request_id)
         return outputs + failed
 
     def stats(self) -> EngineStats:
@@ -154,14 +156,17 @@ class Engine:
             return ([failed] if failed else []), time.perf_counter() - started
         tensor_s = time.perf_counter() - started
         failures = [self.scheduler.fail(request_id, error) for request_id, error in errors.items()]
-        outputs = [output for output in failures if output] + self.scheduler.commit(plan, sampled)
+        outputs = [output for output in failures if output]
+        outputs += [self._with_reading(output) for output in self.scheduler.commit(plan, sampled)]
         self._shrink_embeddings()
         return outputs, tensor_s
 
     @torch.inference_mode()
     def _execute(self, plan: Plan) -> tuple[dict[str, SampledToken], dict[str, str]]:
         """The sampled tokens, and why requests cannot go on: their logits overflowed, or their grammar failed."""
-        request_ids, logits = self.ranks.execute(plan, self.embeddings.tensors)
+        executed = self.ranks.execute(plan, self.embeddings.tensors)
+        self._read(plan, executed.readings)
+        request_ids, logits = executed.sample_ids, executed.logits
         if logits is None:
             return {}, {}
         is_finite = logits.amax(-1).isfinite().tolist()
@@ -182,9 +187,23 @@ class Engine:
             del self._compiling[request_id]
             self.scheduler.release(request_id)
 
-    def _forget_grammar(self, request_id: str) -> None:
+    def _forget(self, request_id: str) -> None:
+        """What is kept beside a request that has ended."""
+        self._readings.pop(request_id, None)
         self._compiling.pop(request_id, None)
         self.guides.end(request_id)
+
+    def _read(self, plan: Plan, readings: dict[str, Reading]) -> None:
+        """Add what the plan's chunks read to what their requests have. A preempted request begins anew."""
+        for chunk in plan.chunks:
+            if reading := readings.get(chunk.request_id):
+                if chunk.start == 0:
+                    self._readings[chunk.request_id] = Reading()
+                self._readings[chunk.request_id].add(reading)
+
+    def _with_reading(self, output: StepOutput) -> StepOutput:
+        reading = self._readings.pop(output.request_id, None)
+        return output if reading is None else replace(output, embedding=reading.mean(), prompt_logprobs=reading.logprobs)
 
     def _encode(self, *, step_s: float | None) -> tuple[float, list[StepOutput]]:
         """Encode for a share of the time beside a step of `step_s`, for longer beside none; seconds taken and requests that failed."""

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from engine.models.decoder import Decoder
 from engine.models.fallback import FallbackDecoder, load_reference
 from engine.models.registry import UnsupportedModelError, eos_token_ids, fast_spec, load_config
 from engine.models.weights import Checkpoint, fill, fill_module, open_checkpoint
+from engine.reading import Reading, read_chunks
 from engine.request import Chunk, Plan
 from vision.encoder import VisionEncoder
 
@@ -31,6 +33,15 @@ logger = logging.getLogger(__name__)
 
 CPU_CACHE_LIMIT_BYTES = 1 << 30  # without --cache-max-entry-count
 CUDA_CACHE_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """What one plan gave. Only rank 0's is complete."""
+
+    sample_ids: tuple[str, ...]  # the requests that sample
+    logits: Tensor | None  # theirs: (num_samples, vocab_size) float32
+    readings: dict[str, Reading]  # of the requests that read their prompts
 
 
 class ModelRunner:
@@ -65,8 +76,8 @@ class ModelRunner:
         return int(self.model_config.get_text_config().hidden_size)
 
     @torch.inference_mode()
-    def execute(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
-        """Compute a plan's chunks; the requests that sample and their logits, (num_samples, vocab_size) float32, on rank 0.
+    def execute(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> Executed:
+        """Compute a plan's chunks.
 
         embeddings: by content hash (num_image_tokens, hidden_size), of every picture that the plan's pieces name; used on rank 0 only.
         """
@@ -77,10 +88,9 @@ class ModelRunner:
         if batch.image_rows:
             hidden = self._merge_images(hidden, batch, embeddings)
         hidden = self.decoder(hidden, batch.positions, self.attention)
-        if not batch.sample_ids:
-            return (), None
-        logits = self.decoder.logits(hidden[batch.sample_rows])
-        return batch.sample_ids, None if logits is None else logits.float()
+        readings = read_chunks(batch, hidden, self.decoder.logits)
+        logits = self.decoder.logits(hidden[batch.sample_rows]) if batch.sample_ids else None
+        return Executed(batch.sample_ids, None if logits is None else logits.float(), readings)
 
     def _merge_images(self, hidden: Tensor, batch: Batch, embeddings: Mapping[bytes, Tensor]) -> Tensor:
         """hidden, its image rows overwritten: rank 0 has the embeddings and gives the rows to the others."""

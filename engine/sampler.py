@@ -52,7 +52,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: Sequen
     token_ids: list[int] = chosen.tolist()
     sampled = [SampledToken(token_id) for token_id in token_ids]
     if raw is not None:
-        for index, logprobs in zip(asking, _logprobs(raw, chosen[asking], [rows[index] for index in asking]), strict=True):
+        nums_top = [rows[index].params.logprobs or 0 for index in asking]
+        for index, logprobs in zip(asking, token_logprobs(raw, chosen[asking], nums_top), strict=True):
             sampled[index] = SampledToken(token_ids[index], logprobs)
     return sampled
 
@@ -314,17 +315,19 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 # Log-probabilities
 
 
-def _logprobs(raw: Tensor, chosen: Tensor, rows: Sequence[SamplingRow]) -> list[TokenLogprobs]:
-    """raw: (num_rows, vocab_size), the model's own logits; chosen: (num_rows,) int64."""
-    logprobs = raw.log_softmax(-1)
+def token_logprobs(logits: Tensor, chosen: Tensor, nums_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Of the chosen token of each row, and of its `nums_top` likeliest.
+
+    logits: (num_rows, vocab_size) float32, the model's own; chosen: (num_rows,) int64.
+    """
+    logprobs = logits.log_softmax(-1)
     own = logprobs.gather(-1, chosen[:, None])
     ranks = (logprobs > own).sum(-1) + 1
-    num_top = max(row.params.logprobs or 0 for row in rows)
-    scores, token_ids = _top(logprobs, num_top)
+    scores, token_ids = _top(logprobs, max(nums_top))
     columns = (chosen.tolist(), own[:, 0].tolist(), ranks.tolist(), token_ids.tolist(), scores.tolist())
     return [
-        TokenLogprobs(token_id, logprob, rank, tuple(zip(top_ids[: row.params.logprobs], top_scores, strict=False)))
-        for row, token_id, logprob, rank, top_ids, top_scores in zip(rows, *columns, strict=True)
+        TokenLogprobs(token_id, logprob, rank, tuple(zip(top_ids[:num_top], top_scores, strict=False)))
+        for num_top, token_id, logprob, rank, top_ids, top_scores in zip(nums_top, *columns, strict=True)
     ]
 
 

@@ -177,6 +177,8 @@ class Scheduler:
             self._advance(row, chunk)
             if chunk.samples:
                 outputs.append(self._append(row, sampled[chunk.request_id]))
+            elif row.request.num_computed == len(row.request.token_ids):  # no token is wanted
+                outputs.append(self._ended(row, FinishReason.LENGTH))
         return outputs
 
     def check(self) -> None:
@@ -245,8 +247,8 @@ class Scheduler:
                 break
             if row.request.request_id in self._held:
                 continue
-            num_matched = self.blocks.match(row.table)
-            if self.blocks.next_digest(row.table, num_matched) in self._pending:
+            num_matched = self._match(row)
+            if not row.request.params.reads_prompt and self.blocks.next_digest(row.table, num_matched) in self._pending:
                 continue
             num_matched = self._without_cut_spans(row, num_matched)
             start = num_matched * self.blocks.block_size
@@ -258,6 +260,10 @@ class Scheduler:
             chunks.append(self._chunk(row, end))
             num_left -= end - start
         return chunks
+
+    def _match(self, row: Row) -> int:
+        """Leading blocks that need not be computed: none where the request reads all of its prompt."""
+        return 0 if row.request.params.reads_prompt else self.blocks.match(row.table)
 
     def _without_cut_spans(self, row: Row, num_matched: int) -> int:
         """The largest number of matched blocks that does not end inside an atomic span."""
@@ -310,7 +316,8 @@ class Scheduler:
         return end
 
     def _chunk(self, row: Row, end: int) -> Chunk:
-        request, start = row.request, row.request.num_computed
+        request, start, params = row.request, row.request.num_computed, row.request.params
+        reads = request.num_output_tokens == 0  # a preempted request has read its prompt before
         return Chunk(
             request.request_id,
             request.token_ids[start:end],
@@ -318,7 +325,10 @@ class Scheduler:
             row.table.block_ids[: self.blocks.num_blocks_for(end)],
             row.positions(start, end),
             row.image_pieces(start, end),
-            end == len(request.token_ids),
+            end == len(request.token_ids) and params.max_tokens != 0,
+            params.pools and reads,
+            None if params.prompt_logprobs is None or not reads else request.prompt.token_ids[start + 1 : end + 1],
+            params.prompt_logprobs or 0,
         )
 
     # Private: the parts of `commit`
@@ -360,10 +370,12 @@ class Scheduler:
 
     def _end(self, request_id: str, reason: FinishReason, *, error: str | None = None) -> StepOutput | None:
         row = self._rows.get(request_id)
-        if row is None:
-            return None
+        return None if row is None else self._ended(row, reason, error=error)
+
+    def _ended(self, row: Row, reason: FinishReason, *, error: str | None = None) -> StepOutput:
         self._remove(row, reason)
-        return StepOutput(request_id=request_id, finish_reason=reason, error=error, num_cached_tokens=row.request.num_cached)
+        request = row.request
+        return StepOutput(request_id=request.request_id, finish_reason=reason, error=error, num_cached_tokens=request.num_cached)
 
     def _remove(self, row: Row, reason: FinishReason) -> None:
         (self._running if row.request.status is RequestStatus.RUNNING else self._waiting).remove(row)
@@ -388,7 +400,7 @@ class Scheduler:
         images = row.request.prompt.images
         missing = [span for span in row.spans_from(row.request.num_computed) if not self._is_ready(row, span)]
         if missing and row.request.status is RequestStatus.WAITING:
-            num_cached = self._without_cut_spans(row, self.blocks.match(row.table)) * self.blocks.block_size
+            num_cached = self._without_cut_spans(row, self._match(row)) * self.blocks.block_size
             missing = [span for span in missing if span.start + span.num_tokens > num_cached]
         for span in missing:
             yield images[span.image]
