@@ -58,8 +58,12 @@ def _score(chunk: Chunk, rows: Tensor, logits_of: Callable[[Tensor], Tensor | No
     assert chunk.next_token_ids is not None
     next_token_ids = torch.tensor(chunk.next_token_ids, device=rows.device)
     scored: list[TokenLogprobs] = []
-    for part, token_ids in zip(rows[: len(next_token_ids)].split(SCORED_ROWS), next_token_ids.split(SCORED_ROWS), strict=True):
+    for part, token_ids in zip(_parts(rows[: len(next_token_ids)]), _parts(next_token_ids), strict=True):
         logits = logits_of(part)
         if logits is not None:
             scored += token_logprobs(logits.float(), token_ids, [chunk.num_top] * len(token_ids))
     return scored
+
+
+def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+    return tuple(rows[start : start + SCORED_ROWS] for start in range(0, len(rows), SCORED_ROWS))

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "engine.channel": "vision.shared_array",
     "engine.client": ".channel .config .messages .request",
     "engine.config": "",
-    "engine.core": ".config .encoding .guided .request .sampler .scheduler .workers",
+    "engine.core": ".config .encoding .guided .reading .request .sampler .scheduler .workers",
     "engine.encoding": ".request vision.encoder",
     "engine.guided": ".request",
     "engine.kv_cache": "",
@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "engine.messages": ".config .request",
     "engine.model_runner": (
         ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .models.decoder .models.fallback "
-        ".models.registry .models.weights .request vision.encoder"
+        ".models.registry .models.weights .reading .request vision.encoder"
     ),
     "engine.models": "",
     "engine.models.decoder": ".attention.base .layers.embedding .layers.linear .layers.norm .layers.parallel .layers.rotary",
@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "engine.models.registry": ".models.decoder",
     "engine.models.weights": ".layers.linear .models.registry",
     "engine.process": ".channel .core .messages .models.registry .request",
+    "engine.reading": ".batch .request .sampler",
     "engine.request": "vision.shared_array",
     "engine.row": ".kv_cache .request",
     "engine.sampler": ".request",
@@ -86,15 +87,17 @@ MAY_IMPORT = {
     "vlm_server.client": "",
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (
-        ".backend .config .errors .field_rules .generation .metrics .middleware .protocol .sampling .token_protocol engine.request"
+        ".backend .config .embedding_protocol .errors .field_rules .generation .metrics .middleware "
+        ".protocol .sampling .token_protocol engine.request"
     ),
     "vlm_server.detokenizer": "",
     "vlm_server.docs": ".config .examples .response_schema vlm_server",
+    "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.embedded": "",
     "vlm_server.environment": "vlm_server",
     "vlm_server.errors": "engine.request vision.image",
     "vlm_server.examples": "",
-    "vlm_server.field_rules": ".errors .format_protocol .message_schema .protocol .token_protocol",
+    "vlm_server.field_rules": ".embedding_protocol .errors .format_protocol .message_schema .protocol .token_protocol",
     "vlm_server.format_protocol": ".message_schema",
     "vlm_server.flags": ".config engine.config vision.config",
     "vlm_server.generation": ".backend .detokenizer .errors .metrics .protocol .sampling engine.request",
@@ -109,6 +112,9 @@ MAY_IMPORT = {
     "vlm_server.routes": "",
     "vlm_server.routes.chat": ".auth .context .guided .protocol .response_schema .shapes .streaming engine.request",
     "vlm_server.routes.completions": ".auth .context .guided .protocol .response_schema .shapes .streaming engine.request",
+    "vlm_server.routes.embeddings": (
+        ".auth .context .embedding_protocol .errors .middleware .response_schema .shapes .streaming engine.request"
+    ),
     "vlm_server.routes.health": ".context .errors .metrics .response_schema engine.request",
     "vlm_server.routes.models": ".context .errors .response_schema",
     "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol",

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from engine.request import EngineDeadError, EngineInfo, Prompt
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
+from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import ApiError
 from vlm_server.field_rules import check_fields
 from vlm_server.generation import Generation
@@ -34,7 +35,7 @@ class ServerContext:
             raise EngineDeadError("the engine is starting")
         return self.backend.engine.info
 
-    def accept(self, request: Request, body: ChatCompletionRequest | CompletionRequest | TokenRequest) -> list[str]:
+    def accept(self, request: Request, body: ChatCompletionRequest | CompletionRequest | EmbeddingsRequest | TokenRequest) -> list[str]:
         """The warnings for a request that we can serve. Raises ApiError 404 or 400."""
         name = self.config.model_name if body.model is None else body.model
         request_facts(request.scope)["model"] = name if name == self.config.model_name else "unknown"

@@ -34,11 +34,23 @@ _PICTURE_CHAT = [
 ]
 
 
+_SEEN = {
+    "name": "seen",
+    "schema": {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "green", "blue"]}, "shape": {"enum": ["circle", "square", "star"]}},
+        "required": ["colour", "shape"],
+        "additionalProperties": False,
+    },
+}
+
+
 def request_examples(model: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Path → name → OpenAPI example of the request's body."""
     return {
         "/v1/chat/completions": _chat(model),
         "/v1/completions": _completions(model),
+        "/v1/embeddings": _embeddings(),
         "/tokenize": _tokenize(),
         "/detokenize": {"tokens": _example("Token ids", {"tokens": [33, 34, 35]})},
         "/v1/encode": {"text": _example("A text", {"input": "two steps to build a house:"})},
@@ -51,6 +63,7 @@ def _chat(model: str) -> dict[str, dict[str, Any]]:
     return {
         "text": _example("Text", {"model": model, "messages": text, "max_tokens": 64}),
         "image": _example("A picture as a data: URL", image),
+        "json": _example("An answer in JSON", {**image, "response_format": {"type": "json_schema", "json_schema": _SEEN}}),
         "stream": _example("Streamed, with the usage at the end", {**image, "stream": True, "stream_options": {"include_usage": True}}),
     }
 
@@ -60,6 +73,13 @@ def _completions(model: str) -> dict[str, dict[str, Any]]:
     return {
         "string": _example("One prompt", {"model": model, "prompt": prompt, "max_tokens": 32}),
         "list": _example("Several prompts", {"model": model, "prompt": [prompt, "The capital of China is"], "max_tokens": 16}),
+    }
+
+
+def _embeddings() -> dict[str, dict[str, Any]]:
+    return {
+        "text": _example("A text", {"input": "The weather is really nice today"}),
+        "image": _example("A picture and a text as one vector", {"input": _PICTURE_CHAT[0]["content"]}),
     }
 
 

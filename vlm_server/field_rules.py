@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel
 
+from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import bad_request
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, NamedJsonSchema, RegexFormat, StructuredOutputs, TextFormat
 from vlm_server.message_schema import ChatMessage, ImagePart, ImageUrl, TextPart
@@ -74,6 +75,7 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     ChatCompletionRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT,
     CompletionRequest: _UNSUPPORTED_ANYWHERE,
     ChatMessage: _UNSUPPORTED_IN_MESSAGE,
+    EmbeddingsRequest: {"truncate_prompt_tokens": (), "normalize": (True,), "add_special_tokens": (True,), "messages": ()},
     EncodeRequest: {},
     TokenizeRequest: {"tools": ([],), "continue_final_message": (False,), "mm_processor_kwargs": ({},)},
     DetokenizeRequest: {},

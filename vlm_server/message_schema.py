@@ -48,6 +48,9 @@ class TextPart(BaseModel):
     type: Literal["text"]
     text: UnicodeText
 
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
+
 
 def _is_string(value: object) -> str:
     return "<string>" if isinstance(value, str) else "<other>"
@@ -58,6 +61,13 @@ class ImagePart(BaseModel):
 
     type: Literal["image_url"]
     image_url: Annotated[Annotated[UnicodeText, Tag("<string>")] | Annotated[ImageUrl, Tag("<other>")], Discriminator(_is_string)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the client sent; a bare string as `image_url` is written out as an object."""
+        part = self.model_dump(exclude_unset=True)
+        if isinstance(part["image_url"], str):
+            part["image_url"] = {"url": part["image_url"]}
+        return part
 
 
 def _known_part(value: object) -> object:
@@ -104,9 +114,8 @@ class ChatMessage(BaseModel):
     name: UnicodeText | None = Field(None, description="Passed to the chat template.")
 
     def as_dict(self) -> dict[str, Any]:
-        """What the client sent, for the chat template; a bare string as `image_url` is written out as an object."""
+        """What the client sent, for the chat template."""
         message = self.model_dump(exclude_unset=True)
-        for part in message["content"] if isinstance(message.get("content"), list) else ():
-            if isinstance(part.get("image_url"), str):
-                part["image_url"] = {"url": part["image_url"]}
+        if isinstance(self.content, list):
+            message["content"] = [part.as_dict() for part in self.content]
         return message

@@ -100,13 +100,7 @@ class Pipeline:
         """
         marker = _new_marker()
         refs, text = await self._rendered(messages, tools, template_kwargs, add_generation_prompt, marker)
-        loaded = await self._images.load(refs, tenant=tenant) if refs and self._images is not None else []
-        try:
-            return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant))
-        except BaseException:
-            for array in (array for image in loaded for array in image.arrays.values()):
-                array.close()
-            raise
+        return await self._loaded(refs, text, marker, tenant)
 
     async def chat_tokens(
         self,
@@ -122,6 +116,17 @@ class Pipeline:
         refs, text = await self._rendered(messages, tools, template_kwargs, add_generation_prompt, marker)
         measured = await self._images.measure(refs, tenant=tenant) if refs and self._images is not None else []
         return await self._in_thread(lambda: self._chat_tokens(text, measured, marker))
+
+    async def parts_prompt(self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "") -> Prompt:
+        """The prompt for texts and pictures one after the other, without a template. `param` names their list. Raises as `chat_prompt`."""
+        marker = _new_marker()
+        refs: list[ImageRef] = []
+        plain = [_plain_part(part, f"{param}[{index}]", refs) for index, part in enumerate(parts)]
+        if refs and (self.family is None or self._images is None):
+            raise ImagesNotSupportedError(refs[0].param)
+        placeholder = self.family.placeholder if self.family else ""
+        text = "".join(self._guarded(part["text"], marker) if part["type"] == "text" else placeholder for part in plain)
+        return await self._loaded(refs, text, marker, tenant)
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
         """The prompt for a text, or for token ids, without a template. Blocks while a text is tokenized; may be called in any thread.
@@ -141,6 +146,16 @@ class Pipeline:
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _loaded(self, refs: Sequence[ImageRef], text: str, marker: str, tenant: str) -> Prompt:
+        """The prompt for a text with a placeholder for each picture."""
+        loaded = await self._images.load(refs, tenant=tenant) if refs and self._images is not None else []
+        try:
+            return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant))
+        except BaseException:
+            for array in (array for image in loaded for array in image.arrays.values()):
+                array.close()
+            raise
 
     async def _rendered(
         self,

@@ -180,6 +180,25 @@ class ErrorResponse(BaseModel):
     object: Literal["error"]
 
 
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str = Field(description="Of length 1; with encoding_format base64 as text.")
+
+
+class EmbeddingsUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(BaseModel):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingsUsage
+    warnings: list[str] = Field(default_factory=list)
+
+
 class TokenizeResponse(BaseModel):
     count: int
     max_model_len: int = Field(description="The window: tokens of prompt and answer together.")

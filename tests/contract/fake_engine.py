@@ -28,6 +28,7 @@ from vlm_server.config import ServerConfig
 
 SESSION_LEN = 512
 TOKENS_PER_IMAGE = 4
+HIDDEN_SIZE = 8
 DEFAULT_REPLY = "Hello! 你好，世界 🌍. This is a test."
 
 Script = Callable[[Prompt, SamplingParams], Sequence[int]]
@@ -106,7 +107,7 @@ class FakeEngine:
             block_size=16,
             num_blocks=64,
             vocab_size=VOCAB_SIZE,
-            hidden_size=8,
+            hidden_size=HIDDEN_SIZE,
             eos_token_ids=(EOS,),
             load_time_s=0.0,
         )
@@ -130,6 +131,9 @@ class FakeEngine:
         return EngineStats(num_running=len(self.activity), max_batched_requests=3, num_cached_prompt_tokens=7, num_embedding_cache_hits=2)
 
     def _outputs(self, prompt: Prompt, params: SamplingParams, request_id: str) -> list[StepOutput]:
+        if params.pools:
+            embedding = [float(token_id) for token_id in (*prompt.token_ids, *[0] * HIDDEN_SIZE)[:HIDDEN_SIZE]]
+            return [StepOutput(request_id=request_id, finish_reason=FinishReason.LENGTH, embedding=embedding)]
         token_ids = list(self.script(prompt, params))
         if params.ignore_eos:
             token_ids = [token_id for token_id in token_ids if token_id != EOS] * (1 + (params.max_tokens or 0))
@@ -202,6 +206,14 @@ class FakePipeline:
     ) -> list[int]:
         prompt = await self.chat_prompt(messages, tools=tools, template_kwargs=template_kwargs, tenant=tenant)
         return [*prompt.token_ids, *(b"assistant: " if add_generation_prompt else b"")]
+
+    async def parts_prompt(self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "") -> Prompt:
+        token_ids: list[int] = []
+        for index, part in enumerate(parts):
+            if part["type"] == "image_url":
+                await self._load(part["image_url"]["url"], f"{param}[{index}].image_url")
+            token_ids += part["text"].encode() if part["type"] == "text" else [IMAGE] * TOKENS_PER_IMAGE
+        return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
 
     def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
