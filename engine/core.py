@@ -5,18 +5,32 @@ Used by the engine process, by tests and offline. Knows nothing of sockets or of
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from engine.beams import Beams, BeamSearch
 from engine.config import EngineConfig
+from engine.continuations import continuations
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
 from engine.guided import Guides, Mask
 from engine.reading import Reading
-from engine.request import EngineInfo, EngineStats, InvalidRequestError, Plan, Prompt, Request, SampledToken, SamplingParams, StepOutput
-from engine.sampler import SamplingRow, sample
+from engine.request import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    InvalidRequestError,
+    Plan,
+    Prompt,
+    Request,
+    SampledToken,
+    SamplingParams,
+    StepOutput,
+)
+from engine.sampler import SamplingRow, hash64, sample
 from engine.scheduler import Scheduler
 from engine.workers import Ranks
 
@@ -36,6 +50,7 @@ class Engine:
         self.runner = self.ranks.runner
         self.config = self._bounded_by_memory(config)
         self.scheduler = Scheduler(self.config, num_blocks=self.runner.num_blocks, eos_token_ids=self.runner.eos_token_ids)
+        self.beams = Beams(self.scheduler, self.runner.eos_token_ids)
         self.embeddings = EmbeddingCache(config.embedding_cache_bytes)
         self.encoding: Encoding | None = None
         self.guides = Guides(vocab_size=self.runner.vocab_size, eos_token_ids=self.runner.eos_token_ids)
@@ -74,10 +89,15 @@ class Engine:
     def add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
         """Queue a request. Raises InvalidRequestError, PromptTooLongError or QueueFullError."""
         self._check_prompt(prompt, params)
+        if params.num_beams > 1:
+            self.beams.check(Request(request_id, prompt, params))
         self._num_requests += 1
         if params.seed is None:
             params = replace(params, seed=self.config.seed + self._num_requests)
-        self.scheduler.add(Request(request_id, prompt, params))
+        request = Request(request_id, prompt, params)
+        self.scheduler.add(request)
+        if params.num_beams > 1:
+            self.beams.begin(request)
         if params.grammar is not None:
             self.scheduler.hold(request_id)
             self._compiling[request_id] = self.guides.begin(request_id, params.grammar)
@@ -86,7 +106,7 @@ class Engine:
 
     def abort(self, request_id: str) -> StepOutput | None:
         """End a request; its blocks are free on return. None where it is unknown or has ended."""
-        output = self.scheduler.abort(request_id)
+        output = self.beams.end(request_id, FinishReason.ABORT) or self.scheduler.abort(request_id)
         self._forget(request_id)
         self._drop_unwanted_encoding()
         return output
@@ -152,12 +172,13 @@ class Engine:
         except torch.OutOfMemoryError:
             largest = max(plan.chunks, key=lambda chunk: len(chunk.token_ids)).request_id
             logger.exception("out of device memory; the request with the largest chunk ends")
-            failed = self.scheduler.fail(largest, "out of device memory; lower --cache-max-entry-count or --max-prefill-token-num")
+            failed = self._fail(largest, "out of device memory; lower --cache-max-entry-count or --max-prefill-token-num")
             return ([failed] if failed else []), time.perf_counter() - started
         tensor_s = time.perf_counter() - started
-        failures = [self.scheduler.fail(request_id, error) for request_id, error in errors.items()]
+        failures = [self._fail(request_id, error) for request_id, error in errors.items()]
         outputs = [output for output in failures if output]
         outputs += [self._with_reading(output) for output in self.scheduler.commit(plan, sampled)]
+        outputs += self.beams.advance()
         self._shrink_embeddings()
         return outputs, tensor_s
 
@@ -170,14 +191,37 @@ class Engine:
         if logits is None:
             return {}, {}
         is_finite = logits.amax(-1).isfinite().tolist()
+        others = []
+        for index, request_id in enumerate(request_ids):
+            if search := self.beams.search_of(request_id):
+                self._offer(search, request_id, logits[index])
+            else:
+                others.append(index)
+        if len(others) < len(request_ids):
+            request_ids, logits = tuple(request_ids[index] for index in others), logits[others]
+        tokens, errors = self._sample(request_ids, logits) if others else ({}, {})
+        for request_id, finite in zip(executed.sample_ids, is_finite, strict=True):
+            if not finite:
+                errors[request_id] = "the model computed no finite numbers for this input"
+        return tokens, errors
+
+    def _sample(self, request_ids: Sequence[str], logits: Tensor) -> tuple[dict[str, SampledToken], dict[str, str]]:
         masks, errors = self.guides.masks(request_ids)
         rows = [_sampling_row(self.scheduler.requests[request_id], masks.get(request_id)) for request_id in request_ids]
         tokens = dict(zip(request_ids, sample(logits, rows, eos_token_ids=self.runner.eos_token_ids), strict=True))
         self.guides.advance({request_id: tokens[request_id].token_id for request_id in masks})
-        for request_id, finite in zip(request_ids, is_finite, strict=True):
-            if not finite:
-                errors[request_id] = "the model computed no finite numbers for this input"
         return tokens, errors
+
+    def _offer(self, search: BeamSearch, beam_id: str, logits: Tensor) -> None:
+        """Tell a beam's search what it may go on with. Beams of one search draw different numbers."""
+        row = _sampling_row(self.scheduler.requests[beam_id], None)
+        row = replace(row, seed=hash64(row.seed, self.beams.rank(beam_id)))
+        kept = {"num_kept": search.num_kept, "min_kept": max(2, 1 + len(search.end_token_ids))}
+        self.beams.offer(beam_id, continuations(logits, row, eos_token_ids=self.runner.eos_token_ids, **kept))
+
+    def _fail(self, request_id: str, error: str) -> StepOutput | None:
+        """End a request, given it or one of its beams, with an error. None where it has ended."""
+        return self.beams.end(request_id, FinishReason.ERROR, error=error) or self.scheduler.fail(request_id, error)
 
     def _release_compiled(self) -> None:
         """Let those run whose grammar is ready. Waits a moment where nothing else could run."""
@@ -224,7 +268,7 @@ class Engine:
         assert encoding is not None
         if encoding.result is None:
             wanting = {request_id for image in encoding.images for request_id in self.scheduler.requests_with_image(image.content_hash)}
-            failures = [self.scheduler.fail(request_id, "a picture could not be encoded") for request_id in sorted(wanting)]
+            failures = [self._fail(request_id, "a picture could not be encoded") for request_id in sorted(wanting)]
             return [output for output in failures if output]
         for image, embedding in zip(encoding.images, encoding.result, strict=True):
             self.embeddings.add(image.content_hash, embedding)

@@ -66,6 +66,7 @@ class SamplingParams:
     seed: int | None = None  # None: drawn when the request is added
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # end tokens cannot be chosen
+    num_beams: int = 1  # above 1: beam search, sampled where the temperature is above 0
     logprobs: int | None = None  # None: none; k: of the chosen token and of the k best
     prompt_logprobs: int | None = None  # as `logprobs`, of each prompt token but the first
     pools: bool = False  # wants the mean of the prompt's last hidden states
@@ -83,6 +84,7 @@ class SamplingParams:
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             ("logit_bias", all(-100 <= bias <= 100 for bias in self.logit_bias.values()), "values between -100 and 100"),
+            ("num_beams", self.num_beams >= 1, "at least 1"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
             ("prompt_logprobs", self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "between 0 and 20"),
         ):

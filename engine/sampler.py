@@ -43,7 +43,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: Sequen
     assert len(rows) == logits.shape[0], f"{len(rows)} rows for logits {tuple(logits.shape)}"
     asking = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
     raw = logits[asking] if asking else None
-    is_changed = _change(logits, rows, eos_token_ids)
+    is_changed = change(logits, rows, eos_token_ids)
     is_masked = _mask(logits, rows)
     chosen = _choose(logits, rows)
     if is_changed or is_masked:
@@ -59,9 +59,13 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: Sequen
 
 
 def uniform(seed: int, counter: int) -> float:
-    """A number in [0, 1) that depends on both arguments alone (splitmix64)."""
-    state = _mix((seed & _MASK64) ^ _mix(counter))
-    return (_mix(state) >> 11) / (1 << 53)
+    """A number in [0, 1) that depends on both arguments alone."""
+    return (hash64(seed, counter) >> 11) / (1 << 53)
+
+
+def hash64(seed: int, counter: int) -> int:
+    """64 bits that depend on both arguments alone (splitmix64)."""
+    return _mix(_mix((seed & _MASK64) ^ _mix(counter)))
 
 
 def _mix(number: int) -> int:
@@ -84,7 +88,7 @@ class _Entry:
     values: float | Sequence[float]
 
 
-def _change(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> bool:
+def change(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> bool:
     """Penalties, then bias, then masks, in place. False: no row has any."""
     repetitions, additions, biases, masked = [], [], [], []
     for index, row in enumerate(rows):

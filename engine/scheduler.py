@@ -9,6 +9,7 @@ request always gets on, and everyone becomes the oldest.
 
 from bisect import insort
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 from engine.config import EngineConfig
 from engine.kv_cache import BlockManager
@@ -31,6 +32,15 @@ from engine.row import Row, validate
 MAX_IMAGES_AHEAD = 16  # pictures that `images_needed` names at once
 
 
+@dataclass(slots=True)
+class _Search:
+    """How many rows a beam search has and may have. Those that it may yet fork are kept free from its first step on."""
+
+    num_beams: int
+    num_rows: int = 1
+    has_started: bool = False
+
+
 class Scheduler:
     """Turns requests into steps. Between `schedule` and the `commit` of its plan only `abort`, `fail`, `add` and image news may come."""
 
@@ -51,6 +61,7 @@ class Scheduler:
         self._running: list[Row] = []
         self._num_added = 0
         self._held: set[str] = set()
+        self._searches: dict[str, _Search] = {}  # by the request they belong to
         self._ready_images: set[bytes] = set()
         self._pending: dict[bytes, Row] = {}  # hash of a full block that is still to be computed → the running row that will
 
@@ -112,6 +123,48 @@ class Scheduler:
     def release(self, request_id: str) -> None:
         self._held.discard(request_id)
 
+    # Beams: rows of one request that begin as copies of each other
+
+    def reserve(self, request_id: str, num_beams: int) -> None:
+        """Let a waiting request become as many rows."""
+        self._searches[request_id] = _Search(num_beams)
+
+    def unreserve(self, request_id: str) -> None:
+        del self._searches[request_id]
+
+    def fork(self, request_id: str, parent_id: str, child_id: str) -> None:
+        """Another row like `parent_id`, which is wholly computed, on the same blocks."""
+        parent = self._rows[parent_id]
+        source = parent.request
+        assert source.num_computed == len(source.token_ids), f"fork of {parent}"
+        request = Request(
+            child_id,
+            source.prompt,
+            source.params,
+            status=RequestStatus.RUNNING,
+            token_ids=list(source.token_ids),
+            cache_keys=list(source.cache_keys),
+            num_computed=source.num_computed,
+            num_cached=source.num_cached,
+            num_preemptions=source.num_preemptions,
+            output_counts=dict(source.output_counts),
+        )
+        row = Row(request, parent.order)
+        request.block_ids = row.table.block_ids
+        self.blocks.fork(parent.table, row.table, request.num_computed)
+        self.requests[child_id], self._rows[child_id] = request, row
+        insort(self._running, row, key=_order)
+        self._searches[request_id].num_rows += 1
+
+    def append(self, request_id: str, token_id: int) -> None:
+        """Let a wholly computed row go on with a token that was chosen elsewhere."""
+        self._append_token(self.requests[request_id], token_id)
+
+    def drop(self, request_id: str, beam_id: str) -> None:
+        """End one row of a search without a word."""
+        self._remove(self._rows[beam_id], FinishReason.ABORT)
+        self._searches[request_id].num_rows -= 1
+
     # Pictures
 
     def images_needed(self) -> list[ImageInput]:
@@ -167,7 +220,8 @@ class Scheduler:
     def commit(self, plan: Plan, sampled: Mapping[str, SampledToken]) -> list[StepOutput]:
         """Advance the plan's requests, publish their full blocks, append the sampled tokens and end what is finished.
 
-        `sampled` has a token for every chunk that samples. Requests that ended since `schedule` are skipped.
+        `sampled` has a token for every chunk that samples, but for beams, which wait for theirs. Requests that ended since `schedule` are
+        skipped.
         """
         outputs = []
         for chunk in plan.chunks:
@@ -175,9 +229,9 @@ class Scheduler:
             if row is None or row.request.status is not RequestStatus.RUNNING:
                 continue
             self._advance(row, chunk)
-            if chunk.samples:
+            if chunk.request_id in sampled:
                 outputs.append(self._append(row, sampled[chunk.request_id]))
-            elif row.request.num_computed == len(row.request.token_ids):  # no token is wanted
+            elif row.request.params.max_tokens == 0 and row.request.num_computed == len(row.request.token_ids):
                 outputs.append(self._ended(row, FinishReason.LENGTH))
         return outputs
 
@@ -196,7 +250,8 @@ class Scheduler:
         for row in self._running:
             assert row.request.status is RequestStatus.RUNNING, f"runs: {row}"
             assert row.request.block_ids is row.table.block_ids, f"blocks of another: {row}"
-            assert 0 <= row.request.num_computed < len(row.request.token_ids) == len(row.request.cache_keys), f"lengths: {row}"
+            assert 0 <= row.request.num_computed <= len(row.request.token_ids) == len(row.request.cache_keys), f"lengths: {row}"
+            assert row.request.num_computed < len(row.request.token_ids) or row.request.params.num_beams > 1, f"nothing to do: {row}"
             assert row.request.num_computed <= len(row.table.block_ids) * self.blocks.block_size, f"slots without blocks: {row}"
         assert all(row in self._running for row in self._pending.values()), f"pending blocks of {list(self._pending.values())}"
         if not self._running:
@@ -230,6 +285,9 @@ class Scheduler:
         """Back to waiting: without blocks, with its output. Its published blocks may still be there when its turn comes."""
         self._running.remove(row)
         self._release(row)
+        search = self._searches.get(row.request.request_id)
+        if search is not None and search.num_rows == 1:
+            search.has_started = False
         row.request.status = RequestStatus.WAITING
         row.request.num_computed = 0
         row.request.num_preemptions += 1
@@ -243,7 +301,7 @@ class Scheduler:
         """
         chunks: list[Chunk] = []
         for row in self._waiting[: self.config.max_batch_size]:
-            if num_left <= 0 or len(self._running) == self.config.max_batch_size:
+            if num_left <= 0 or not self._has_rows_for(row):
                 break
             if row.request.request_id in self._held:
                 continue
@@ -260,6 +318,13 @@ class Scheduler:
             chunks.append(self._chunk(row, end))
             num_left -= end - start
         return chunks
+
+    def _has_rows_for(self, row: Row) -> bool:
+        """Whether a waiting row may run beside the others, those counted that beam searches will fork."""
+        num_reserved = sum(search.num_beams - search.num_rows for search in self._searches.values() if search.has_started)
+        search = self._searches.get(row.request.request_id)
+        num_wanted = 1 if search is None or search.has_started else 1 + search.num_beams - search.num_rows
+        return len(self._running) + num_reserved + num_wanted <= self.config.max_batch_size
 
     def _match(self, row: Row) -> int:
         """Leading blocks that need not be computed: none where the request reads all of its prompt."""
@@ -286,6 +351,8 @@ class Scheduler:
             return False
         for digest in self.blocks.digests(row.table, num_matched):
             self._pending.setdefault(digest, row)
+        if search := self._searches.get(request.request_id):
+            search.has_started = True
         request.num_computed = num_matched * self.blocks.block_size
         request.status = RequestStatus.RUNNING
         if request.num_preemptions == 0:
@@ -343,10 +410,7 @@ class Scheduler:
 
     def _append(self, row: Row, sampled: SampledToken) -> StepOutput:
         request, token_id = row.request, sampled.token_id
-        request.token_ids.append(token_id)
-        request.cache_keys.append(token_id)
-        request.output_counts[token_id] = request.output_counts.get(token_id, 0) + 1
-        self.num_output_tokens += 1
+        self._append_token(request, token_id)
         reason = self._finish_reason(request, token_id)
         if reason is not None:
             self._remove(row, reason)
@@ -357,6 +421,12 @@ class Scheduler:
             finish_reason=reason,
             num_cached_tokens=request.num_cached,
         )
+
+    def _append_token(self, request: Request, token_id: int) -> None:
+        request.token_ids.append(token_id)
+        request.cache_keys.append(token_id)
+        request.output_counts[token_id] = request.output_counts.get(token_id, 0) + 1
+        self.num_output_tokens += 1
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.params

@@ -23,8 +23,6 @@ _UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
     "spaces_between_special_tokens": (True,),
     "repetition_ngram_size": (0,),
     "repetition_ngram_threshold": (0,),
-    "num_beams": (1,),
-    "do_sample": (True,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),

@@ -24,6 +24,7 @@ from vlm_server.format_protocol import ResponseFormat, StructuredOutputs
 from vlm_server.message_schema import ChatMessage, UnicodeText
 
 MAX_CHOICES = 128
+MAX_BEAMS = 32
 _MAX_INT64 = 2**63 - 1
 
 
@@ -73,6 +74,13 @@ class GenerationFields(BaseModel):
     min_tokens: int | None = Field(None, ge=0, lt=2**31, description="No end before as many new tokens.")
     min_new_tokens: int | None = Field(None, ge=0, lt=2**31, description="Another name for min_tokens.")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="How many answers. With a seed, answer i has seed + i.")
+    do_sample: bool | None = Field(None, description="False: greedy, or with num_beams the best beam, whatever the other fields say.")
+    num_beams: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_BEAMS,
+        description="Beam search, sampled where temperature, top_p, top_k or min_p are given; sent when it is done.",
+    )
     stop: StopStrings = Field(None, description="End before any of these strings, of any length.")
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1024)] | None = Field(
         None, description="End at these tokens."
@@ -93,6 +101,13 @@ class GenerationFields(BaseModel):
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @field_validator("num_beams")
+    @classmethod
+    def _one_choice(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if (value or 1) > 1 and (info.data.get("n") or 1) > 1:
+            raise PydanticCustomError("api:invalid_value", "only 1 is allowed with n above 1")
+        return value
 
     @field_validator("min_new_tokens")
     @classmethod

@@ -56,8 +56,6 @@ UNSUPPORTED_ANYWHERE = {
     "spaces_between_special_tokens": False,
     "repetition_ngram_size": 2,
     "repetition_ngram_threshold": 2,
-    "num_beams": 4,
-    "do_sample": False,
     "best_of": 2,
     "echo": True,
     "suffix": "x",
@@ -348,3 +346,33 @@ def test_tokens_of_a_stop_string_have_no_log_probabilities(server: RunningServer
     content = post_chat(server, logprobs=True, stop="STOP").json()["choices"][0]["logprobs"]["content"]
 
     assert "".join(entry["token"] for entry in content) == "one "
+
+
+@pytest.mark.parametrize(
+    ("fields", "temperature", "num_beams"),
+    [
+        ({}, 1.0, 1),
+        ({"do_sample": False, "temperature": 0.7}, 0.0, 1),
+        ({"do_sample": True}, 1.0, 1),
+        ({"num_beams": 1}, 1.0, 1),
+        ({"num_beams": 4}, 0.0, 4),
+        ({"num_beams": 4, "do_sample": True}, 1.0, 4),
+        ({"num_beams": 4, "temperature": 0.7, "top_k": 40}, 0.7, 4),
+        ({"num_beams": 4, "top_p": 0.9}, 1.0, 4),
+        ({"num_beams": 4, "temperature": 0}, 0.0, 4),
+        ({"num_beams": 4, "temperature": 0.7, "do_sample": False}, 0.0, 4),
+    ],
+)
+def test_beams_are_sampled_only_on_demand(server: RunningServer, fields: dict[str, Any], temperature: float, num_beams: int) -> None:
+    for post in (post_chat, post_completion):
+        assert post(server, **fields).status_code == 200
+
+        assert (sampled_with(server).temperature, sampled_with(server).num_beams) == (temperature, num_beams)
+
+
+@pytest.mark.parametrize("fields", [{"num_beams": 0}, {"num_beams": 33}, {"num_beams": 2, "n": 2}])
+def test_a_number_of_beams_that_cannot_be_is_refused(server: RunningServer, fields: dict[str, Any]) -> None:
+    response = post_chat(server, **fields)
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "num_beams"
