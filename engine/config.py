@@ -18,6 +18,7 @@ class EngineConfig:
     model_folder: str
     device: str = "auto"
     dtype: str = "auto"  # on CPU: float32
+    lora_folder: str | None = None  # an adapter that is merged into the weights
     tp: int = 1
     load_format: str = "auto"
     trust_remote_code: bool = False

@@ -23,6 +23,7 @@ from engine.layers.packed import pack_linears
 from engine.layers.parallel import ParallelGroup
 from engine.models.decoder import Decoder
 from engine.models.fallback import FallbackDecoder, load_reference
+from engine.models.lora import Lora, MergedCheckpoint
 from engine.models.registry import UnsupportedModelError, eos_token_ids, fast_spec, load_config
 from engine.models.weights import Checkpoint, fill, fill_module, open_checkpoint
 from engine.reading import Reading, read_chunks
@@ -52,7 +53,10 @@ class ModelRunner:
         self.config = config
         self.group = group
         self.device = resolve_device(config.device, group.rank)
-        self.model_config = load_config(config.model_folder, trust_remote_code=config.trust_remote_code)
+        self.lora = Lora(config.lora_folder) if config.lora_folder else None
+        self.model_config = self._read_config()
+        if self.lora:
+            self.lora.resize(self.model_config)
         self.dtype = resolve_dtype(config.dtype, self.model_config, self.device)
         self.decoder, self.encoder = self._load(on_progress)
         self.eos_token_ids = eos_token_ids(self.model_config, _generation_config(config.model_folder))
@@ -102,6 +106,9 @@ class ModelRunner:
             self.group.broadcast(target)
         return hidden
 
+    def _read_config(self) -> PretrainedConfig:
+        return load_config(self.config.model_folder, trust_remote_code=self.config.trust_remote_code)
+
     def _load(self, on_progress: Callable[[float], None]) -> tuple[Decoder | FallbackDecoder, VisionEncoder | None]:
         """The decoder, and on rank 0 the vision encoder of an image-text checkpoint."""
         config, spec = self.config, fast_spec(self.model_config)
@@ -110,6 +117,8 @@ class ModelRunner:
         checkpoint = open_checkpoint(
             config.model_folder, self.model_config, load_format=config.load_format, dtype=self.dtype, seed=config.seed
         )
+        if self.lora:
+            checkpoint = MergedCheckpoint(checkpoint, self.lora)
         with torch.inference_mode():
             decoder = Decoder(spec, self.model_config.get_text_config(), group=self.group, dtype=self.dtype, device=self.device)
             fill(decoder.sources(), checkpoint, on_progress=on_progress)
@@ -131,7 +140,7 @@ class ModelRunner:
         config = self.config
         model: PreTrainedModel = load_reference(
             config.model_folder,
-            self.model_config,
+            self._read_config(),
             load_format=config.load_format,
             dtype=self.dtype,
             device=self.device,
@@ -139,6 +148,8 @@ class ModelRunner:
             trust_remote_code=config.trust_remote_code,
             on_progress=on_progress,
         )
+        if self.lora:
+            self.lora.merge_into(model)
         pack_linears(model)
         has_vision = getattr(self.model_config, "vision_config", None) is not None
         encoder = VisionEncoder.from_model(model) if has_vision else None

@@ -41,11 +41,12 @@ MAY_IMPORT = {
     "engine.messages": ".config .request",
     "engine.model_runner": (
         ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .models.decoder .models.fallback "
-        ".models.registry .models.weights .reading .request vision.encoder"
+        ".models.lora .models.registry .models.weights .reading .request vision.encoder"
     ),
     "engine.models": "",
     "engine.models.decoder": ".attention.base .layers.embedding .layers.linear .layers.norm .layers.parallel .layers.rotary",
     "engine.models.fallback": ".attention.base .models.registry .models.weights",
+    "engine.models.lora": ".models.registry .models.weights",
     "engine.models.registry": ".models.decoder",
     "engine.models.weights": ".layers.linear .models.registry",
     "engine.process": ".channel .core .messages .models.registry .request",

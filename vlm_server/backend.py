@@ -104,6 +104,7 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         pipeline = await asyncio.to_thread(
             Pipeline.load,
             folder,
+            tokenizer_folder=config.tokenizer_folder,
             images=vision,
             chat_template=config.chat_template,
             meta_instruction=config.meta_instruction,

@@ -30,17 +30,19 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
     """The settings that the flags make; finds, downloads or assembles the checkpoint. Raises CheckpointError or ValueError."""
     from engine.config import EngineConfig
     from vision.config import VisionConfig
-    from vlm_server.checkpoint import find_checkpoint
+    from vlm_server.checkpoint import find_adapter, find_checkpoint, find_tokenizer
 
     checkpoint = find_checkpoint(
         parsed.model, revision=parsed.revision, download_dir=parsed.download_dir, trust_remote_code=parsed.trust_remote_code
     )
-    engine = EngineConfig(model_folder=checkpoint.path, **values_for("engine", parsed))
+    adapter = find_adapter(parsed.lora_model, download_dir=parsed.download_dir) if parsed.lora_model else None
+    engine = EngineConfig(model_folder=checkpoint.path, lora_folder=adapter, **values_for("engine", parsed))
     return ServerConfig(
         engine=engine.resolve(checkpoint.text_config(trust_remote_code=parsed.trust_remote_code)),
         vision=VisionConfig(**values_for("vision", parsed)),
         model_name=parsed.model_name or checkpoint.name,
         model_root=checkpoint.root,
+        tokenizer_folder=find_tokenizer(parsed.tokenizer_path, adapter=adapter),
         **values_for("server", parsed),
     )
 

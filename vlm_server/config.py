@@ -16,6 +16,7 @@ class ServerConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     model_name: str  # the id in GET /v1/models, and what a request's `model` must be
     model_root: str  # the folder or hub id that was asked for
+    tokenizer_folder: str | None = None  # None: the checkpoint's
     server_name: str = "0.0.0.0"
     server_port: int = DEFAULT_PORT
     root_path: str = ""  # the prefix that a reverse proxy strips

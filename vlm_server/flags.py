@@ -37,6 +37,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("model-name", "checkpoint", "the model's id for clients (default: MODEL as given)"),
         Flag("revision", "checkpoint", "branch, tag or commit on the hub"),
         Flag("download-dir", "checkpoint", "folder for downloads (default: the hub's cache, see HF_HOME)"),
+        Flag("lora-model", "checkpoint", "folder or hub id of a LoRA (PEFT) that is merged into the weights"),
+        Flag("tokenizer-path", "checkpoint", "folder of another tokenizer (default: the LoRA's, if it has one, or the checkpoint's)"),
         Flag("trust-remote-code", "engine", "run code that the checkpoint brings", bool),
         Flag("load-format", "engine", "how weights are stored; dummy: random ones", LOAD_FORMATS),
         Flag("dtype", "engine", "of weights and KV cache; auto on a CPU: float32", DTYPES),

@@ -65,6 +65,7 @@ class Pipeline:
         cls,
         model_folder: str | Path,
         *,
+        tokenizer_folder: str | None = None,
         images: ImageLoader | None = None,
         chat_template: str | None = None,
         meta_instruction: str | None = None,
@@ -72,9 +73,9 @@ class Pipeline:
     ) -> "Pipeline":
         """The pipeline of the checkpoint in `model_folder`; blocks while its tokenizer is read.
 
-        chat_template: a Jinja file in place of the model's own template.
+        tokenizer_folder: of another tokenizer. chat_template: a Jinja file in place of the model's own template.
         """
-        tokenizer = load_tokenizer(model_folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(tokenizer_folder or model_folder, trust_remote_code=trust_remote_code)
         family = load_family(model_folder)
         template = load_chat_template(
             model_folder,
