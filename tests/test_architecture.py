@@ -118,8 +118,10 @@ MAY_IMPORT = {
     "vlm_server.routes.embeddings": (
         ".auth .context .embedding_protocol .errors .middleware .response_schema .shapes .streaming engine.request"
     ),
+    "vlm_server.routes.control": ".context .errors .response_schema",
     "vlm_server.routes.health": ".context .errors .metrics .response_schema engine.request",
     "vlm_server.routes.models": ".context .errors .response_schema",
+    "vlm_server.routes.scoring": (".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request"),
     "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol",
     "vlm_server.sampling": ".errors .protocol engine.request",
     "vlm_server.serving": ".app .backend .config engine.request",

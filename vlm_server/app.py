@@ -21,7 +21,7 @@ from vlm_server.docs import add_docs
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
-from vlm_server.routes import chat, completions, embeddings, health, models, tokens
+from vlm_server.routes import chat, completions, control, embeddings, health, models, scoring, tokens
 from vlm_server.sampling import SamplingDefaults
 
 
@@ -37,8 +37,9 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
             yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for router in (models.router, chat.router, completions.router, embeddings.router, tokens.router, health.health_router):
-        app.include_router(router)
+    for module in (models, chat, completions, embeddings, tokens, scoring, control):
+        app.include_router(module.router)
+    app.include_router(health.health_router)
     if config.enable_metrics:
         app.include_router(health.metrics_router)
     if config.enable_docs:

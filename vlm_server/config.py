@@ -31,6 +31,7 @@ class ServerConfig:
     strict_fields: bool = False  # refuse fields that no API documents
     max_body_bytes: int = 128 << 20
     sse_ping_s: float = 0.0  # seconds between the comment lines of a silent stream; 0: none
+    allow_terminate_by_client: bool = False
     enable_metrics: bool = True
     enable_docs: bool = True
     log_level: str = "INFO"

@@ -101,8 +101,8 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
         description = "Events `data: {…}` of the shape " + stream_model + ", then `data: [DONE]`, with `stream: true`."
         stream_schema = {"type": "string", "description": description}
         responses["200"]["content"]["text/event-stream"] = {"schema": stream_schema, "x-event-schema": _ref(stream_model)}
-    if "requestBody" in operation:
-        operation["requestBody"]["content"]["application/json"]["examples"] = request_examples(config.model_name)[path]
+    if "requestBody" in operation and (examples := request_examples(config.model_name).get(path)):
+        operation["requestBody"]["content"]["application/json"]["examples"] = examples
     for parameter in operation.get("parameters", ()):
         parameter["example"] = config.model_name
     if path == "/metrics":

@@ -13,7 +13,7 @@ from vlm_server.errors import bad_request
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, NamedJsonSchema, RegexFormat, StructuredOutputs, TextFormat
 from vlm_server.message_schema import ChatMessage, ImagePart, ImageUrl, TextPart
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
-from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest
+from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, PerplexityRequest, PoolingRequest, TokenizeRequest
 
 NO_OPS = frozenset({"kwargs", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 
@@ -75,6 +75,8 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     ChatMessage: _UNSUPPORTED_IN_MESSAGE,
     EmbeddingsRequest: {"truncate_prompt_tokens": (), "normalize": (True,), "add_special_tokens": (True,), "messages": ()},
     EncodeRequest: {},
+    PerplexityRequest: {},
+    PoolingRequest: {"encoding_format": ("float",), "dimensions": ()},
     TokenizeRequest: {"tools": ([],), "continue_final_message": (False,), "mm_processor_kwargs": ({},)},
     DetokenizeRequest: {},
     StreamOptions: {"include_obfuscation": (False,)},

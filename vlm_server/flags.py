@@ -62,6 +62,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("strict-fields", "server", "refuse request fields that no API documents, instead of a warning", bool),
         Flag("max-body-bytes", "server", "largest request body", int),
         Flag("sse-ping-s", "server", "seconds between comment lines in a silent stream; 0: none", float),
+        Flag("allow-terminate-by-client", "server", "let GET /terminate end the server", bool),
         Flag("metrics", "server", "GET /metrics", bool, "enable_metrics"),
         Flag("fastapi-docs", "server", "GET / and /openapi.json", bool, "enable_docs"),
         Flag("log-level", "server", "what is logged", LOG_LEVELS),

@@ -162,6 +162,10 @@ class HealthResponse(BaseModel):
     message: str
 
 
+class IsSleepingResponse(BaseModel):
+    is_sleeping: bool
+
+
 class ErrorDetail(BaseModel):
     message: str
     type: str
@@ -204,6 +208,11 @@ class TokenizeResponse(BaseModel):
     max_model_len: int = Field(description="The window: tokens of prompt and answer together.")
     tokens: list[int]
     token_strs: list[str] | None = None
+    warnings: list[str] = Field(default_factory=list)
+
+
+class PerplexityResponse(BaseModel):
+    ppl: float = Field(description="The mean negative log-probability of a token, in nats.")
     warnings: list[str] = Field(default_factory=list)
 
 

@@ -91,6 +91,7 @@ class FakeEngine:
     def __init__(self, activity: Activity) -> None:
         self.activity = activity
         self.state = "ready"
+        self.failure: str | None = None
         self.num_restarts = 0
         self.script: Script = reply_to
         self.group = 1
@@ -131,6 +132,9 @@ class FakeEngine:
         return EngineStats(num_running=len(self.activity), max_batched_requests=3, num_cached_prompt_tokens=7, num_embedding_cache_hits=2)
 
     def _outputs(self, prompt: Prompt, params: SamplingParams, request_id: str) -> list[StepOutput]:
+        if params.prompt_logprobs is not None and params.max_tokens == 0:
+            scored = [_logprobs(token_id, 0) for token_id in prompt.token_ids[1:]]
+            return [StepOutput(request_id=request_id, finish_reason=FinishReason.LENGTH, prompt_logprobs=scored)]
         if params.pools:
             embedding = [float(token_id) for token_id in (*prompt.token_ids, *[0] * HIDDEN_SIZE)[:HIDDEN_SIZE]]
             return [StepOutput(request_id=request_id, finish_reason=FinishReason.LENGTH, embedding=embedding)]

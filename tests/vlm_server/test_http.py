@@ -187,6 +187,12 @@ def test_health_tells_the_engines_state(server: RunningServer, state: str, statu
     assert state in response.json()["message"]
 
 
+def test_health_says_why_the_engine_failed(server: RunningServer) -> None:
+    server.backend.engine.state, server.backend.engine.failure = "failed", "the checkpoint lacks a tensor"
+
+    assert "the checkpoint lacks a tensor" in get(server, "/health").json()["message"]
+
+
 def test_metrics_show_the_engine_and_the_latencies(server: RunningServer) -> None:
     post(server, max_tokens=4)
 

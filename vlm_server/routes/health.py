@@ -18,9 +18,10 @@ _STATUS = {"ready": "healthy", "starting": "initializing"}
 
 @health_router.get("/health", response_model=HealthResponse, summary="200 while the engine can take requests, else 503")
 async def health(request: Request) -> Response:
-    state = context_of(request).backend.engine.state
-    status = _STATUS.get(str(state), "unhealthy")
-    content = msgspec.json.encode({"status": status, "message": f"the engine is {state!s}"})
+    engine = context_of(request).backend.engine
+    status = _STATUS.get(str(engine.state), "unhealthy")
+    message = f"the engine is {engine.state!s}" + (f": {engine.failure}" if engine.failure else "")
+    content = msgspec.json.encode({"status": status, "message": message})
     if status == "healthy":
         return Response(content, media_type="application/json")
     return Response(content, 503, {"retry-after": str(RETRY_AFTER_S)}, media_type="application/json")
