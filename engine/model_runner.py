@@ -25,7 +25,7 @@ from engine.models.decoder import Decoder
 from engine.models.fallback import FallbackDecoder, load_reference
 from engine.models.lora import Lora, MergedCheckpoint
 from engine.models.registry import UnsupportedModelError, eos_token_ids, fast_spec, load_config
-from engine.models.weights import Checkpoint, fill, fill_module, open_checkpoint
+from engine.models.weights import Checkpoint, check_names, fill, fill_module, open_checkpoint
 from engine.reading import Reading, read_chunks
 from engine.request import Chunk, Plan
 from vision.encoder import VisionEncoder
@@ -120,9 +120,16 @@ class ModelRunner:
         if self.lora:
             checkpoint = MergedCheckpoint(checkpoint, self.lora)
         with torch.inference_mode():
-            decoder = Decoder(spec, self.model_config.get_text_config(), group=self.group, dtype=self.dtype, device=self.device)
-            fill(decoder.sources(), checkpoint, on_progress=on_progress)
-            decoder.pack()
+            staging = torch.device("cpu") if config.load_in_8bit else self.device  # where a whole layer must fit only for a moment
+            decoder = Decoder(spec, self.model_config.get_text_config(), group=self.group, dtype=self.dtype, device=staging)
+            stages = decoder.stages(in_8bit=config.load_in_8bit)
+            check_names([source for stage in stages for source in stage.sources()], checkpoint)
+            for number, stage in enumerate(stages, 1):
+                fill(stage.sources(), checkpoint)
+                stage.finish()
+                on_progress(number / len(stages))
+            if staging != self.device:
+                decoder.to(self.device)
         has_vision = getattr(self.model_config, "vision_config", None) is not None
         encoder = self._load_encoder(checkpoint) if has_vision and self.group.rank == 0 else None
         if encoder:
@@ -150,7 +157,7 @@ class ModelRunner:
         )
         if self.lora:
             self.lora.merge_into(model)
-        pack_linears(model)
+        pack_linears(model, in_8bit=config.load_in_8bit)
         has_vision = getattr(self.model_config, "vision_config", None) is not None
         encoder = VisionEncoder.from_model(model) if has_vision else None
         with torch.inference_mode():

@@ -37,6 +37,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("model-name", "checkpoint", "the model's id for clients (default: MODEL as given)"),
         Flag("revision", "checkpoint", "branch, tag or commit on the hub"),
         Flag("download-dir", "checkpoint", "folder for downloads (default: the hub's cache, see HF_HOME)"),
+        Flag("load-in-8bit", "engine", "keep the language model's linear layers in int8: less memory, slower", bool),
         Flag("lora-model", "checkpoint", "folder or hub id of a LoRA (PEFT) that is merged into the weights"),
         Flag("tokenizer-path", "checkpoint", "folder of another tokenizer (default: the LoRA's, if it has one, or the checkpoint's)"),
         Flag("trust-remote-code", "engine", "run code that the checkpoint brings", bool),
