@@ -12,6 +12,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
+from engine.first_token import FirstTokenClock
 from engine.request import EngineInfo, EngineStats, InvalidRequestError, Plan, Prompt, Request, SampledToken, SamplingParams, StepOutput
 from engine.sampler import SamplingRow, sample
 from engine.scheduler import Scheduler
@@ -34,6 +35,7 @@ class Engine:
         self.scheduler = Scheduler(self.config, num_blocks=self.runner.num_blocks, eos_token_ids=self.runner.eos_token_ids)
         self.embeddings = EmbeddingCache(config.embedding_cache_bytes)
         self.encoding: Encoding | None = None
+        self.clock = FirstTokenClock()
         self._own = EngineStats()
         self._num_requests = 0
         self._load_time_s = time.monotonic() - started
@@ -67,12 +69,14 @@ class Engine:
         if params.seed is None:
             params = replace(params, seed=self.config.seed + self._num_requests)
         self.scheduler.add(Request(request_id, prompt, params))
+        self.clock.added(request_id)
         num_hits = sum(self.embeddings.touch(image.content_hash) for image in prompt.images)
         self._own = replace(self._own, num_embedding_cache_hits=self._own.num_embedding_cache_hits + num_hits)
 
     def abort(self, request_id: str) -> StepOutput | None:
         """End a request; its blocks are free on return. None where it is unknown or has ended."""
         output = self.scheduler.abort(request_id)
+        self.clock.ended(request_id)
         self._drop_unwanted_encoding()
         return output
 
@@ -80,10 +84,12 @@ class Engine:
         """Compute one plan, and a slice of the pictures that wait."""
         started = time.perf_counter()
         plan = self.scheduler.schedule()
+        for chunk in plan.chunks:
+            self.clock.begun(chunk.request_id)
         outputs, tensor_s = self._compute(plan) if plan.chunks else ([], 0.0)
         encode_s, failed = self._encode(step_s=tensor_s if plan.chunks else None)
         self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
-        return outputs + failed
+        return [self._timed(output) for output in outputs + failed]
 
     def stats(self) -> EngineStats:
         counted = self.scheduler.stats()
@@ -150,6 +156,11 @@ class Engine:
         broken = [request_id for request_id, finite in zip(request_ids, is_finite, strict=True) if not finite]
         return dict(zip(request_ids, tokens, strict=True)), broken
 
+    def _timed(self, output: StepOutput) -> StepOutput:
+        """A request's first output says where its time went."""
+        timings_s = self.clock.ended(output.request_id)
+        return output if timings_s is None else replace(output, timings_s=timings_s)
+
     def _encode(self, *, step_s: float | None) -> tuple[float, list[StepOutput]]:
         """Encode for a share of the time beside a step of `step_s`, for longer beside none; seconds taken and requests that failed."""
         if self.encoding is None:
@@ -157,6 +168,8 @@ class Engine:
             if not needed or self.runner.encoder is None:
                 return 0.0, []
             self.encoding = Encoding(self.runner.encoder, choose_batch(self.runner.encoder, needed), self.runner.device)
+            for request_id in self._requests_with(self.encoding):
+                self.clock.begun(request_id)
         share = self.config.encoder_share
         budget_s = IDLE_ENCODE_S if step_s is None else max(MIN_ENCODE_S, step_s * share / (1 - share))
         started = time.perf_counter()
@@ -168,15 +181,19 @@ class Engine:
         encoding, self.encoding = self.encoding, None
         assert encoding is not None
         if encoding.result is None:
-            wanting = {request_id for image in encoding.images for request_id in self.scheduler.requests_with_image(image.content_hash)}
-            failures = [self.scheduler.fail(request_id, "a picture could not be encoded") for request_id in sorted(wanting)]
+            failures = [self.scheduler.fail(request_id, "a picture could not be encoded") for request_id in self._requests_with(encoding)]
             return [output for output in failures if output]
         for image, embedding in zip(encoding.images, encoding.result, strict=True):
             self.embeddings.add(image.content_hash, embedding)
             self.scheduler.image_ready(image.content_hash)
+        for request_id in self._requests_with(encoding):
+            self.clock.encoded(request_id)
         self._own = replace(self._own, num_images_encoded=self._own.num_images_encoded + len(encoding.images))
         self._shrink_embeddings()
         return []
+
+    def _requests_with(self, encoding: Encoding) -> list[str]:
+        return sorted({request_id for image in encoding.images for request_id in self.scheduler.requests_with_image(image.content_hash)})
 
     def _drop_unwanted_encoding(self) -> None:
         """Stop encoding pictures that no request wants any more."""

@@ -244,6 +244,7 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None  # with FinishReason.ERROR
     num_cached_tokens: int = 0  # prompt slots that came from the prefix cache
+    timings_s: dict[str, float] | None = None  # a request's first: seconds of queue, encode (if a picture had to be) and prefill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,7 +82,7 @@ def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics) -> Non
         allow_methods=config.allow_methods,
         allow_headers=config.allow_headers,
         allow_credentials=config.allow_credentials,
-        expose_headers=["X-Request-Id"],
+        expose_headers=["X-Request-Id", "Server-Timing"],
     )
     app.add_middleware(RequestLog, metrics=metrics)
     app.add_middleware(RootPath, root_path=config.root_path)

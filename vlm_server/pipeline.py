@@ -15,6 +15,7 @@ from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, m
 from vision.families import Family, load_family
 from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
 from vlm_server.chat_template import ChatTemplate, Message, TemplateError, load_chat_template
+from vlm_server.stage_timings import StageTimings
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
 NUM_THREADS = 2  # a very long text occupies one; the event loop none
@@ -93,16 +94,21 @@ class Pipeline:
         template_kwargs: dict[str, Any] | None = None,
         tenant: str = "",
         add_generation_prompt: bool = True,
+        timings: StageTimings | None = None,
     ) -> Prompt:
         """The prompt for a conversation whose shape is already checked.
 
+        timings: is given the stages template, pictures (and within it picture-fetch, -decode, -preprocess) and tokenize.
         Raises TemplateError, ImagesNotSupportedError, or the vision service's MediaError, each naming the field.
         """
         marker = _new_marker()
-        refs, text = await self._rendered(messages, tools, template_kwargs, add_generation_prompt, marker)
-        loaded = await self._images.load(refs, tenant=tenant) if refs and self._images is not None else []
+        timings = timings or StageTimings()
+        with timings.stage("template"):
+            refs, text = await self._rendered(messages, tools, template_kwargs, add_generation_prompt, marker)
+        loaded = await self._loaded(refs, tenant, timings)
         try:
-            return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant))
+            with timings.stage("tokenize"):
+                return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant))
         except BaseException:
             for array in (array for image in loaded for array in image.arrays.values()):
                 array.close()
@@ -163,6 +169,15 @@ class Pipeline:
             )
         )
         return refs, text
+
+    async def _loaded(self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings) -> list[ProcessedImage]:
+        if not refs or self._images is None:
+            return []
+        with timings.stage("pictures"):
+            loaded = await self._images.load(refs, tenant=tenant)
+        for image in loaded:
+            timings.add_slowest("picture", image.timings_s)
+        return loaded
 
     def _token_prompt(self, token_ids: tuple[int, ...], tenant: str) -> Prompt:
         if not token_ids:
