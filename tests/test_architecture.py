@@ -76,10 +76,11 @@ MAY_IMPORT = {
     "vision.workers": ".frames",
     "vlm_server": "",
     "vlm_server.app": (
-        ".auth .backend .config .context .docs .errors .metrics .middleware .routes.* .sampling engine.request vision.image"
+        ".auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling engine.request vision.image"
     ),
     "vlm_server.auth": ".errors",
     "vlm_server.backend": ".config .detokenizer .pipeline .stage_timings engine.client engine.request vision.service",
+    "vlm_server.chat_page": ".config .examples",
     "vlm_server.chat_template": "engine.request",
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": ".checkpoint .config .environment .flags .serving engine.config vision.config vlm_server",

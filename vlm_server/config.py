@@ -32,6 +32,7 @@ class ServerConfig:
     sse_ping_s: float = 0.0  # seconds between the comment lines of a silent stream; 0: none
     enable_metrics: bool = True
     enable_docs: bool = True
+    enable_ui: bool = True
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:

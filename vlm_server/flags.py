@@ -62,6 +62,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("sse-ping-s", "server", "seconds between comment lines in a silent stream; 0: none", float),
         Flag("metrics", "server", "GET /metrics", bool, "enable_metrics"),
         Flag("fastapi-docs", "server", "GET / and /openapi.json", bool, "enable_docs"),
+        Flag("ui", "server", "the chat page, GET /ui", bool, "enable_ui"),
         Flag("log-level", "server", "what is logged", LOG_LEVELS),
     ),
     "engine": (
