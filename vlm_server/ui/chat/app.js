@@ -50,14 +50,13 @@ async function start() {
   byId("model").addEventListener("change", (event) => (settings.model = event.target.value));
   document.addEventListener("keydown", onKey);
   addEventListener("hashchange", () => open(location.hash.slice(1)));
-  const connected = connect();
+  connect().catch(() => {}); // the list of models says so; the next question tries again
   limits().then(
     (found) => (serverLimits = found),
     () => {},
   ); // the server itself refuses what is too big
   await archive.open();
   open(location.hash.slice(1));
-  await connected;
 }
 
 // The server

@@ -35,6 +35,6 @@ export async function messagesOf(turns, { system, blobOf }) {
 /** What the server said, with the picture's name in place of its path in the request. */
 export function explained(error, names) {
   const path = [...names.keys()].find((path) => error.param === path || error.message.startsWith(`${path}:`));
-  const message = path ? error.message.replace(path, `Picture “${names.get(path)}”`) : error.message;
+  const message = path ? `Picture “${names.get(path)}”: ${error.message.replaceAll(`${path}: `, "")}` : error.message;
   return message.charAt(0).toUpperCase() + message.slice(1);
 }

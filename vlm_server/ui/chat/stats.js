@@ -47,7 +47,7 @@ export function statsElement(stats) {
   const details = element(
     "details",
     { class: "stats" },
-    element("summary", {}, icon("chevron"), element("span", {}, ...summary(stats))),
+    element("summary", {}, icon("chevron"), summary(stats)),
     table,
   );
   const { usage } = stats;
@@ -63,7 +63,7 @@ export function duration(ms) {
     : `${(ms / 1000).toFixed(ms < 99_950 ? 2 : 0)} s`;
 }
 
-/** Parts that a line is broken between, never within. */
+/** A line that breaks between its parts, never within one. */
 function summary({ first, pieces, usage, generate }) {
   const count = usage ? usage.completion_tokens : pieces;
   const speed = tokensPerSecond({ usage, pieces, generate });
@@ -72,7 +72,8 @@ function summary({ first, pieces, usage, generate }) {
     speed && `${speed < 100 ? speed.toFixed(1) : Math.round(speed)} tokens/s`,
     `first after ${duration(first)}`,
   ];
-  return parts.filter(Boolean).map((part) => element("span", { class: "part" }, part));
+  const shown = parts.filter(Boolean).flatMap((part) => [" · ", element("span", { class: "part" }, part)]);
+  return element("span", {}, ...shown.slice(1));
 }
 
 /** Of the tokens after the first; an interrupted answer has no usage, and one piece is about a token. */
