@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image, ImageDraw
-from playwright.sync_api import BrowserContext, Locator, Page, Route, expect, sync_playwright
 from playwright.sync_api import Browser as Chromium
+from playwright.sync_api import BrowserContext, Locator, Page, Route, expect, sync_playwright
 
 from engine.request import Prompt, SamplingParams
 from tests.contract.running import RunningServer
@@ -135,7 +135,9 @@ _TRANSFER = """
   const options = { bubbles: true, cancelable: true };
   const target = document.querySelector("#turns");
   if (name === "paste") target.dispatchEvent(new ClipboardEvent("paste", { ...options, clipboardData: transfer }));
-  else for (const event of ["dragenter", "dragover", "drop"]) target.dispatchEvent(new DragEvent(event, { ...options, dataTransfer: transfer }));
+  else for (const event of ["dragenter", "dragover", "drop"]) {
+    target.dispatchEvent(new DragEvent(event, { ...options, dataTransfer: transfer }));
+  }
 }
 """
 

@@ -4,10 +4,11 @@
  * An answer belongs to its conversation, not to what is shown: it goes on while another conversation is looked at.
  */
 
-import { ApiError, apiKey, limits, models, streamChat } from "./api.js";
+import { limits, streamChat } from "./api.js";
 import { Composer } from "./composer.js";
-import { askForKey, closeOnBackdrop, confirmDelete, showPicture } from "./dialogs.js";
-import { byId, element, newId } from "./dom.js";
+import { Connection } from "./connection.js";
+import { closeOnBackdrop, confirmDelete, showPicture } from "./dialogs.js";
+import { byId, newId } from "./dom.js";
 import { History, picturesOf } from "./history.js";
 import { explained, messagesOf } from "./requests.js";
 import { Settings } from "./settings.js";
@@ -26,6 +27,7 @@ let editedIndex = null; // of the turn that the next message replaces
 const running = new Map(); // conversation id → AbortController
 
 const settings = new Settings();
+const connection = new Connection(settings);
 const archive = new History((why) => {
   byId("history-note").textContent = `Conversations are lost when this page is closed: ${why}.`;
   byId("history-note").classList.add("trouble");
@@ -44,61 +46,17 @@ start();
 async function start() {
   closeOnBackdrop();
   byId("open-settings").addEventListener("click", () => byId("settings").showModal());
-  byId("change-key").addEventListener("click", changeKey);
   byId("cancel-edit").addEventListener("click", cancelEdit);
   byId("try-example").addEventListener("click", tryExample);
-  byId("model").addEventListener("change", (event) => (settings.model = event.target.value));
   document.addEventListener("keydown", onKey);
   addEventListener("hashchange", () => open(location.hash.slice(1)));
-  connect().catch(() => {}); // the list of models says so; the next question tries again
+  connection.open().catch(() => {}); // the list of models says so; the next question tries again
   limits().then(
     (found) => (serverLimits = found),
     () => {},
   ); // the server itself refuses what is too big
   await archive.open();
   open(location.hash.slice(1));
-}
-
-// The server
-
-/** Fills the list of models; asks for a key where one is needed. */
-async function connect() {
-  const select = byId("model");
-  try {
-    const found = await withKey(models);
-    const names = found.map((model) => model.id);
-    const chosen = names.includes(settings.model) ? settings.model : names[0];
-    select.replaceChildren(...names.map((name) => element("option", { value: name, selected: name === chosen }, name)));
-    select.disabled = false;
-  } catch (error) {
-    select.replaceChildren(element("option", {}, error.status === 401 ? "Locked" : "Not connected"));
-    select.disabled = true;
-    throw error;
-  }
-}
-
-/** `call()`, and again with each key that the user gives while the server wants another. */
-async function withKey(call) {
-  for (;;) {
-    try {
-      return await call();
-    } catch (error) {
-      if (!(error instanceof ApiError) || error.status !== 401) throw error;
-      const reason = apiKey.get() ? "This server does not know that key." : "This server answers with an API key only.";
-      if (!(await askForKey(reason))) throw error;
-    }
-  }
-}
-
-async function changeKey() {
-  byId("settings").close();
-  if (await askForKey("Leave it empty to forget the key.")) await connect().catch(() => {});
-}
-
-/** The chosen model; where none is known yet, the server is asked once more. */
-async function chosenModel() {
-  if (byId("model").disabled) await connect();
-  return byId("model").value;
 }
 
 // Asking and answering
@@ -130,11 +88,11 @@ async function answer(conversation) {
   const keeping = setInterval(() => keep(conversation), KEEP_MS);
   await keep(conversation);
   try {
-    turn.model = await chosenModel();
+    turn.model = await connection.chosenModel();
     const found = await messagesOf(conversation.turns, { system: settings.system, blobOf: (id) => archive.blob(id) });
     names = found.names;
     const body = { model: turn.model, messages: found.messages, ...settings.sampling() };
-    const result = await withKey(() => {
+    const result = await connection.withKey(() => {
       watch = new Stopwatch();
       return streamChat(body, {
         signal: controller.signal,
@@ -228,12 +186,12 @@ function create() {
   composer.focus();
 }
 
+/** Shows the conversation; without one of that name an empty one. */
 function open(id) {
   const found = archive.get(id);
-  if (!found && current.turns.length === 0) return show(current);
-  if (found === current) return;
+  const isUnused = current.turns.length === 0;
   cancelEdit();
-  current = found ?? newConversation();
+  current = found ?? (isUnused ? current : newConversation());
   for (const turn of current.turns) {
     if (turn.status === "streaming" && !running.has(current.id)) turn.status = "stopped"; // the page was left
   }
@@ -285,6 +243,7 @@ function show(conversation) {
 function refresh() {
   const isEmpty = current.turns.length === 0;
   byId("welcome").hidden = !isEmpty;
+  byId("turns").hidden = isEmpty;
   byId("conversation-title").textContent = current.title;
   byId("conversation-title").hidden = isEmpty;
   document.title = isEmpty ? "Chat · vlm-server" : `${current.title} · vlm-server`;

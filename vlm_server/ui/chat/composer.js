@@ -98,13 +98,15 @@ export class Composer {
   }
 
   #onKey(event) {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing || TOUCH_ONLY.matches) return;
+    const isComposing = event.isComposing || event.keyCode === 229; // 229: the Enter that ends a composition in Safari
+    if (event.key !== "Enter" || event.shiftKey || isComposing || TOUCH_ONLY.matches) return;
     event.preventDefault();
     this.#send();
   }
 
   #onPaste(event) {
     const files = filesOf(event.clipboardData);
+    if (event.clipboardData.types.includes("text/plain")) return; // cells of a table come as text and as a picture of it
     if (!files.length || document.querySelector("dialog[open]")) return;
     event.preventDefault();
     this.add(files);
