@@ -318,6 +318,25 @@ def test_a_server_that_is_gone_is_said_to_be(chat: ChatPage) -> None:
     expect(chat.answers.get_by_role("alert")).to_have_text("The server cannot be reached.")
 
 
+def test_a_server_that_was_away_is_found_again_and_waiting_for_it_can_be_stopped(browser_program: Browser, scripted: RunningServer) -> None:
+    with chat_page(browser_program, scripted.url) as chat:
+        chat.page.route("**/v1/models", lambda route: route.abort())
+        chat.page.goto(f"{scripted.url}/ui")
+        expect(chat.page.get_by_role("combobox", name="Model")).to_have_text("Not connected")
+        chat.page.unroute("**/v1/models")
+        chat.page.route("**/v1/models", lambda route: None)  # never answered
+        chat.ask("Hello?")
+        chat.stop_button.click()
+        expect(chat.answers).to_contain_text("Stopped before the first token")
+        chat.page.unroute("**/v1/models")
+
+        chat.page.get_by_role("button", name="Answer again").click()
+        chat.answered()
+
+        expect(chat.answers.locator(".markdown")).to_have_text([DEFAULT_REPLY])
+        expect(chat.page.get_by_role("combobox", name="Model")).to_have_value(scripted.model)
+
+
 def test_the_cost_of_an_answer_is_shown_with_every_stage(chat: ChatPage) -> None:
     chat.ask("How long?", picture())
     chat.answered()

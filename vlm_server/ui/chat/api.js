@@ -24,12 +24,17 @@ export const apiKey = {
   },
 };
 
-export async function models() {
-  return (await (await request("v1/models")).json()).data;
+export async function models(signal) {
+  return (await (await request("v1/models", { signal })).json()).data;
 }
 
 export async function limits() {
   return (await request("ui/limits.json")).json();
+}
+
+/** A picture to begin with, as a blob. */
+export async function example() {
+  return (await request("ui/example.png")).blob();
 }
 
 /**

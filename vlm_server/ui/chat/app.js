@@ -4,7 +4,7 @@
  * An answer belongs to its conversation, not to what is shown: it goes on while another conversation is looked at.
  */
 
-import { limits, streamChat } from "./api.js";
+import { example, limits, streamChat } from "./api.js";
 import { Composer } from "./composer.js";
 import { Connection } from "./connection.js";
 import { closeOnBackdrop, confirmDelete, showPicture } from "./dialogs.js";
@@ -51,26 +51,24 @@ async function start() {
   document.addEventListener("keydown", onKey);
   addEventListener("hashchange", () => open(location.hash.slice(1)));
   connection.open().catch(() => {}); // the list of models says so; the next question tries again
-  limits().then(
-    (found) => (serverLimits = found),
-    () => {},
-  ); // the server itself refuses what is too big
+  const limited = limits().then((found) => (serverLimits = found));
+  limited.catch(() => {}); // the server itself refuses what is too big
   await archive.open();
   open(location.hash.slice(1));
 }
 
 // Asking and answering
 
-async function send({ text, pictures }) {
+function send({ text, pictures }) {
   const conversation = current;
-  if (editedIndex !== null) await truncate(conversation, editedIndex, pictures);
+  if (editedIndex !== null) truncate(conversation, editedIndex, pictures);
   const kept = pictures.map(({ blob, ...picture }) => picture);
   conversation.turns.push({ role: "user", text, pictures: kept });
   if (!conversation.isNamed) conversation.title = titleOf(conversation);
-  for (const { blob, ...picture } of pictures) await archive.addPicture(conversation.id, picture, blob);
+  for (const { blob, ...picture } of pictures) archive.addPicture(conversation.id, picture, blob);
   address(`#${conversation.id}`);
   show(conversation);
-  await answer(conversation);
+  answer(conversation);
 }
 
 /** Writes one answer at the end of a conversation whose last turn is the user's. */
@@ -86,9 +84,9 @@ async function answer(conversation) {
   let usage = null;
   let names = new Map();
   const keeping = setInterval(() => keep(conversation), KEEP_MS);
-  await keep(conversation);
+  keep(conversation);
   try {
-    turn.model = await connection.chosenModel();
+    turn.model = await connection.chosenModel(controller.signal);
     const found = await messagesOf(conversation.turns, { system: settings.system, blobOf: (id) => archive.blob(id) });
     names = found.names;
     const body = { model: turn.model, messages: found.messages, ...settings.sampling() };
@@ -112,6 +110,7 @@ async function answer(conversation) {
     const isStopped = controller.signal.aborted;
     Object.assign(turn, isStopped ? { status: "stopped" } : { status: "failed", error: explained(error, names) });
     if (isStopped) say("Stopped");
+    if (error.code === "model_not_found") connection.open().catch(() => {}); // the server has another one now
   }
   clearInterval(keeping);
   turn.stats = watch.stats(usage);
@@ -126,11 +125,11 @@ function stop() {
 }
 
 /** The last answer anew. */
-async function retry() {
+function retry() {
   if (running.has(current.id)) return;
   current.turns.pop();
   turns.show(current.turns);
-  await answer(current);
+  answer(current);
 }
 
 async function edit(index) {
@@ -155,19 +154,22 @@ function cancelEdit() {
 }
 
 /** Takes away the turns from `index` on, and the pictures that only they had. */
-async function truncate(conversation, index, keptPictures) {
+function truncate(conversation, index, keptPictures) {
   const keptIds = new Set(
     [...picturesOf(conversation.turns.slice(0, index)), ...keptPictures].map((picture) => picture.id),
   );
   const removed = picturesOf(conversation.turns.splice(index));
   editedIndex = null;
   byId("editing").hidden = true;
-  await archive.removePictures(removed.map((picture) => picture.id).filter((id) => !keptIds.has(id)));
+  archive.removePictures(removed.map((picture) => picture.id).filter((id) => !keptIds.has(id)));
 }
 
 async function tryExample() {
-  const picture = await (await fetch(new URL("./example.png", import.meta.url))).blob();
-  await composer.add([new File([picture], "example.png", { type: "image/png" })]);
+  try {
+    await composer.add([new File([await example()], "example.png", { type: "image/png" })]);
+  } catch (error) {
+    return composer.notice(error.message);
+  }
   byId("message").value ||= EXAMPLE_QUESTION;
   byId("message").dispatchEvent(new Event("input"));
 }

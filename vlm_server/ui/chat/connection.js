@@ -14,10 +14,10 @@ export class Connection {
     byId("change-key").addEventListener("click", () => this.#changeKey());
   }
 
-  /** Fills the list of models; asks for a key where one is needed. Rejects with ApiError. */
-  async open() {
+  /** Fills the list of models; asks for a key where one is needed. Rejects with ApiError, or AbortError. */
+  async open(signal) {
     try {
-      const names = (await this.withKey(models)).map((model) => model.id);
+      const names = (await this.withKey(() => models(signal))).map((model) => model.id);
       const chosen = names.includes(this.#settings.model) ? this.#settings.model : names[0];
       this.#select.replaceChildren(
         ...names.map((name) => element("option", { value: name, selected: name === chosen }, name)),
@@ -31,8 +31,8 @@ export class Connection {
   }
 
   /** The chosen model; where none is known yet, the server is asked once more. */
-  async chosenModel() {
-    if (this.#select.disabled) await this.open();
+  async chosenModel(signal) {
+    if (this.#select.disabled) await this.open(signal);
     return this.#select.value;
   }
 
