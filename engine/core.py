@@ -16,6 +16,7 @@ from engine.beams import Beams, BeamSearch
 from engine.config import EngineConfig
 from engine.continuations import continuations
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
+from engine.first_token import FirstTokenClock
 from engine.guided import Guides, Mask
 from engine.reading import Reading
 from engine.request import (
@@ -56,6 +57,7 @@ class Engine:
         self.guides = Guides(vocab_size=self.runner.vocab_size, eos_token_ids=self.runner.eos_token_ids)
         self._compiling: dict[str, Future[None]] = {}  # held requests and what they wait for
         self._readings: dict[str, Reading] = {}  # of prompts that are not wholly computed
+        self.clock = FirstTokenClock()
         self._own = EngineStats()
         self._num_requests = 0
         self._load_time_s = time.monotonic() - started
@@ -96,6 +98,7 @@ class Engine:
             params = replace(params, seed=self.config.seed + self._num_requests)
         request = Request(request_id, prompt, params)
         self.scheduler.add(request)
+        self.clock.added(request_id)
         if params.num_beams > 1:
             self.beams.begin(request)
         if params.grammar is not None:
@@ -116,13 +119,16 @@ class Engine:
         started = time.perf_counter()
         self._release_compiled()
         plan = self.scheduler.schedule()
+        for chunk in plan.chunks:
+            self.clock.begun(chunk.request_id)
         outputs, tensor_s = self._compute(plan) if plan.chunks else ([], 0.0)
         encode_s, failed = self._encode(step_s=tensor_s if plan.chunks else None)
         self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
-        for output in (*outputs, *failed):
+        timed = [self._timed(output) for output in outputs + failed]
+        for output in timed:
             if output.finish_reason is not None:
                 self._forget(output.request_id)
-        return outputs + failed
+        return timed
 
     def stats(self) -> EngineStats:
         counted = self.scheduler.stats()
@@ -233,6 +239,7 @@ class Engine:
 
     def _forget(self, request_id: str) -> None:
         """What is kept beside a request that has ended."""
+        self.clock.ended(request_id)
         self._readings.pop(request_id, None)
         self._compiling.pop(request_id, None)
         self.guides.end(request_id)
@@ -249,6 +256,11 @@ class Engine:
         reading = self._readings.pop(output.request_id, None)
         return output if reading is None else replace(output, embedding=reading.mean(), prompt_logprobs=reading.logprobs)
 
+    def _timed(self, output: StepOutput) -> StepOutput:
+        """A request's first output says where its time went."""
+        timings_s = self.clock.ended(output.request_id)
+        return output if timings_s is None else replace(output, timings_s=timings_s)
+
     def _encode(self, *, step_s: float | None) -> tuple[float, list[StepOutput]]:
         """Encode for a share of the time beside a step of `step_s`, for longer beside none; seconds taken and requests that failed."""
         if self.encoding is None:
@@ -256,6 +268,8 @@ class Engine:
             if not needed or self.runner.encoder is None:
                 return 0.0, []
             self.encoding = Encoding(self.runner.encoder, choose_batch(self.runner.encoder, needed), self.runner.device)
+            for request_id in self._requests_with(self.encoding):
+                self.clock.begun(request_id)
         share = self.config.encoder_share
         budget_s = IDLE_ENCODE_S if step_s is None else max(MIN_ENCODE_S, step_s * share / (1 - share))
         started = time.perf_counter()
@@ -267,15 +281,19 @@ class Engine:
         encoding, self.encoding = self.encoding, None
         assert encoding is not None
         if encoding.result is None:
-            wanting = {request_id for image in encoding.images for request_id in self.scheduler.requests_with_image(image.content_hash)}
-            failures = [self._fail(request_id, "a picture could not be encoded") for request_id in sorted(wanting)]
+            failures = [self._fail(request_id, "a picture could not be encoded") for request_id in self._requests_with(encoding)]
             return [output for output in failures if output]
         for image, embedding in zip(encoding.images, encoding.result, strict=True):
             self.embeddings.add(image.content_hash, embedding)
             self.scheduler.image_ready(image.content_hash)
+        for request_id in self._requests_with(encoding):
+            self.clock.encoded(request_id)
         self._own = replace(self._own, num_images_encoded=self._own.num_images_encoded + len(encoding.images))
         self._shrink_embeddings()
         return []
+
+    def _requests_with(self, encoding: Encoding) -> list[str]:
+        return sorted({request_id for image in encoding.images for request_id in self.scheduler.requests_with_image(image.content_hash)})
 
     def _drop_unwanted_encoding(self) -> None:
         """Stop encoding pictures that no request wants any more."""

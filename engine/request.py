@@ -260,6 +260,7 @@ class StepOutput:
     embedding: list[float] | None = None  # on the last output of a request that pools: (hidden_size,)
     error: str | None = None  # with FinishReason.ERROR
     num_cached_tokens: int = 0  # prompt slots that came from the prefix cache
+    timings_s: dict[str, float] | None = None  # a request's first: seconds of queue, encode (if a picture had to be) and prefill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "engine.config": "",
     "engine.beams": ".request .scheduler",
     "engine.continuations": ".beams .sampler",
-    "engine.core": ".beams .config .continuations .encoding .guided .reading .request .sampler .scheduler .workers",
+    "engine.core": ".beams .config .continuations .encoding .first_token .guided .reading .request .sampler .scheduler .workers",
     "engine.encoding": ".request vision.encoder",
+    "engine.first_token": "",
     "engine.guided": ".request",
     "engine.kv_cache": "",
     "engine.layers": "",
@@ -81,10 +82,11 @@ MAY_IMPORT = {
     "vision.workers": ".frames",
     "vlm_server": "",
     "vlm_server.app": (
-        ".auth .backend .config .context .docs .errors .metrics .middleware .routes.* .sampling engine.request vision.image"
+        ".auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling engine.request vision.image"
     ),
     "vlm_server.auth": ".errors",
-    "vlm_server.backend": ".config .detokenizer .pipeline engine.client engine.request vision.service",
+    "vlm_server.backend": ".config .detokenizer .pipeline .stage_timings engine.client engine.request vision.service",
+    "vlm_server.chat_page": ".config .examples",
     "vlm_server.chat_template": "engine.request",
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": ".checkpoint .config .environment .flags .serving engine.config vision.config vlm_server",
@@ -109,13 +111,15 @@ MAY_IMPORT = {
     "vlm_server.logprobs": "engine.request",
     "vlm_server.message_schema": "",
     "vlm_server.metrics": "engine.request vision.service",
-    "vlm_server.middleware": ".errors .metrics",
-    "vlm_server.pipeline": ".chat_template .tokenizer engine.request vision.families vision.image",
+    "vlm_server.middleware": ".errors .metrics .stage_timings",
+    "vlm_server.pipeline": ".chat_template .stage_timings .tokenizer engine.request vision.families vision.image",
     "vlm_server.protocol": ".format_protocol .message_schema",
     "vlm_server.response_schema": "",
     "vlm_server.routes": "",
-    "vlm_server.routes.chat": ".auth .context .guided .protocol .response_schema .shapes .streaming engine.request",
-    "vlm_server.routes.completions": ".auth .context .guided .protocol .response_schema .shapes .streaming engine.request",
+    "vlm_server.routes.chat": (
+        ".auth .context .guided .middleware .protocol .response_schema .shapes .stage_timings .streaming engine.request"
+    ),
+    "vlm_server.routes.completions": ".auth .context .guided .middleware .protocol .response_schema .shapes .streaming engine.request",
     "vlm_server.routes.embeddings": (
         ".auth .context .embedding_protocol .errors .middleware .response_schema .shapes .streaming engine.request"
     ),
@@ -127,6 +131,7 @@ MAY_IMPORT = {
     "vlm_server.sampling": ".errors .protocol engine.request",
     "vlm_server.serving": ".app .backend .config engine.request",
     "vlm_server.shapes": ".backend .generation .logprobs .protocol",
+    "vlm_server.stage_timings": "",
     "vlm_server.streaming": ".errors .generation .middleware .protocol",
     "vlm_server.token_protocol": ".message_schema .protocol",
     "vlm_server.tokenizer": "vision",

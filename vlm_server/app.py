@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -15,6 +15,7 @@ from engine.request import EngineError
 from vision.image import MediaError
 from vlm_server.auth import RequireApiKey
 from vlm_server.backend import OpenBackend, open_backend
+from vlm_server.chat_page import ChatPage
 from vlm_server.config import ServerConfig
 from vlm_server.context import ServerContext
 from vlm_server.docs import add_docs
@@ -44,8 +45,11 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
         app.include_router(health.metrics_router)
     if config.enable_docs:
         add_docs(app, config)
+    chat_page = ChatPage(config) if config.enable_ui else None
+    if chat_page is not None:
+        chat_page.add_to(app)
     _add_error_handlers(app)
-    _add_middleware(app, config, metrics)
+    _add_middleware(app, config, metrics, open_paths=chat_page.paths if chat_page else ())
     return app
 
 
@@ -72,18 +76,18 @@ def _is_json(content_type: str) -> bool:
     return media_type == "application/json" or media_type.endswith("+json")
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics) -> None:
+def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics, *, open_paths: Collection[str]) -> None:
     """The last one added is the outermost: prefix, log, CORS, keys, body limit, routes."""
     app.add_middleware(BodyLimit, limit_bytes=config.max_body_bytes)
     if config.api_keys:
-        app.add_middleware(RequireApiKey, api_keys=config.api_keys)
+        app.add_middleware(RequireApiKey, api_keys=config.api_keys, open_paths=open_paths)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=config.allow_origins,
         allow_methods=config.allow_methods,
         allow_headers=config.allow_headers,
         allow_credentials=config.allow_credentials,
-        expose_headers=["X-Request-Id"],
+        expose_headers=["X-Request-Id", "Server-Timing"],
     )
     app.add_middleware(RequestLog, metrics=metrics)
     app.add_middleware(RootPath, root_path=config.root_path)

@@ -14,6 +14,7 @@ from engine.request import EngineInfo, EngineStats, Prompt, SamplingParams, Step
 from vision.service import VisionStats
 from vlm_server.config import ServerConfig
 from vlm_server.detokenizer import TextDecoder
+from vlm_server.stage_timings import StageTimings
 
 
 class Engine(Protocol):
@@ -55,6 +56,7 @@ class PromptPipeline(Protocol):
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
         tenant: str = "",
+        timings: StageTimings | None = None,
     ) -> Prompt: ...
 
     async def chat_tokens(

@@ -61,12 +61,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _without_legacy_word(arguments: list[str]) -> list[str]:
-    """`serve api_server MODEL …` is `serve MODEL …`; so are LMDeploy's switches that only say no."""
-    words = [_LEGACY_SWITCHES.get(argument, argument) for argument in arguments]
+    """`serve api_server MODEL …` is `serve MODEL …`; `--disable-…`, as LMDeploy's users type it, is `--no-…`."""
+    words = [_DISABLING_SWITCHES.get(argument, argument) for argument in arguments]
     return ["serve", *words[2:]] if words[:2] == ["serve", _LEGACY_WORD] else words
 
 
-_LEGACY_SWITCHES = {"--disable-metrics": "--no-metrics", "--disable-fastapi-docs": "--no-fastapi-docs"}
+_DISABLING_SWITCHES = {"--disable-metrics": "--no-metrics", "--disable-fastapi-docs": "--no-fastapi-docs", "--disable-ui": "--no-ui"}
 
 
 def _serve(parsed: argparse.Namespace) -> int:

@@ -34,6 +34,7 @@ class ServerConfig:
     allow_terminate_by_client: bool = False
     enable_metrics: bool = True
     enable_docs: bool = True
+    enable_ui: bool = True
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:

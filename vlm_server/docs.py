@@ -35,6 +35,12 @@ _PAGE = """<!doctype html>
 </html>
 """
 _STREAMED = {"/v1/chat/completions": ChatCompletionStreamResponse, "/v1/completions": CompletionStreamResponse}
+_SERVER_TIMING = {
+    "description": "Milliseconds by stage, as in `template;dur=0.4, pictures;dur=31.2, …`: template, pictures (fetched, decoded, "
+    "resized; the slowest of each as picture-fetch, picture-decode, picture-preprocess), tokenize, then in the engine queue, encode "
+    "(pictures) and prefill (to the first token); without `stream` also generate (the rest).",
+    "schema": {"type": "string"},
+}
 _ERRORS = {
     "400": "The request is wrong; `param` names the field.",
     "401": "The API key is missing or unknown.",
@@ -100,6 +106,7 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
         stream_model = _STREAMED[path].__name__
         description = "Events `data: {…}` of the shape " + stream_model + ", then `data: [DONE]`, with `stream: true`."
         stream_schema = {"type": "string", "description": description}
+        responses["200"]["headers"] = {"Server-Timing": _SERVER_TIMING}
         responses["200"]["content"]["text/event-stream"] = {"schema": stream_schema, "x-event-schema": _ref(stream_model)}
     if "requestBody" in operation and (examples := request_examples(config.model_name).get(path)):
         operation["requestBody"]["content"]["application/json"]["examples"] = examples

@@ -66,6 +66,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("allow-terminate-by-client", "server", "let GET /terminate end the server", bool),
         Flag("metrics", "server", "GET /metrics", bool, "enable_metrics"),
         Flag("fastapi-docs", "server", "GET / and /openapi.json", bool, "enable_docs"),
+        Flag("ui", "server", "the chat page, GET /ui", bool, "enable_ui"),
         Flag("log-level", "server", "what is logged", LOG_LEVELS),
     ),
     "engine": (

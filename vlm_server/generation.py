@@ -149,6 +149,7 @@ class Generation:
         self._input_field = request.input_field
         self._request_id = request_id
         self._metrics = metrics
+        self.timings_s: dict[str, float] = {}  # of the answer that began first: queue, encode, prefill; once collected also generate
         includes_stop = bool(request.include_stop_str_in_output)
         self._answers = [
             Answer(
@@ -187,13 +188,16 @@ class Generation:
     async def collect(self) -> list[FinishedAnswer]:
         """The finished answers, by index."""
         finished = [FinishedAnswer() for _ in self._answers]
+        first_s: float | None = None
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
+                first_s = first_s or time.monotonic()
                 answer = finished[delta.index]
                 answer.pieces.append(delta.text)
                 if delta.logprobs is not None:
                     answer.logprobs = [*(answer.logprobs or ()), *delta.logprobs]
                 answer.finish_reason = delta.finish_reason
+        self.timings_s["generate"] = time.monotonic() - first_s if first_s else 0.0
         return finished
 
     def usage(self) -> Usage:
@@ -212,6 +216,7 @@ class Generation:
         async with aclosing(steps):
             try:
                 async for step in steps:
+                    self.timings_s = self.timings_s or step.timings_s or {}
                     delta = answer.take(step)
                     if delta is not None:
                         yield delta

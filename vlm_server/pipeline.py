@@ -15,6 +15,7 @@ from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, m
 from vision.families import Family, load_family
 from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
 from vlm_server.chat_template import ChatTemplate, Message, TemplateError, load_chat_template
+from vlm_server.stage_timings import StageTimings
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
 NUM_THREADS = 2  # a very long text occupies one; the event loop none
@@ -94,14 +95,18 @@ class Pipeline:
         template_kwargs: dict[str, Any] | None = None,
         tenant: str = "",
         add_generation_prompt: bool = True,
+        timings: StageTimings | None = None,
     ) -> Prompt:
         """The prompt for a conversation whose shape is already checked.
 
+        timings: is given the stages template, pictures (and within it picture-fetch, -decode, -preprocess) and tokenize.
         Raises TemplateError, ImagesNotSupportedError, or the vision service's MediaError, each naming the field.
         """
         marker = _new_marker()
-        refs, text = await self._rendered(messages, tools, template_kwargs, add_generation_prompt, marker)
-        return await self._loaded(refs, text, marker, tenant)
+        timings = timings or StageTimings()
+        with timings.stage("template"):
+            refs, text = await self._rendered(messages, tools, template_kwargs, add_generation_prompt, marker)
+        return await self._finished(refs, text, marker, tenant, timings)
 
     async def chat_tokens(
         self,
@@ -127,7 +132,7 @@ class Pipeline:
             raise ImagesNotSupportedError(refs[0].param)
         placeholder = self.family.placeholder if self.family else ""
         text = "".join(self._guarded(part["text"], marker) if part["type"] == "text" else placeholder for part in plain)
-        return await self._loaded(refs, text, marker, tenant)
+        return await self._finished(refs, text, marker, tenant, StageTimings())
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
         """The prompt for a text, or for token ids, without a template. Blocks while a text is tokenized; may be called in any thread.
@@ -148,11 +153,12 @@ class Pipeline:
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def _loaded(self, refs: Sequence[ImageRef], text: str, marker: str, tenant: str) -> Prompt:
+    async def _finished(self, refs: Sequence[ImageRef], text: str, marker: str, tenant: str, timings: StageTimings) -> Prompt:
         """The prompt for a text with a placeholder for each picture."""
-        loaded = await self._images.load(refs, tenant=tenant) if refs and self._images is not None else []
+        loaded = await self._loaded(refs, tenant, timings)
         try:
-            return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant))
+            with timings.stage("tokenize"):
+                return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant))
         except BaseException:
             for array in (array for image in loaded for array in image.arrays.values()):
                 array.close()
@@ -179,6 +185,15 @@ class Pipeline:
             )
         )
         return refs, text
+
+    async def _loaded(self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings) -> list[ProcessedImage]:
+        if not refs or self._images is None:
+            return []
+        with timings.stage("pictures"):
+            loaded = await self._images.load(refs, tenant=tenant)
+        for image in loaded:
+            timings.add_slowest("picture", image.timings_s)
+        return loaded
 
     def _token_prompt(self, token_ids: tuple[int, ...], tenant: str) -> Prompt:
         if not token_ids:

@@ -50,10 +50,17 @@ async def _run(config: ServerConfig, listener: socket.socket) -> None:
             finally:
                 progress.close()
             url = _url(listener)
-            ready = f"Ready in {time.monotonic() - started_s:.0f} s: {config.model_name} at {url} (API at {url}/v1, docs at {url}/)"
+            ready = f"Ready in {time.monotonic() - started_s:.0f} s: {config.model_name} at {url} ({_places(config, url)})"
             await _Server(config, backend, ready).serve(sockets=[listener])
     finally:
         progress.close()
+
+
+def _places(config: ServerConfig, url: str) -> str:
+    """What a user opens next."""
+    chat = f"chat at {url}/ui, " if config.enable_ui else ""
+    docs = f", docs at {url}/" if config.enable_docs else ""
+    return f"{chat}API at {url}/v1{docs}"
 
 
 class _Server(uvicorn.Server):

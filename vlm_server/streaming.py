@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from vlm_server.errors import ApiError, to_api_error
 from vlm_server.generation import Delta, FinishedAnswer, Generation, Usage
-from vlm_server.middleware import request_facts
+from vlm_server.middleware import request_facts, request_timings
 from vlm_server.protocol import GenerationFields
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ async def respond(request: Request, generation: Generation, shape: Shape) -> Res
         answers = await unless_client_leaves(request, generation.collect())
     finally:
         _note_usage(request, generation)
+    request_timings(request.scope).seconds.update(generation.timings_s)
     return Response(_encode(shape.response(answers, generation.usage())), media_type="application/json")
 
 
@@ -68,6 +69,7 @@ async def stream(request: Request, generation: Generation, shape: Shape, *, incl
         await deltas.aclose()
         _note_usage(request, generation)
         raise
+    request_timings(request.scope).seconds.update(generation.timings_s)
     events = _events(request, generation, shape, first, deltas, includes_usage)
     return _EventStream(events, deltas, ping_s=ping_s)
 

@@ -25,10 +25,13 @@ from tests.vlm_server.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE, ByteTok
 from vision.image import MediaError
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
+from vlm_server.stage_timings import StageTimings
 
 SESSION_LEN = 512
 TOKENS_PER_IMAGE = 4
 HIDDEN_SIZE = 8
+PREPARATION_S = {"template": 0.001, "tokenize": 0.002}  # what the server is told that its stages took
+FIRST_TOKEN_S = {"queue": 0.003, "encode": 0.5, "prefill": 0.125}
 DEFAULT_REPLY = "Hello! 你好，世界 🌍. This is a test."
 
 Script = Callable[[Prompt, SamplingParams], Sequence[int]]
@@ -154,6 +157,7 @@ class FakeEngine:
                 logprobs=None if params.logprobs is None else [_logprobs(token_id, params.logprobs) for token_id in group],
                 finish_reason=reason if number == len(groups) - 1 else None,
                 num_cached_tokens=2,
+                timings_s=dict(FIRST_TOKEN_S) if number == 0 else None,
             )
             for number, group in enumerate(groups)
         ]
@@ -180,6 +184,7 @@ class FakePipeline:
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
         tenant: str = "",
+        timings: StageTimings | None = None,
     ) -> Prompt:
         self.template_kwargs = template_kwargs
         token_ids, images, spans = [BOS], [], []
@@ -196,6 +201,8 @@ class FakePipeline:
                 images.append(ImageInput(part["image_url"]["url"].encode(), TOKENS_PER_IMAGE, {}))
                 token_ids += [IMAGE] * TOKENS_PER_IMAGE
             token_ids += b"\n"
+        if timings is not None:
+            timings.seconds.update(PREPARATION_S | ({"pictures": 0.25} if images else {}))
         keys = make_cache_keys(token_ids, images, spans, salt=tenant)
         return Prompt(token_ids=tuple(token_ids), cache_keys=keys, images=tuple(images), spans=tuple(spans))
 

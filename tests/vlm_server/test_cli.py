@@ -86,10 +86,10 @@ def test_vision_flags_are_read(folder: str) -> None:
     assert found.vision.allowed_local_media_path == folder
 
 
-def test_lmdeploys_switches_that_say_no_work(folder: str) -> None:
-    found = config("serve", folder, "--disable-metrics", "--disable_fastapi_docs")
+def test_switches_that_say_no_work_as_lmdeploys_users_type_them(folder: str) -> None:
+    found = config("serve", folder, "--disable-metrics", "--disable_fastapi_docs", "--disable_ui")
 
-    assert (found.enable_metrics, found.enable_docs) == (False, False)
+    assert (found.enable_metrics, found.enable_docs, found.enable_ui) == (False, False, False)
 
 
 @pytest.mark.parametrize("words", [["--tp", "0"], ["--allow-private-media", "x"], ["--server-port", "70000"], ["--root-path", "x/"]])

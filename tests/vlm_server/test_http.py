@@ -284,6 +284,7 @@ def test_the_openapi_document_is_whole(server: RunningServer) -> None:
         assert {"200", "400", "404", "429", "503"} <= set(responses)
         assert "422" not in responses
         assert "text/event-stream" in responses["200"]["content"]
+        assert "Server-Timing" in responses["200"]["headers"]
     assert document["info"]["version"] == __version__
 
 

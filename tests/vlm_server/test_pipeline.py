@@ -15,6 +15,7 @@ from tests.tiny_gguf import write_gguf
 from tests.tiny_models import image_model_names
 from vlm_server.chat_template import TemplateError
 from vlm_server.pipeline import ImagesNotSupportedError, Pipeline
+from vlm_server.stage_timings import StageTimings
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
 FAMILIES = image_model_names()
@@ -99,6 +100,19 @@ async def test_a_conversation_is_counted_by_its_pictures_sizes(
 
     assert tuple(counted) == prompt.token_ids
     assert len(await pipeline.chat_tokens(messages, add_generation_prompt=False)) < len(counted)
+
+
+async def test_the_stages_of_a_prompt_are_timed_and_pictures_only_where_there_are_any(pipelines: Any) -> None:
+    pipeline = pipelines("llava")
+    with_pictures, without = StageTimings(), StageTimings()
+
+    await pipeline.chat_prompt(openai_messages(CONVERSATIONS["three pictures"]), timings=with_pictures)
+    await pipeline.chat_prompt(openai_messages(CONVERSATIONS["no picture"]), timings=without)
+
+    assert list(with_pictures.seconds) == ["template", "pictures", "picture-fetch", "picture-decode", "tokenize"]
+    assert with_pictures.seconds["picture-fetch"] == 0.5
+    assert with_pictures.seconds["picture-decode"] == max(PICTURES[name].size * 1e-6 for name in ("wide", "large", "small"))
+    assert list(without.seconds) == ["template", "tokenize"]
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)

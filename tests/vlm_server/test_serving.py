@@ -60,6 +60,7 @@ def test_one_line_says_when_it_is_ready_and_where(tmp_path: Path) -> None:
         url = next(word for word in line.split() if word.startswith("http"))
         assert "tiny" in line
         assert requests.get(f"{url}/v1/models", timeout=5).json()["data"][0]["id"] == "tiny"
+        assert f"(chat at {url}/ui, API at {url}/v1, docs at {url}/)" in line
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=10)
 

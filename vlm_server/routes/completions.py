@@ -7,6 +7,7 @@ from engine.request import Prompt
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
 from vlm_server.guided import grammar_of
+from vlm_server.middleware import request_timings
 from vlm_server.protocol import CompletionRequest
 from vlm_server.response_schema import CompletionResponse
 from vlm_server.shapes import CompletionShape, new_id
@@ -22,7 +23,8 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     warnings = context.accept(request, body)
     grammar = await grammar_of(body)
     watch = Stopwatch()
-    prompts = await unless_client_leaves(request, _prompts(context, body, tenant_of(request.scope)))
+    with request_timings(request.scope).stage("tokenize"):
+        prompts = await unless_client_leaves(request, _prompts(context, body, tenant_of(request.scope)))
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("cmpl")
     generation = context.generation(body, prompts, grammar=grammar, request_id=response_id)
