@@ -100,7 +100,7 @@ MAY_IMPORT = {
     "vlm_server.message_schema": "",
     "vlm_server.metrics": "engine.request vision.service",
     "vlm_server.middleware": ".errors .metrics",
-    "vlm_server.pipeline": ".chat_template .tokenizer engine.request vision.families vision.image",
+    "vlm_server.pipeline": ".chat_template .tokenizer .transcript engine.request vision.families vision.image",
     "vlm_server.protocol": ".message_schema",
     "vlm_server.response_schema": "",
     "vlm_server.routes": "",
@@ -115,6 +115,7 @@ MAY_IMPORT = {
     "vlm_server.streaming": ".errors .generation .middleware .protocol",
     "vlm_server.token_protocol": ".message_schema .protocol",
     "vlm_server.tokenizer": "vision",
+    "vlm_server.transcript": "",
 }
 
 # Whole packages that a package never imports, whatever the table says: vision knows neither other package, the engine no server.

@@ -6,8 +6,9 @@ does, and says which slots take which rows of which picture. Knows nothing of HT
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ from vision.families import Family, load_family
 from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
 from vlm_server.chat_template import ChatTemplate, Message, TemplateError, load_chat_template
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
+from vlm_server.transcript import CutText, Segment, Transcript, answer_segment, num_leading
 
 NUM_THREADS = 2  # a very long text occupies one; the event loop none
 
@@ -36,6 +38,20 @@ class ImageLoader(Protocol):
     async def load(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[ProcessedImage]: ...
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]: ...
+
+    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TurnPrompt:
+    """A conversation's prompt, and how it was put together."""
+
+    prompt: Prompt
+    transcript: Transcript  # whose tokens are the prompt's
+    num_known_tokens: int  # of those that were known before
+
+
+_NOTHING_KNOWN = Transcript()
 
 
 class Pipeline:
@@ -100,13 +116,39 @@ class Pipeline:
         """
         marker = _new_marker()
         refs, text = await self._rendered(messages, tools, template_kwargs, add_generation_prompt, marker)
-        loaded = await self._images.load(refs, tenant=tenant) if refs and self._images is not None else []
-        try:
-            return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant))
-        except BaseException:
-            for array in (array for image in loaded for array in image.arrays.values()):
-                array.close()
-            raise
+        return (await self._loaded_prompt(refs, text, marker, tenant)).prompt
+
+    async def turn_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        known: Transcript = _NOTHING_KNOWN,
+        pictures: Mapping[str, bytes] | None = None,
+        tenant: str = "",
+    ) -> TurnPrompt:
+        """The prompt for a further turn: begins with the tokens of `known`, as far as the template still writes their text.
+
+        pictures: files that were fetched before, by the URL that the messages name them with. Raises as `chat_prompt`.
+        """
+        marker = _new_marker()
+        refs, text = await self._rendered(messages, None, None, True, marker)
+        held = [replace(ref, data=(pictures or {}).get(ref.url)) for ref in refs]
+        fingerprint = await self._in_thread(lambda: self.tokenizer.fingerprint)
+        segments = known.segments if known.tokenizer == fingerprint else ()
+        turn = await self._loaded_prompt(held, text, marker, tenant, segments)
+        return replace(turn, transcript=Transcript(turn.transcript.segments, fingerprint))
+
+    async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
+        """The files of pictures that are to be kept, at most `limit_bytes` together. Raises ImagesNotSupportedError or MediaError."""
+        if not refs:
+            return []
+        if self.family is None or self._images is None:
+            raise ImagesNotSupportedError(refs[0].param)
+        return await self._images.fetch(refs, limit_bytes=limit_bytes, tenant=tenant)
+
+    def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
+        """The transcript with the answer that followed, for a later `turn_prompt`; without it where its tokens are no whole text."""
+        return replace(transcript, segments=(*transcript.segments, *self._answer_segments(token_ids)))
 
     async def chat_tokens(
         self,
@@ -164,6 +206,17 @@ class Pipeline:
         )
         return refs, text
 
+    async def _loaded_prompt(
+        self, refs: Sequence[ImageRef], text: str, marker: str, tenant: str, known: Sequence[Segment] = ()
+    ) -> TurnPrompt:
+        loaded = await self._images.load(refs, tenant=tenant) if refs and self._images is not None else []
+        try:
+            return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant, known))
+        except BaseException:
+            for array in (array for image in loaded for array in image.arrays.values()):
+                array.close()
+            raise
+
     def _token_prompt(self, token_ids: tuple[int, ...], tenant: str) -> Prompt:
         if not token_ids:
             raise InvalidRequestError("prompt: it has no tokens; at least one is needed")
@@ -183,13 +236,40 @@ class Pipeline:
             return {key: self._guarded(item, marker) for key, item in value.items()}
         return value
 
-    def _prompt(self, text: str, images: Sequence[ProcessedImage], marker: str, tenant: str) -> Prompt:
-        token_ids = tuple(self._chat_tokens(text, images, marker))
+    def _prompt(self, text: str, images: Sequence[ProcessedImage], marker: str, tenant: str, known: Sequence[Segment]) -> TurnPrompt:
+        segments, num_kept = self._segments(text, images, marker, known)
+        transcript = Transcript(segments)
+        token_ids = transcript.token_ids
         inputs = tuple(ImageInput(image.content_hash, image.num_tokens, image.arrays) for image in images)
         spans = self._spans(token_ids, inputs)
         positions, delta = self._positions(len(token_ids), spans, images)
         keys = make_cache_keys(token_ids, inputs, spans, salt=tenant)
-        return Prompt(token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta)
+        prompt = Prompt(token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta)
+        return TurnPrompt(prompt, transcript, sum(len(segment.token_ids) for segment in segments[:num_kept]))
+
+    def _segments(
+        self, text: str, images: Sequence[ProcessedImage], marker: str, known: Sequence[Segment]
+    ) -> tuple[tuple[Segment, ...], int]:
+        """The known segments that the text begins with, then one for the rest of it; and how many are known."""
+        whole = CutText.joined(self._expanded(text, images).split(marker))
+        num_kept, end = num_leading(known, whole)
+        kept = tuple(known[:num_kept])
+        before = next((segment.token_ids[-1] for segment in reversed(kept) if segment.token_ids), None)
+        if before is not None:
+            first, *pieces = whole.pieces(end)
+            token_ids = self.tokenizer.encode_after(before, first) + self._tokenize_cut_off(pieces)
+            rest = whole.between(end, len(whole.text))
+            if self.tokenizer.spells(token_ids, rest.text):  # not where a tokenizer changes the beginning of what it is given
+                return (*kept, Segment(rest.text, tuple(token_ids), rest.cuts)), num_kept
+        token_ids = self._tokenize(whole.pieces(), add_special_tokens=self._adds_special_tokens(text))
+        return (Segment(whole.text, tuple(token_ids), whole.cuts),), 0
+
+    def _answer_segments(self, token_ids: Sequence[int]) -> tuple[Segment, ...]:
+        """The end token stands alone: a template may write another one."""
+        has_end = bool(token_ids) and self.tokenizer.is_special(token_ids[-1])
+        parts = (token_ids[:-1], token_ids[-1:]) if has_end else (token_ids,)
+        segments = [answer_segment(part, [self.tokenizer.token_bytes(token_id) for token_id in part]) for part in parts]
+        return tuple(segment for segment in segments if segment is not None) if segments[0] is not None else ()
 
     def _chat_tokens(self, text: str, images: Sequence[ProcessedImage | MeasuredImage], marker: str) -> list[int]:
         pieces = self._expanded(text, images).split(marker)
@@ -214,8 +294,12 @@ class Pipeline:
 
     def _tokenize(self, pieces: Sequence[str], *, add_special_tokens: bool) -> list[int]:
         """The pieces' tokens, one after the other; no token reaches over a cut."""
-        token_ids = self.tokenizer.encode(pieces[0], add_special_tokens=add_special_tokens)
-        for piece in pieces[1:]:
+        return self.tokenizer.encode(pieces[0], add_special_tokens=add_special_tokens) + self._tokenize_cut_off(pieces[1:])
+
+    def _tokenize_cut_off(self, pieces: Sequence[str]) -> list[int]:
+        """The tokens of pieces behind a cut."""
+        token_ids: list[int] = []
+        for piece in pieces:
             assert self.family is not None  # only its words are cut
             token_ids += self.tokenizer.encode(self.family.image_token + piece)[1:]  # behind a token, no space is put before the piece
         return token_ids
