@@ -1,6 +1,10 @@
-"""A Redis for tests on a free loopback port, in a thread: what several servers share, without a Redis to be installed."""
+"""A Redis for tests on a free loopback port, in a thread: what several servers share, without a Redis to be installed.
+
+With the URL of a real one in TEST_REDIS_URL, the same tests run against that.
+"""
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 
@@ -10,6 +14,9 @@ from fakeredis import TcpFakeServer
 @contextlib.contextmanager
 def redis_server() -> Iterator[str]:
     """Its URL, until the block ends."""
+    if url := os.environ.get("TEST_REDIS_URL"):
+        yield url
+        return
     server = TcpFakeServer(("127.0.0.1", 0))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
