@@ -39,6 +39,7 @@ def request_examples(model: str) -> dict[str, dict[str, dict[str, Any]]]:
     return {
         "/v1/chat/completions": _chat(model),
         "/v1/completions": _completions(model),
+        "/v1/chat/interactive": _interactive(),
         "/tokenize": _tokenize(),
         "/detokenize": {"tokens": _example("Token ids", {"tokens": [33, 34, 35]})},
         "/v1/encode": {"text": _example("A text", {"input": "two steps to build a house:"})},
@@ -52,6 +53,15 @@ def _chat(model: str) -> dict[str, dict[str, Any]]:
         "text": _example("Text", {"model": model, "messages": text, "max_tokens": 64}),
         "image": _example("A picture as a data: URL", image),
         "stream": _example("Streamed, with the usage at the end", {**image, "stream": True, "stream_options": {"include_usage": True}}),
+    }
+
+
+def _interactive() -> dict[str, dict[str, Any]]:
+    turn = {"prompt": "Hello! How are you?", "session_id": 1, "interactive_mode": True, "request_output_len": 64}
+    return {
+        "turn": _example("A turn that the server keeps", turn),
+        "image": _example("A turn with a picture, streamed", {**turn, "prompt": "Describe it", "image_url": RED_CIRCLE, "stream": True}),
+        "end": _example("The end of the session", {"prompt": "", "session_id": 1, "interactive_mode": False, "request_output_len": 0}),
     }
 
 

@@ -8,7 +8,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ from vision.families import Family, load_family
 from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
 from vlm_server.chat_template import ChatTemplate, Message, TemplateError, load_chat_template
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
-from vlm_server.transcript import CutText, Segment, Transcript, answer_segment, num_leading
+from vlm_server.transcript import CutText, Segment, Transcript, TurnPrompt, answer_segment, num_leading
 
 NUM_THREADS = 2  # a very long text occupies one; the event loop none
 
@@ -40,15 +40,6 @@ class ImageLoader(Protocol):
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]: ...
 
     async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TurnPrompt:
-    """A conversation's prompt, and how it was put together."""
-
-    prompt: Prompt
-    transcript: Transcript  # whose tokens are the prompt's
-    num_known_tokens: int  # of those that were known before
 
 
 _NOTHING_KNOWN = Transcript()
@@ -124,14 +115,16 @@ class Pipeline:
         *,
         known: Transcript = _NOTHING_KNOWN,
         pictures: Mapping[str, bytes] | None = None,
+        names: Mapping[str, str] | None = None,
         tenant: str = "",
     ) -> TurnPrompt:
         """The prompt for a further turn: begins with the tokens of `known`, as far as the template still writes their text.
 
-        pictures: files that were fetched before, by the URL that the messages name them with. Raises as `chat_prompt`.
+        pictures: files that were fetched before, by the URL that the messages name them with. names: `messages[0].content[1].image_url`
+        to the field that the client knows. Raises as `chat_prompt`.
         """
         marker = _new_marker()
-        refs, text = await self._rendered(messages, None, None, True, marker)
+        refs, text = await self._rendered(messages, None, None, True, marker, names)
         held = [replace(ref, data=(pictures or {}).get(ref.url)) for ref in refs]
         fingerprint = await self._in_thread(lambda: self.tokenizer.fingerprint)
         segments = known.segments if known.tokenizer == fingerprint else ()
@@ -191,9 +184,10 @@ class Pipeline:
         template_kwargs: dict[str, Any] | None,
         add_generation_prompt: bool,
         marker: str,
+        names: Mapping[str, str] | None = None,
     ) -> tuple[list[ImageRef], str]:
         """The pictures in order, and the template's text with a placeholder for each."""
-        refs, plain = _split_images(messages)
+        refs, plain = _split_images(messages, names or {})
         if refs and (self.family is None or self._images is None):
             raise ImagesNotSupportedError(refs[0].param)
         text = await self._in_thread(
@@ -327,24 +321,25 @@ class Pipeline:
         return self.family.positions(num_slots, [(start, image.layout) for start, image in zip(starts, images, strict=True)])
 
 
-def _split_images(messages: Sequence[Message]) -> tuple[list[ImageRef], list[Message]]:
+def _split_images(messages: Sequence[Message], names: Mapping[str, str]) -> tuple[list[ImageRef], list[Message]]:
     """The pictures in order, and the messages with a part `{"type": "image"}` in place of each."""
     refs: list[ImageRef] = []
     plain: list[Message] = []
     for number, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, list):
-            content = [_plain_part(part, f"messages[{number}].content[{index}]", refs) for index, part in enumerate(content)]
+            paths = (f"messages[{number}].content[{index}].image_url" for index in range(len(content)))
+            content = [_plain_part(part, names.get(path, path), refs) for part, path in zip(content, paths, strict=True)]
         plain.append({**message, "content": content})
     return refs, plain
 
 
-def _plain_part(part: dict[str, Any], path: str, refs: list[ImageRef]) -> dict[str, Any]:
+def _plain_part(part: dict[str, Any], param: str, refs: list[ImageRef]) -> dict[str, Any]:
     if part["type"] != "image_url":
         return {"type": "text", "text": part["text"]}
     image = part["image_url"]
     options = ImageOptions(detail=image.get("detail") or "auto", min_pixels=image.get("min_pixels"), max_pixels=image.get("max_pixels"))
-    refs.append(ImageRef(url=image["url"], param=f"{path}.image_url", options=options))
+    refs.append(ImageRef(url=image["url"], param=param, options=options))
     return {"type": "image"}
 
 

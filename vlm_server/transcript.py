@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from engine.request import Prompt
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -29,6 +31,15 @@ class Transcript:
     @property
     def token_ids(self) -> tuple[int, ...]:
         return tuple(token_id for segment in self.segments for token_id in segment.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnPrompt:
+    """A conversation's prompt, and how it was put together."""
+
+    prompt: Prompt
+    transcript: Transcript  # whose tokens are the prompt's
+    num_known_tokens: int  # of those that were known before
 
 
 @dataclass(frozen=True, slots=True)

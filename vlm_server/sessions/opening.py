@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 from vlm_server.sessions.sqlite_store import IN_MEMORY, SqliteStore
@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 AUTO, MEMORY = "auto", "memory"
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+
+OpenStore = Callable[[str], AbstractAsyncContextManager[RecordStore]]
 
 
 @asynccontextmanager
