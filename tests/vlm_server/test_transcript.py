@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_server.transcript import CutText, Segment, answer_segment, num_leading
@@ -6,6 +6,7 @@ from vlm_server.transcript import CutText, Segment, answer_segment, num_leading
 PIECES = st.lists(st.text(alphabet="ab<", max_size=4), min_size=1, max_size=6)
 
 
+@settings(deadline=None)
 @given(PIECES, st.data())
 def test_a_text_falls_into_its_pieces_again_from_any_place_on(pieces: list[str], data: st.DataObject) -> None:
     text = CutText.joined(pieces)
@@ -15,6 +16,7 @@ def test_a_text_falls_into_its_pieces_again_from_any_place_on(pieces: list[str],
     assert [piece for piece in text.pieces() if piece] == [piece for piece in pieces if piece]
 
 
+@settings(deadline=None)
 @given(st.lists(PIECES, max_size=4), PIECES)
 def test_all_segments_of_a_text_are_found_at_its_beginning(parts: list[list[str]], rest: list[str]) -> None:
     segments = [Segment(part.text, (), part.between(0, len(part.text)).cuts) for part in map(CutText.joined, parts)]
