@@ -82,10 +82,13 @@ MAY_IMPORT = {
     "vision.workers": ".frames",
     "vlm_server": "",
     "vlm_server.app": (
-        ".auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling engine.request vision.image"
+        ".auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling .sessions.history "
+        ".sessions.opening .sessions.store .turns engine.request vision.image"
     ),
     "vlm_server.auth": ".errors",
-    "vlm_server.backend": ".config .detokenizer .pipeline .stage_timings engine.client engine.request vision.service",
+    "vlm_server.backend": (
+        ".config .detokenizer .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
+    ),
     "vlm_server.chat_page": ".config .examples",
     "vlm_server.chat_template": "engine.request",
     "vlm_server.checkpoint": ".embedded vision",
@@ -93,26 +96,29 @@ MAY_IMPORT = {
     "vlm_server.client": "",
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (
-        ".backend .config .embedding_protocol .errors .field_rules .generation .metrics .middleware "
-        ".protocol .sampling .token_protocol engine.request"
+        ".backend .config .embedding_protocol .errors .field_rules .generation .interactive_protocol .metrics .middleware "
+        ".protocol .sampling .token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
     "vlm_server.docs": ".config .examples .response_schema vlm_server",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.embedded": "",
     "vlm_server.environment": "vlm_server",
-    "vlm_server.errors": "engine.request vision.image",
+    "vlm_server.errors": ".sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
-    "vlm_server.field_rules": ".embedding_protocol .errors .format_protocol .message_schema .protocol .token_protocol",
+    "vlm_server.field_rules": (
+        ".embedding_protocol .errors .format_protocol .interactive_protocol .message_schema .protocol .token_protocol"
+    ),
     "vlm_server.format_protocol": ".message_schema",
     "vlm_server.flags": ".config engine.config vision.config",
     "vlm_server.generation": ".backend .detokenizer .errors .metrics .protocol .sampling engine.request",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
+    "vlm_server.interactive_protocol": ".message_schema .protocol",
     "vlm_server.logprobs": "engine.request",
     "vlm_server.message_schema": "",
     "vlm_server.metrics": "engine.request vision.service",
     "vlm_server.middleware": ".errors .metrics .stage_timings",
-    "vlm_server.pipeline": ".chat_template .stage_timings .tokenizer engine.request vision.families vision.image",
+    "vlm_server.pipeline": ".chat_template .stage_timings .tokenizer .transcript engine.request vision.families vision.image",
     "vlm_server.protocol": ".format_protocol .message_schema",
     "vlm_server.response_schema": "",
     "vlm_server.routes": "",
@@ -124,17 +130,29 @@ MAY_IMPORT = {
         ".auth .context .embedding_protocol .errors .middleware .response_schema .shapes .streaming engine.request"
     ),
     "vlm_server.routes.control": ".context .errors .response_schema",
-    "vlm_server.routes.health": ".context .errors .metrics .response_schema engine.request",
+    "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
+    "vlm_server.routes.interactive": (
+        ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .streaming .turns"
+    ),
     "vlm_server.routes.models": ".context .errors .response_schema",
     "vlm_server.routes.scoring": (".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request"),
     "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol",
     "vlm_server.sampling": ".errors .protocol engine.request",
-    "vlm_server.serving": ".app .backend .config engine.request",
+    "vlm_server.serving": ".app .backend .config .sessions.opening .sessions.store engine.request",
+    "vlm_server.sessions": "",
+    "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
+    "vlm_server.sessions.lease": ".sessions.store",
+    "vlm_server.sessions.opening": ".sessions.redis_store .sessions.sqlite_store .sessions.store",
+    "vlm_server.sessions.redis_store": ".sessions.store",
+    "vlm_server.sessions.sqlite_store": ".sessions.store",
+    "vlm_server.sessions.store": "",
     "vlm_server.shapes": ".backend .generation .logprobs .protocol",
     "vlm_server.stage_timings": "",
     "vlm_server.streaming": ".errors .generation .middleware .protocol",
     "vlm_server.token_protocol": ".message_schema .protocol",
     "vlm_server.tokenizer": "vision",
+    "vlm_server.transcript": "engine.request",
+    "vlm_server.turns": ".backend .errors .generation .sessions.history .sessions.store engine.request vision.image",
 }
 
 # Whole packages that a package never imports, whatever the table says: vision knows neither other package, the engine no server.

@@ -22,23 +22,32 @@ from vlm_server.docs import add_docs
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
-from vlm_server.routes import chat, completions, control, embeddings, health, models, scoring, tokens
+from vlm_server.routes import chat, completions, control, embeddings, health, interactive, models, scoring, tokens
 from vlm_server.sampling import SamplingDefaults
+from vlm_server.sessions.history import SessionBusyError, Sessions
+from vlm_server.sessions.opening import OpenStore, open_store
+from vlm_server.sessions.store import Limits, StoreError
+from vlm_server.turns import Turns
 
 
-def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend) -> FastAPI:
-    """The server of one model. `open_backend` gives the engine and the pipeline; tests put scripted ones there."""
+def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend, open_store: OpenStore = open_store) -> FastAPI:
+    """The server of one model. `open_backend` gives the engine and the pipeline, `open_store` what outlives them; tests put scripted ones
+    there.
+    """
     metrics = Metrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         defaults = SamplingDefaults.load(config.generation_config, Path(config.engine.model_folder))
-        async with open_backend(config) as backend:
-            app.state.context = ServerContext(config, backend, defaults, metrics, created_s=int(time.time()))
-            yield
+        async with open_store(config.session_store) as store, open_backend(config) as backend:
+            limits = Limits(config.session_ttl_s, config.max_sessions)
+            sessions = Sessions(store, model=config.model_name, limits=limits, max_bytes=config.max_session_bytes)
+            async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns:
+                app.state.context = ServerContext(config, backend, defaults, metrics, turns, created_s=int(time.time()))
+                yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for module in (models, chat, completions, embeddings, tokens, scoring, control):
+    for module in (models, chat, completions, interactive, embeddings, tokens, scoring, control):
         app.include_router(module.router)
     app.include_router(health.health_router)
     if config.enable_metrics:
@@ -54,7 +63,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    for kind in (ApiError, EngineError, MediaError, HTTPException):
+    for kind in (ApiError, EngineError, MediaError, SessionBusyError, StoreError, HTTPException):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
 

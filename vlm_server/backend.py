@@ -5,16 +5,18 @@ The protocols are all that the routes know of them, so that tests can put script
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from engine.request import EngineInfo, EngineStats, Prompt, SamplingParams, StepOutput
+from vision.image import ImageRef
 from vision.service import VisionStats
 from vlm_server.config import ServerConfig
 from vlm_server.detokenizer import TextDecoder
 from vlm_server.stage_timings import StageTimings
+from vlm_server.transcript import Transcript, TurnPrompt
 
 
 class Engine(Protocol):
@@ -70,6 +72,19 @@ class PromptPipeline(Protocol):
     ) -> list[int]: ...
 
     async def parts_prompt(self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "") -> Prompt: ...
+    async def turn_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        known: Transcript = ...,
+        pictures: Mapping[str, bytes] | None = None,
+        names: Mapping[str, str] | None = None,
+        tenant: str = "",
+    ) -> TurnPrompt: ...
+
+    async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]: ...
+
+    def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript: ...
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt: ...
 

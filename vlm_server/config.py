@@ -30,6 +30,10 @@ class ServerConfig:
     generation_config: str = "auto"  # auto | lmdeploy | a folder
     strict_fields: bool = False  # refuse fields that no API documents
     max_body_bytes: int = 128 << 20
+    session_store: str = "auto"  # a file, a Redis URL, memory, or auto: a file in the user's state folder
+    session_ttl_s: float = 86400.0  # after a session's last turn
+    max_sessions: int = 1000  # per API key
+    max_session_bytes: int = 64 << 20  # of one session's pictures
     sse_ping_s: float = 0.0  # seconds between the comment lines of a silent stream; 0: none
     allow_terminate_by_client: bool = False
     enable_metrics: bool = True
@@ -44,6 +48,10 @@ class ServerConfig:
             ("root_path", self.root_path == "" or self.root_path[0] == "/" != self.root_path[-1], "/a/path or nothing"),
             ("api_keys", all(self.api_keys), "keys that are not empty"),
             ("max_body_bytes", self.max_body_bytes >= 1, "at least 1"),
+            ("session_store", bool(self.session_store), "a file, redis://…, memory or auto"),
+            ("session_ttl_s", self.session_ttl_s > 0, "above 0 seconds"),
+            ("max_sessions", self.max_sessions >= 1, "at least 1"),
+            ("max_session_bytes", self.max_session_bytes >= 0, "at least 0"),
             ("sse_ping_s", self.sse_ping_s >= 0, "at least 0"),
         ):
             if not is_valid:

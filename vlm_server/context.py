@@ -13,11 +13,13 @@ from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import ApiError
 from vlm_server.field_rules import check_fields
 from vlm_server.generation import Generation
+from vlm_server.interactive_protocol import InteractiveRequest, TurnFields
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import request_facts
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest
 from vlm_server.sampling import SamplingDefaults, sampling_params
 from vlm_server.token_protocol import TokenRequest
+from vlm_server.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class ServerContext:
     backend: Backend
     defaults: SamplingDefaults
     metrics: Metrics
+    turns: Turns
     created_s: int  # Unix time of the start
 
     @property
@@ -35,7 +38,9 @@ class ServerContext:
             raise EngineDeadError("the engine is starting")
         return self.backend.engine.info
 
-    def accept(self, request: Request, body: ChatCompletionRequest | CompletionRequest | EmbeddingsRequest | TokenRequest) -> list[str]:
+    def accept(
+        self, request: Request, body: ChatCompletionRequest | CompletionRequest | EmbeddingsRequest | InteractiveRequest | TokenRequest
+    ) -> list[str]:
         """The warnings for a request that we can serve. Raises ApiError 404 or 400."""
         name = self.config.model_name if body.model is None else body.model
         request_facts(request.scope)["model"] = name if name == self.config.model_name else "unknown"
@@ -49,7 +54,12 @@ class ServerContext:
         return await asyncio.to_thread(self.backend.pipeline.text_prompt, text_or_ids, tenant=tenant)
 
     def generation(
-        self, body: ChatCompletionRequest | CompletionRequest, prompts: list[Prompt], *, grammar: str | None, request_id: str
+        self,
+        body: ChatCompletionRequest | CompletionRequest | TurnFields,
+        prompts: list[Prompt],
+        *,
+        grammar: str | None = None,
+        request_id: str,
     ) -> Generation:
         """All answers to the request, not yet begun."""
         info = self.engine_info

@@ -51,6 +51,7 @@ def request_examples(model: str) -> dict[str, dict[str, dict[str, Any]]]:
         "/v1/chat/completions": _chat(model),
         "/v1/completions": _completions(model),
         "/v1/embeddings": _embeddings(),
+        "/v1/chat/interactive": _interactive(),
         "/tokenize": _tokenize(),
         "/detokenize": {"tokens": _example("Token ids", {"tokens": [33, 34, 35]})},
         "/get_ppl": {"text": _example("A text", {"input": "The sun rises in the east."})},
@@ -66,6 +67,15 @@ def _chat(model: str) -> dict[str, dict[str, Any]]:
         "image": _example("A picture as a data: URL", image),
         "json": _example("An answer in JSON", {**image, "response_format": {"type": "json_schema", "json_schema": _SEEN}}),
         "stream": _example("Streamed, with the usage at the end", {**image, "stream": True, "stream_options": {"include_usage": True}}),
+    }
+
+
+def _interactive() -> dict[str, dict[str, Any]]:
+    turn = {"prompt": "Hello! How are you?", "session_id": 1, "interactive_mode": True, "request_output_len": 64}
+    return {
+        "turn": _example("A turn that the server keeps", turn),
+        "image": _example("A turn with a picture, streamed", {**turn, "prompt": "Describe it", "image_url": RED_CIRCLE, "stream": True}),
+        "end": _example("The end of the session", {"prompt": "", "session_id": 1, "interactive_mode": False, "request_output_len": 0}),
     }
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import bad_request
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, NamedJsonSchema, RegexFormat, StructuredOutputs, TextFormat
+from vlm_server.interactive_protocol import InteractiveRequest
 from vlm_server.message_schema import ChatMessage, ImagePart, ImageUrl, TextPart
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
 from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, PerplexityRequest, PoolingRequest, TokenizeRequest
@@ -58,6 +59,23 @@ _UNSUPPORTED_IN_CHAT: dict[str, tuple[object, ...]] = {
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
 }
+# What the other routes have under this name, or under another one.
+_UNSUPPORTED_IN_TURN: dict[str, tuple[object, ...]] = {
+    "max_tokens": (),
+    "max_completion_tokens": (),
+    "min_tokens": (0,),
+    "n": (1,),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "stream_options": (),
+    "chat_template_kwargs": ({},),
+    "enable_thinking": (),
+}
 # Fields of our own and of OpenAI's answers, that clients send back with the history.
 _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "tool_calls": ([],),
@@ -72,6 +90,7 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
 _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     ChatCompletionRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT,
     CompletionRequest: _UNSUPPORTED_ANYWHERE,
+    InteractiveRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT | _UNSUPPORTED_IN_TURN,
     ChatMessage: _UNSUPPORTED_IN_MESSAGE,
     EmbeddingsRequest: {"truncate_prompt_tokens": (), "normalize": (True,), "add_special_tokens": (True,), "messages": ()},
     EncodeRequest: {},

@@ -63,11 +63,15 @@ class Answer:
         self.index = index
         self.params = params
         self.finish_reason: FinishReason | None = None
-        self.num_tokens = 0  # end token included
+        self.token_ids: list[int] = []  # end token included
         self.num_cached_tokens = 0
         self._detokenizer = detokenizer
         self._includes_stop = includes_stop
         self._pending: list[_PendingLogprobs] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
     def take(self, step: StepOutput) -> Delta | None:
         """What the step adds; None while nothing can be released. Raises ApiError where the engine reports an error."""
@@ -86,7 +90,7 @@ class Answer:
     def _add(self, step: StepOutput, place: int) -> str:
         if self._detokenizer.is_stopped:
             return ""
-        self.num_tokens += 1
+        self.token_ids.append(step.token_ids[place])
         is_end_token = step.finish_reason is FinishReason.STOP and place == len(step.token_ids) - 1
         if is_end_token and not self._includes_stop:
             return ""
@@ -170,6 +174,11 @@ class Generation:
     @property
     def num_answers(self) -> int:
         return len(self._answers)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the first answer so far, its end token included."""
+        return self._answers[0].token_ids
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Every answer's pieces as they come. Closing it aborts what is still running."""

@@ -71,23 +71,23 @@ async def stream(request: Request, generation: Generation, shape: Shape, *, incl
         raise
     request_timings(request.scope).seconds.update(generation.timings_s)
     events = _events(request, generation, shape, first, deltas, includes_usage)
-    return _EventStream(events, deltas, ping_s=ping_s)
+    return EventStream(events, deltas, ping_s=ping_s)
 
 
-class _EventStream(EventSourceResponse):
-    """sse-starlette's response with `\\n` line ends; closes the generation even if the stream never began."""
+class EventStream(EventSourceResponse):
+    """sse-starlette's response with `\\n` line ends; closes the events and what they come from even if the stream never began."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None], deltas: AsyncGenerator[Delta, None], *, ping_s: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None], *, ping_s: float) -> None:
         super().__init__(events, sep="\n", ping=ping_s)
         self._events = events
-        self._deltas = deltas
+        self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()
-            await self._deltas.aclose()
+            await self._source.aclose()
 
 
 async def _events(
@@ -115,7 +115,11 @@ def _event(chunk: dict[str, Any]) -> bytes:
 
 
 def _note_usage(request: Request, generation: Generation) -> None:
-    usage = generation.usage()
+    note_usage(request, generation.usage())
+
+
+def note_usage(request: Request, usage: Usage) -> None:
+    """For the request's line in the log."""
     request_facts(request.scope).update(
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.request import (
@@ -22,10 +22,11 @@ from engine.request import (
     make_cache_keys,
 )
 from tests.vlm_server.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE, ByteTokenizer
-from vision.image import MediaError
+from vision.image import ImageRef, MediaError
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
 from vlm_server.stage_timings import StageTimings
+from vlm_server.transcript import Segment, Transcript, TurnPrompt
 
 SESSION_LEN = 512
 TOKENS_PER_IMAGE = 4
@@ -176,6 +177,7 @@ class FakePipeline:
         self.activity = activity
         self.tokenizer = ByteTokenizer()
         self.template_kwargs: dict[str, Any] | None = None
+        self.turns: list[tuple[list[dict[str, Any]], dict[str, bytes]]] = []  # messages and files of every `turn_prompt`
 
     async def chat_prompt(
         self,
@@ -225,6 +227,40 @@ class FakePipeline:
                 await self._load(part["image_url"]["url"], f"{param}[{index}].image_url")
             token_ids += part["text"].encode() if part["type"] == "text" else [IMAGE] * TOKENS_PER_IMAGE
         return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
+
+    async def turn_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        known: Transcript,
+        pictures: Mapping[str, bytes],
+        names: Mapping[str, str],
+        tenant: str = "",
+    ) -> TurnPrompt:
+        """The known tokens, and the last messages behind them: those since the last answer."""
+        self.turns.append((messages, dict(pictures)))
+        try:
+            whole = await self.chat_prompt(messages, tenant=tenant)
+        except MediaError as error:
+            raise MediaError(error.code, "not a picture", param=names.get(str(error.param), error.param)) from None
+        if not known.segments:
+            return TurnPrompt(whole, Transcript((Segment("", whole.token_ids),)), 0)
+        num_new = next(number for number, message in enumerate(reversed(messages)) if message["role"] == "assistant")
+        new = (await self.chat_prompt(messages[len(messages) - num_new :])).token_ids[1:]
+        transcript = Transcript((*known.segments, Segment("", new)))
+        keys = make_cache_keys(transcript.token_ids, (), (), salt=tenant)
+        return TurnPrompt(Prompt(token_ids=transcript.token_ids, cache_keys=keys), transcript, len(known.token_ids))
+
+    async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
+        for ref in refs:
+            await self._load(ref.url, ref.param)
+        files = [ref.url.encode() for ref in refs]
+        if sum(map(len, files)) > limit_bytes:
+            raise MediaError("image_too_large", f"more than the {limit_bytes} bytes", param=refs[0].param)
+        return files
+
+    def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
+        return Transcript((*transcript.segments, Segment("", tuple(token_ids))))
 
     def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)

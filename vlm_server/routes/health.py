@@ -9,6 +9,7 @@ from vlm_server.context import context_of
 from vlm_server.errors import RETRY_AFTER_S
 from vlm_server.metrics import CONTENT_TYPE
 from vlm_server.response_schema import HealthResponse
+from vlm_server.sessions.store import StoreError
 
 health_router = APIRouter(tags=["operation"])
 metrics_router = APIRouter(tags=["operation"])
@@ -34,5 +35,15 @@ async def metrics(request: Request) -> Response:
         stats = await context.backend.engine.stats()
     except (EngineError, TimeoutError):
         stats = None
-    page = context.metrics.page(stats, context.backend.vision_stats(), num_restarts=context.backend.engine.num_restarts)
+    try:
+        num_sessions = await context.turns.sessions.count()
+    except StoreError:
+        num_sessions = None
+    page = context.metrics.page(
+        stats,
+        context.backend.vision_stats(),
+        num_restarts=context.backend.engine.num_restarts,
+        num_sessions=num_sessions,
+        num_turns=context.turns.num_running,
+    )
     return Response(page, media_type=CONTENT_TYPE)
