@@ -89,6 +89,7 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
     """
     from engine.client import EngineClient
     from vision.service import VisionService
+    from vlm_server.jinja_process import JinjaProcess
     from vlm_server.pipeline import Pipeline
 
     folder, trusts = config.engine.model_folder, config.engine.trust_remote_code
@@ -99,6 +100,8 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         stack.callback(start.cancel)
         vision = VisionService(config.vision, model_folder=folder, trust_remote_code=trusts)
         stack.push_async_callback(vision.close)
+        jinja = JinjaProcess()
+        stack.push_async_callback(asyncio.to_thread, jinja.close)
         pipeline = await asyncio.to_thread(
             Pipeline.load,
             folder,
@@ -106,6 +109,7 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
             chat_template=config.chat_template,
             meta_instruction=config.meta_instruction,
             trust_remote_code=trusts,
+            jinja=jinja,
         )
         stack.callback(pipeline.close)
         if pipeline.family is not None:

@@ -1,6 +1,6 @@
 """Messages → the model's own prompt text, through its Jinja chat template.
 
-Knows nothing of tokens, of pictures' contents or of HTTP.
+Knows nothing of tokens, of pictures' contents or of HTTP, nor of how a template is kept from running away.
 """
 
 import json
@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError as JinjaError
-
 from engine.request import InvalidRequestError
+from vlm_server.jinja_process import JinjaProcess, RenderError, RenderLimitError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +28,9 @@ class ChatTemplate:
 
     source: None for a model without a template; then every `render` raises TemplateError.
     meta_instruction: the system text of conversations that bring none.
+    process: where templates run; None: one of its own.
+
+    Raises TemplateError where the template takes more time or memory than it is given.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class ChatTemplate:
         *,
         placeholder: str = "",
         meta_instruction: str | None = None,
+        process: JinjaProcess | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._special_tokens = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
+        self._process = process or JinjaProcess()
         self._source = source
         self._placeholder = placeholder
         self._meta_instruction = meta_instruction
@@ -61,18 +65,24 @@ class ChatTemplate:
         source = self._choose(tools)
         prepared = [self._prepared(message, source) for message in self._with_system(messages)]
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    prepared,
-                    tools=tools,
-                    chat_template=source,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    **(template_kwargs or {}),
-                )
-            )
-        except (JinjaError, TypeError, ValueError, KeyError) as error:
+            return self._rendered(source, prepared, tools, add_generation_prompt, template_kwargs or {})
+        except RenderLimitError as error:
+            raise _stopped(error) from error
+        except RenderError as error:
             raise TemplateError(f"messages: the model's chat template refuses them: {error}") from error
+
+    def _rendered(
+        self,
+        source: str,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        template_kwargs: dict[str, Any],
+    ) -> str:
+        """As the reference's `apply_chat_template`: a key without a value is none, and the template sees the special tokens."""
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        variables = {**self._special_tokens, **template_kwargs}
+        return self._process.render(source, given, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables)
 
     def _choose(self, tools: list[dict[str, Any]] | None) -> str:
         if self._source is None:
@@ -114,10 +124,10 @@ class ChatTemplate:
         if self._source is None:
             return False
         try:
-            text = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], chat_template=self._choose(None), tokenize=False, add_generation_prompt=True
-            )
-        except (JinjaError, TemplateError, TypeError, ValueError, KeyError):
+            text = self._rendered(self._choose(None), [{"role": "user", "content": content}], None, True, {})
+        except RenderLimitError as error:
+            raise _stopped(error) from error
+        except (RenderError, TemplateError):
             return False
         return _PROBE in text and "'text'" not in text and '"text"' not in text
 
@@ -129,6 +139,7 @@ def load_chat_template(
     placeholder: str = "",
     file: str | None = None,
     meta_instruction: str | None = None,
+    process: JinjaProcess | None = None,
 ) -> ChatTemplate:
     """The template in `file` (Jinja), else the processor's, else the tokenizer's.
 
@@ -139,7 +150,7 @@ def load_chat_template(
         source = Path(file).read_text(encoding="utf-8")
     else:
         source = _processor_template(Path(model_folder)) or tokenizer.chat_template
-    return ChatTemplate(tokenizer, source, placeholder=placeholder, meta_instruction=meta_instruction)
+    return ChatTemplate(tokenizer, source, placeholder=placeholder, meta_instruction=meta_instruction, process=process)
 
 
 def _processor_template(folder: Path) -> str | dict[str, str] | None:
@@ -153,6 +164,10 @@ def _processor_template(folder: Path) -> str | dict[str, str] | None:
             if isinstance(template, str | dict):
                 return template
     return None
+
+
+def _stopped(error: RenderLimitError) -> TemplateError:
+    return TemplateError(f"messages: the model's chat template was stopped: {error}")
 
 
 def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:

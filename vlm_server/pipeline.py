@@ -15,6 +15,7 @@ from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, m
 from vision.families import Family, load_family
 from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
 from vlm_server.chat_template import ChatTemplate, Message, TemplateError, load_chat_template
+from vlm_server.jinja_process import JinjaProcess
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
 NUM_THREADS = 2  # a very long text occupies one; the event loop none
@@ -69,10 +70,12 @@ class Pipeline:
         chat_template: str | None = None,
         meta_instruction: str | None = None,
         trust_remote_code: bool = False,
+        jinja: JinjaProcess | None = None,
     ) -> "Pipeline":
         """The pipeline of the checkpoint in `model_folder`; blocks while its tokenizer is read.
 
         chat_template: a Jinja file in place of the model's own template.
+        jinja: where templates run, closed by the caller; None: in a process that ends with the pipeline.
         """
         tokenizer = load_tokenizer(model_folder, trust_remote_code=trust_remote_code)
         family = load_family(model_folder)
@@ -82,6 +85,7 @@ class Pipeline:
             placeholder=family.placeholder if family else "",
             file=chat_template,
             meta_instruction=meta_instruction,
+            process=jinja,
         )
         return cls(TextTokenizer(tokenizer), template, family=family, images=images)
 

@@ -14,9 +14,11 @@ from tests.image_fixtures import SIZES, FakeImages, picture, reference_model, re
 from tests.tiny_gguf import write_gguf
 from tests.tiny_models import image_model_names
 from vlm_server.chat_template import TemplateError
+from vlm_server.jinja_process import JinjaProcess
 from vlm_server.pipeline import ImagesNotSupportedError, Pipeline
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
+JINJA = JinjaProcess()  # one for all tests: it takes a second to start
 FAMILIES = image_model_names()
 PICTURES = {name: picture(size, seed) for seed, (name, size) in enumerate(SIZES.items())}
 
@@ -41,7 +43,7 @@ async def pipelines() -> AsyncIterator[Any]:
     opened: dict[str, Pipeline] = {}
 
     def open_pipeline(name: str, **options: Any) -> Pipeline:
-        opened[name] = Pipeline.load(tiny_folder(name), images=FakeImages(name, PICTURES), **options)
+        opened[name] = Pipeline.load(tiny_folder(name), images=FakeImages(name, PICTURES), jinja=JINJA, **options)
         return opened[name]
 
     yield open_pipeline
@@ -217,7 +219,7 @@ async def test_a_picture_for_a_text_model_is_refused_by_its_part(text_pipeline: 
 
 @pytest.fixture
 async def text_pipeline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pipeline]:
-    pipeline = Pipeline.load(tiny_folder("llama"))
+    pipeline = Pipeline.load(tiny_folder("llama"), jinja=JINJA)
     yield pipeline
     pipeline.close()
 
