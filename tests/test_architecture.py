@@ -80,12 +80,14 @@ MAY_IMPORT = {
     "vlm_server.auth": ".errors",
     "vlm_server.backend": ".config .detokenizer .jinja_process .pipeline engine.client engine.request vision.service",
     "vlm_server.chat_template": ".jinja_process engine.request",
+    "vlm_server.built_in_templates": ".role_template",
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": ".checkpoint .config .environment .flags .serving engine.config vision.config vlm_server",
     "vlm_server.client": "",
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (
-        ".backend .config .errors .field_rules .generation .metrics .middleware .protocol .sampling .token_protocol engine.request"
+        ".backend .config .detokenizer .errors .field_rules .generation .metrics .middleware .protocol .sampling .token_protocol "
+        "engine.request"
     ),
     "vlm_server.detokenizer": "",
     "vlm_server.docs": ".config .examples .response_schema vlm_server",
@@ -102,9 +104,12 @@ MAY_IMPORT = {
     "vlm_server.message_schema": "",
     "vlm_server.metrics": "engine.request vision.service",
     "vlm_server.middleware": ".errors .metrics",
-    "vlm_server.pipeline": ".chat_template .jinja_process .tokenizer engine.request vision.families vision.image",
+    "vlm_server.pipeline": (
+        ".chat_template .detokenizer .jinja_process .template_choice .tokenizer engine.request vision.families vision.image"
+    ),
     "vlm_server.protocol": ".message_schema",
     "vlm_server.response_schema": "",
+    "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
     "vlm_server.routes.chat": ".auth .context .protocol .response_schema .shapes .streaming engine.request",
     "vlm_server.routes.completions": ".auth .context .protocol .response_schema .shapes .streaming engine.request",
@@ -115,6 +120,7 @@ MAY_IMPORT = {
     "vlm_server.serving": ".app .backend .config engine.request",
     "vlm_server.shapes": ".backend .generation .logprobs .protocol",
     "vlm_server.streaming": ".errors .generation .middleware .protocol",
+    "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
     "vlm_server.token_protocol": ".message_schema .protocol",
     "vlm_server.tokenizer": "vision",
 }

@@ -7,13 +7,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine.request import EngineInfo, EngineStats, Prompt, SamplingParams, StepOutput
 from vision.service import VisionStats
 from vlm_server.config import ServerConfig
-from vlm_server.detokenizer import TextDecoder
+from vlm_server.detokenizer import StopWords, TextDecoder
 
 
 class Engine(Protocol):
@@ -76,6 +76,7 @@ class Backend:
     engine: Engine
     pipeline: PromptPipeline
     vision_stats: Callable[[], VisionStats] = VisionStats
+    stop_words: StopWords = field(default_factory=StopWords)  # the chat template's, for every request
 
 
 OpenBackend = Callable[[ServerConfig], AbstractAsyncContextManager[Backend]]
@@ -107,6 +108,7 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
             folder,
             images=vision,
             chat_template=config.chat_template,
+            chat_template_args=config.chat_template_args,
             meta_instruction=config.meta_instruction,
             trust_remote_code=trusts,
             jinja=jinja,
@@ -117,4 +119,4 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         await start
         if pipeline.family is not None:
             await vision.ready()
-        yield Backend(engine, pipeline, vision.stats)
+        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words)

@@ -5,7 +5,6 @@ Knows nothing of tokens, of pictures' contents or of HTTP, nor of how a template
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.request import InvalidRequestError
@@ -33,12 +32,16 @@ class ChatTemplate:
     Raises TemplateError where the template takes more time or memory than it is given.
     """
 
+    brings_special_tokens = True
+    stop_words: tuple[str, ...] = ()
+
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
         source: str | dict[str, str] | None,
         *,
         placeholder: str = "",
+        picture_gap: str = "\n",
         meta_instruction: str | None = None,
         process: JinjaProcess | None = None,
     ) -> None:
@@ -46,6 +49,7 @@ class ChatTemplate:
         self._process = process or JinjaProcess()
         self._source = source
         self._placeholder = placeholder
+        self._picture_gap = picture_gap
         self._meta_instruction = meta_instruction
         self._takes_parts = self._shows([{"type": "text", "text": _PROBE}])
         self._takes_strings = self._shows(_PROBE)
@@ -87,7 +91,7 @@ class ChatTemplate:
     def _choose(self, tools: list[dict[str, Any]] | None) -> str:
         if self._source is None:
             raise TemplateError(
-                "messages: this model has no chat template; start the server with --chat-template FILE, or use /v1/completions"
+                "messages: this model has no chat template; start the server with --chat-template FILE or NAME, or use /v1/completions"
             )
         if isinstance(self._source, str):
             return self._source
@@ -112,12 +116,11 @@ class ChatTemplate:
     def _content(self, content: Any) -> str | list[dict[str, Any]]:
         """The form that the template can read: parts, or one string with the pictures' placeholders in their places."""
         if isinstance(content, list):
-            return content if self._takes_parts else "\n".join(self._part_text(part) for part in content)
+            if self._takes_parts:
+                return content
+            return content_text(content, placeholder=self._placeholder, picture_gap=self._picture_gap)
         text = "" if content is None else str(content)
         return text if self._takes_strings or not self._takes_parts else [{"type": "text", "text": text}]
-
-    def _part_text(self, part: dict[str, Any]) -> str:
-        return str(part["text"]) if part["type"] == "text" else self._placeholder
 
     def _shows(self, content: str | list[dict[str, str]]) -> bool:
         """Whether the template writes the text of such a content, and no more of it than the text."""
@@ -132,38 +135,14 @@ class ChatTemplate:
         return _PROBE in text and "'text'" not in text and '"text"' not in text
 
 
-def load_chat_template(
-    model_folder: str | Path,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    placeholder: str = "",
-    file: str | None = None,
-    meta_instruction: str | None = None,
-    process: JinjaProcess | None = None,
-) -> ChatTemplate:
-    """The template in `file` (Jinja), else the processor's, else the tokenizer's.
-
-    Raises OSError where `file` cannot be read.
-    """
-    source: str | dict[str, str] | None
-    if file is not None:
-        source = Path(file).read_text(encoding="utf-8")
-    else:
-        source = _processor_template(Path(model_folder)) or tokenizer.chat_template
-    return ChatTemplate(tokenizer, source, placeholder=placeholder, meta_instruction=meta_instruction, process=process)
-
-
-def _processor_template(folder: Path) -> str | dict[str, str] | None:
-    """In the order in which the reference looks for it."""
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json"):
-        if (folder / name).is_file():
-            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-            if isinstance(template, str | dict):
-                return template
-    return None
+def content_text(parts: Sequence[dict[str, Any]], *, placeholder: str, picture_gap: str) -> str:
+    """Parts as one string: texts on lines of their own, each picture as `placeholder`, with `picture_gap` between it and its neighbours."""
+    text = ""
+    for index, part in enumerate(parts):
+        if index:
+            text += "\n" if part["type"] == parts[index - 1]["type"] == "text" else picture_gap
+        text += str(part["text"]) if part["type"] == "text" else placeholder
+    return text
 
 
 def _stopped(error: RenderLimitError) -> TemplateError:

@@ -43,6 +43,10 @@ class TextTokenizer:
         token_id = self.reference.get_vocab().get(token)
         return None if token_id is None else int(token_id)
 
+    def added_token_id(self, token: str) -> int | None:
+        """The id of a token that is never cut, such as <|im_end|>; None where it is no such token."""
+        return next((token_id for token_id, content in self._added.items() if content == token.encode()), None)
+
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text; a part of a character, maybe. Empty for ids that the vocabulary only pads."""
         if token_id in self._added:

@@ -55,6 +55,12 @@ def test_the_documented_flags_are_read(folder: str) -> None:
     assert (found.api_keys, found.log_level) == (("a", "b"), "WARNING")
 
 
+def test_the_chat_template_and_its_words_are_read(folder: str) -> None:
+    found = config("serve", folder, "--chat-template", "qwen", "--chat_template_args", '{"stop_words": ["a_b"]}')
+
+    assert (found.chat_template, found.chat_template_args) == ("qwen", '{"stop_words": ["a_b"]}')
+
+
 @pytest.mark.parametrize("word", ["--session-len", "--session_len"])
 @pytest.mark.parametrize("joined", [True, False])
 def test_underscores_and_hyphens_are_alike(folder: str, word: str, joined: bool) -> None:
