@@ -82,7 +82,7 @@ MAY_IMPORT = {
     "vlm_server.chat_template": ".jinja_process engine.request",
     "vlm_server.built_in_templates": ".role_template",
     "vlm_server.checkpoint": ".embedded vision",
-    "vlm_server.cli": ".checkpoint .config .environment .flags .serving engine.config vision.config vlm_server",
+    "vlm_server.cli": ".checkpoint .config .environment .flags .serving .template_choice engine.config vision.config vlm_server",
     "vlm_server.client": "",
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (

@@ -31,7 +31,9 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
     from engine.config import EngineConfig
     from vision.config import VisionConfig
     from vlm_server.checkpoint import find_checkpoint
+    from vlm_server.template_choice import read_chosen
 
+    read_chosen(parsed.chat_template, parsed.chat_template_args, parsed.meta_instruction)  # a mistake is known before a download
     checkpoint = find_checkpoint(
         parsed.model, revision=parsed.revision, download_dir=parsed.download_dir, trust_remote_code=parsed.trust_remote_code
     )

@@ -52,24 +52,32 @@ def load_chat_template(
     chat_template_args: a JSON object with words in place of a built-in's or a JSON file's. meta_instruction: the default system text.
     placeholder, picture_gap: what a template that knows no parts writes for a picture, and between it and its neighbours.
 
-    Raises ValueError, or OSError where a file cannot be read.
+    Raises ValueError that names the flag, and TemplateError where a Jinja template never ends.
     """
+    words, source = read_chosen(chat_template, chat_template_args, meta_instruction)
+    if words is not None:
+        return RoleChatTemplate(words, placeholder=placeholder, picture_gap=picture_gap)
+    own = source or _processor_template(Path(model_folder)) or tokenizer.chat_template
+    return ChatTemplate(
+        tokenizer, own, placeholder=placeholder, picture_gap=picture_gap, meta_instruction=meta_instruction, process=process
+    )
+
+
+def read_chosen(
+    chat_template: str | None, chat_template_args: str | None, meta_instruction: str | None
+) -> tuple[RoleTemplate | None, str | None]:
+    """The words that the three flags make, or Jinja's source; neither for the model's own. Raises ValueError that names the flag."""
     words: RoleTemplate | None = None
-    source: str | dict[str, str] | None = None
-    if chat_template is None or chat_template == OWN:
-        source = _processor_template(Path(model_folder)) or tokenizer.chat_template
-    elif chat_template in BUILT_IN:
+    source: str | None = None
+    if chat_template in BUILT_IN:
         words = BUILT_IN[chat_template]
-    else:
+    elif chat_template not in (None, OWN):
         words, source = _read_file(chat_template)
     if words is not None:
         words = _with_arguments(words, chat_template_args, meta_instruction)
-        return RoleChatTemplate(words, placeholder=placeholder, picture_gap=picture_gap)
-    if chat_template_args is not None:
+    elif chat_template_args is not None:
         raise ValueError("chat_template_args: a Jinja template has no words to replace, only a built-in template and a JSON file have")
-    return ChatTemplate(
-        tokenizer, source, placeholder=placeholder, picture_gap=picture_gap, meta_instruction=meta_instruction, process=process
-    )
+    return words, source
 
 
 def _read_file(name: str) -> tuple[RoleTemplate | None, str | None]:
@@ -79,11 +87,13 @@ def _read_file(name: str) -> tuple[RoleTemplate | None, str | None]:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"chat_template: {name} is neither a file nor built in; {_allowed()}")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat_template: {name} cannot be read: {error}") from None
     if path.suffix.lower() != ".json" and not _is_json_object(text):
         return None, text
-    words = parse_role_template(text, BUILT_IN, where=f"chat_template: {name}")
-    return words, None
+    return parse_role_template(text, BUILT_IN, where=f"chat_template: {name}"), None
 
 
 def _allowed() -> str:

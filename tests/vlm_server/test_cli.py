@@ -98,6 +98,22 @@ def test_lmdeploys_switches_that_say_no_work(folder: str) -> None:
     assert (found.enable_metrics, found.enable_docs) == (False, False)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--chat-template", "nope"],
+        ["--chat-template", "deepseek-v4"],
+        ["--chat-template-args", "{}"],
+        ["--chat-template", "/proc/self/mem"],
+    ],
+)
+def test_a_wrong_chat_template_ends_with_one_line_before_anything_is_loaded(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "/no/such/folder", *words]) == 1
+
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"vlm-server: {words[0].removeprefix('--').replace('-', '_')}: ")
+
+
 @pytest.mark.parametrize("words", [["--tp", "0"], ["--allow-private-media", "x"], ["--server-port", "70000"], ["--root-path", "x/"]])
 def test_a_value_out_of_bounds_ends_with_one_line_that_names_the_flag(
     folder: str, words: list[str], capsys: pytest.CaptureFixture[str]
