@@ -79,10 +79,13 @@ MAY_IMPORT = {
     ),
     "vlm_server.auth": ".errors",
     "vlm_server.backend": ".config .detokenizer .jinja_process .pipeline engine.client engine.request vision.service",
+    "vlm_server.chat_client": ".client",
     "vlm_server.chat_template": ".jinja_process engine.request",
     "vlm_server.built_in_templates": ".role_template",
     "vlm_server.checkpoint": ".embedded vision",
-    "vlm_server.cli": ".checkpoint .config .environment .flags .serving .template_choice engine.config vision.config vlm_server",
+    "vlm_server.cli": (
+        ".chat_client .checkpoint .config .environment .flags .serving .template_choice .terminal engine.config vision.config vlm_server"
+    ),
     "vlm_server.client": "",
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (
@@ -121,6 +124,7 @@ MAY_IMPORT = {
     "vlm_server.shapes": ".backend .generation .logprobs .protocol",
     "vlm_server.streaming": ".errors .generation .middleware .protocol",
     "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
+    "vlm_server.terminal": ".chat_client",
     "vlm_server.token_protocol": ".message_schema .protocol",
     "vlm_server.tokenizer": "vision",
 }
