@@ -84,7 +84,8 @@ MAY_IMPORT = {
     "vlm_server.built_in_templates": ".role_template",
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
-        ".chat_client .checkpoint .config .environment .flags .serving .template_choice .terminal engine.config vision.config vlm_server"
+        ".chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal engine.config vision.config "
+        "vlm_server"
     ),
     "vlm_server.client": "",
     "vlm_server.config": "engine.config vision.config",
@@ -101,6 +102,7 @@ MAY_IMPORT = {
     "vlm_server.field_rules": ".errors .message_schema .protocol .token_protocol",
     "vlm_server.flags": ".config engine.config vision.config",
     "vlm_server.generation": ".backend .detokenizer .errors .metrics .protocol .sampling engine.request",
+    "vlm_server.gradio_page": ".chat_client",
     "vlm_server.jinja_process": ".jinja_worker vision.workers",
     "vlm_server.jinja_worker": "",
     "vlm_server.logprobs": "engine.request",

@@ -7,21 +7,23 @@ import base64
 import json
 import mimetypes
 import stat
-from collections.abc import Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import requests
 
-from vlm_server.client import events
+from vlm_server.client import events, json_loads
 
 CONNECT_LIMIT_S = 10
 ANSWER_LIMIT_S = 600  # for the next piece of an answer; before the first one a request may wait for its turn
 MAX_PICTURE_BYTES = 20 << 20  # what `vlm-server serve` accepts unless told otherwise
 
 _MAX_MESSAGE_CHARACTERS = 500
+_MAX_LINE_BYTES = 1 << 20
 _REMOTE = ("http://", "https://", "data:")
 
 Message = dict[str, Any]
@@ -76,8 +78,7 @@ class ChatServer:
 
     def answer(self, model: str, messages: Sequence[Message], **sampling: float | None) -> Generator[Piece, None, None]:
         """The answer's pieces as they are written. Closing the iterator closes the connection, which ends the answer. Raises ChatError."""
-        given = {name: value for name, value in sampling.items() if value is not None}
-        body = {"model": model, "messages": messages, "stream": True, **given}
+        body = _body(model, messages, sampling)
         limits = (CONNECT_LIMIT_S, ANSWER_LIMIT_S)
         try:
             with requests.post(
@@ -88,6 +89,28 @@ class ChatServer:
                     yield _piece(event)
         except requests.RequestException as error:
             raise _unreachable(self.url, error) from error
+
+    async def answer_async(self, model: str, messages: Sequence[Message], **sampling: float | None) -> AsyncGenerator[Piece, None]:
+        """As `answer`, for an event loop: cancelling it, too, closes the connection at once."""
+        body = _body(model, messages, sampling)
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_LIMIT_S, sock_read=ANSWER_LIMIT_S)
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=limits, headers=self._headers, read_bufsize=_MAX_LINE_BYTES) as session,
+                session.post(f"{self.url}/v1/chat/completions", json=body) as response,
+            ):
+                if not response.ok:
+                    raise _refusal(await response.read(), response.status, response.reason)
+                async for line in response.content:
+                    data = line.removeprefix(b"data:").strip()
+                    if data and data != b"[DONE]":
+                        yield _piece(json_loads(data))
+        except TimeoutError as error:
+            raise ChatError(f"{self.url} did not answer in time") from error
+        except aiohttp.ClientPayloadError as error:
+            raise ChatError(f"{self.url} closed the connection in the middle of its answer") from error
+        except (aiohttp.ClientError, ValueError) as error:  # ValueError: a line without end
+            raise ChatError(f"{self.url} cannot be reached: {error}") from error
 
 
 def user_message(parts: Sequence[Message]) -> Message:
@@ -133,14 +156,22 @@ def _piece(event: Any) -> Piece:
     return Piece(delta.get("content") or "", delta.get("reasoning_content") or "", choices[0].get("finish_reason"))
 
 
+def _body(model: str, messages: Sequence[Message], sampling: Mapping[str, float | None]) -> dict[str, Any]:
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return {"model": model, "messages": messages, "stream": True, **given}
+
+
 def _raise_refusal(response: requests.Response) -> None:
-    if response.ok:
-        return
+    if not response.ok:
+        raise _refusal(response.content, response.status_code, response.reason)
+
+
+def _refusal(body: bytes, status: int, reason: str | None) -> ChatError:
     try:
-        said = _message(json.loads(response.content))
+        said = _message(json.loads(body))
     except ValueError:
         said = ""
-    raise ChatError(f"{said or response.reason or 'refused'} (HTTP {response.status_code})")
+    return ChatError(f"{said or reason or 'refused'} (HTTP {status})")
 
 
 def _message(body: Any) -> str:

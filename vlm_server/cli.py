@@ -1,4 +1,4 @@
-"""`vlm-server`: serve, chat, check_env. Heavy imports happen in the commands, so that help and mistakes are quick."""
+"""`vlm-server`: serve, chat, gradio, check_env. Heavy imports happen in the commands, so that help and mistakes are quick."""
 
 import argparse
 import contextlib
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "VLM_SERVER_API_KEY"
 
-_LEGACY_WORDS = {"api_server": "serve", "api_client": "chat"}  # lmdeploy serve api_server MODEL, … api_client URL
+_LEGACY_WORDS = {"api_server": "serve", "api_client": "chat", "gradio": "gradio"}  # lmdeploy serve api_server MODEL, … api_client URL
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status."""
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    command = {"serve": _serve, "chat": _chat, "check_env": _check_env}[parsed.command]
+    command = {"serve": _serve, "chat": _chat, "gradio": _gradio, "check_env": _check_env}[parsed.command]
     return command(parsed)
 
 
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("model", nargs="?", metavar="MODEL", help="folder, hub id or GGUF file (default: the embedded demonstration model)")
     add_serve_flags(serve)
     _add_chat(commands.add_parser("chat", help="chat with a server in the terminal", description=_chat.__doc__, allow_abbrev=False))
+    _add_gradio(commands.add_parser("gradio", help="a chat page for a server", description=_gradio.__doc__, allow_abbrev=False))
     check_env = commands.add_parser("check_env", aliases=["check-env"], help="print what this machine and installation have")
     check_env.add_argument("--dump-file", metavar="FILE", help="write it as JSON too")
     check_env.set_defaults(command="check_env")
@@ -76,6 +77,7 @@ def _without_legacy_word(arguments: list[str]) -> list[str]:
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     _add_server(parser)
+    parser.add_argument("--model", metavar="NAME", help="one of the server's models (default: its first)")
     parser.add_argument("--system", metavar="TEXT", help="system text of the conversation")
     parser.add_argument("--temperature", type=float, metavar="N", help="0 is greedy (default: the server's)")
     parser.add_argument(
@@ -85,12 +87,17 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--session-id", type=int, metavar="N", help="LMDeploy's, without effect: the conversation is kept here")
 
 
+def _add_gradio(parser: argparse.ArgumentParser) -> None:
+    _add_server(parser)
+    parser.add_argument("--server-name", default="127.0.0.1", metavar="X", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--server-port", type=int, default=6006, metavar="N", help="port to listen on (default: 6006)")
+
+
 def _add_server(parser: argparse.ArgumentParser) -> None:
     """Which server, for the commands that ask one."""
     url = f"http://127.0.0.1:{DEFAULT_PORT}"
     parser.add_argument("url", nargs="?", metavar="URL", default=url, help=f"the server (default: {url})")
     parser.add_argument("--api-key", metavar="KEY", help=f"the server's key (default: {API_KEY_VARIABLE} in the environment)")
-    parser.add_argument("--model", metavar="NAME", help="one of the server's models (default: its first)")
 
 
 _LEGACY_SWITCHES = {"--disable-metrics": "--no-metrics", "--disable-fastapi-docs": "--no-fastapi-docs"}
@@ -125,7 +132,7 @@ def _chat(parsed: argparse.Namespace) -> int:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() edits lines with it)
     try:
-        server = ChatServer(parsed.url, parsed.api_key or os.environ.get(API_KEY_VARIABLE))
+        server = ChatServer(parsed.url, _api_key(parsed))
         model = server.chosen_model(parsed.model)
     except ChatError as error:
         print(f"vlm-server: {error}", file=sys.stderr)
@@ -143,6 +150,25 @@ def _chat(parsed: argparse.Namespace) -> int:
         sampling=sampling,
     ).run()
     return 0
+
+
+def _gradio(parsed: argparse.Namespace) -> int:
+    """Serve a chat page for a server, made with gradio (an optional package). Whoever opens the page uses the server with your key."""
+    from vlm_server.chat_client import ChatError, ChatServer
+    from vlm_server.gradio_page import GradioMissingError, serve_page
+
+    try:
+        serve_page(ChatServer(parsed.url, _api_key(parsed)), host=parsed.server_name, port=parsed.server_port)
+    except (ChatError, GradioMissingError, OSError) as error:
+        print(f"vlm-server: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _api_key(parsed: argparse.Namespace) -> str | None:
+    return parsed.api_key or os.environ.get(API_KEY_VARIABLE)
 
 
 def _set_up_logging(level: str) -> None:
