@@ -159,7 +159,7 @@ def _gradio(parsed: argparse.Namespace) -> int:
 
     try:
         serve_page(ChatServer(parsed.url, _api_key(parsed)), host=parsed.server_name, port=parsed.server_port)
-    except (ChatError, GradioMissingError, OSError) as error:
+    except (ChatError, GradioMissingError) as error:
         print(f"vlm-server: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

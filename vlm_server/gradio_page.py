@@ -31,7 +31,7 @@ class GradioMissingError(Exception):
 
 
 def serve_page(server: ChatServer, *, host: str, port: int) -> None:
-    """Blocks until it is stopped by a signal. Raises GradioMissingError, ChatError where the server has no models, OSError."""
+    """Blocks until it is stopped by a signal. Raises GradioMissingError; ChatError without models or with a taken port."""
     if importlib.util.find_spec("gradio") is None:
         raise GradioMissingError
     models = server.models()
@@ -42,19 +42,22 @@ def serve_page(server: ChatServer, *, host: str, port: int) -> None:
     from starlette.middleware import Middleware
 
     print(f"Chat with {server.url} at http://{host}:{port}", flush=True)
-    _page(server, models).launch(  # only so does gradio check that a picture was uploaded: a mounted page gives local files away
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        theme=gradio.themes.Base(**_FONTS),
-        css=_STYLE,
-        footer_links=[],
-        max_file_size=MAX_PICTURE_BYTES,
-        ssr_mode=False,
-        enable_monitoring=False,
-        app_kwargs={"middleware": [Middleware(_ContentPolicy)], "docs_url": None, "redoc_url": None, "openapi_url": None},
-    )
+    try:
+        _page(server, models).launch(  # only so does gradio check that a picture was uploaded: a mounted page gives local files away
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            theme=gradio.themes.Base(**_FONTS),
+            css=_STYLE,
+            footer_links=[],
+            max_file_size=MAX_PICTURE_BYTES,
+            ssr_mode=False,
+            enable_monitoring=False,
+            app_kwargs={"middleware": [Middleware(_ContentPolicy)], "docs_url": None, "redoc_url": None, "openapi_url": None},
+        )
+    except OSError as error:
+        raise ChatError(f"cannot listen on {host}:{port}: {error}".partition(" You can")[0]) from error
 
 
 def _page(server: ChatServer, models: Sequence[str]) -> Any:

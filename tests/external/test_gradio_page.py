@@ -235,3 +235,14 @@ def test_the_page_gives_no_file_away(page_url: str, server: RunningServer, tmp_p
 
 def test_the_browser_is_told_to_refuse_other_addresses(page_url: str) -> None:
     assert "default-src 'self'" in requests.get(page_url, timeout=10).headers["content-security-policy"]
+
+
+def test_a_port_that_is_taken_ends_with_one_line(shared_server: RunningServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "vlm_server.cli", "gradio", shared_server.url, "--server-port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=START_LIMIT_S)
+
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"vlm-server: cannot listen on 127.0.0.1:{port}: ")
