@@ -87,17 +87,22 @@ MAY_IMPORT = {
     ),
     "vlm_server.auth": ".errors",
     "vlm_server.backend": (
-        ".config .detokenizer .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
+        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
     ),
+    "vlm_server.chat_client": ".client",
     "vlm_server.chat_page": ".config .examples",
-    "vlm_server.chat_template": "engine.request",
+    "vlm_server.chat_template": ".jinja_process engine.request",
+    "vlm_server.built_in_templates": ".role_template",
     "vlm_server.checkpoint": ".embedded vision",
-    "vlm_server.cli": ".checkpoint .config .environment .flags .serving engine.config vision.config vlm_server",
+    "vlm_server.cli": (
+        ".chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal engine.config vision.config "
+        "vlm_server"
+    ),
     "vlm_server.client": "",
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (
-        ".backend .config .embedding_protocol .errors .field_rules .generation .interactive_protocol .metrics .middleware "
-        ".protocol .sampling .token_protocol .turns engine.request"
+        ".backend .config .detokenizer .embedding_protocol .errors .field_rules .generation .interactive_protocol .metrics "
+        ".middleware .protocol .sampling .token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
     "vlm_server.docs": ".config .examples .response_schema vlm_server",
@@ -112,15 +117,22 @@ MAY_IMPORT = {
     "vlm_server.format_protocol": ".message_schema",
     "vlm_server.flags": ".config engine.config vision.config",
     "vlm_server.generation": ".backend .detokenizer .errors .metrics .protocol .sampling engine.request",
+    "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
     "vlm_server.interactive_protocol": ".message_schema .protocol",
+    "vlm_server.jinja_process": ".jinja_worker vision.workers",
+    "vlm_server.jinja_worker": "",
     "vlm_server.logprobs": "engine.request",
     "vlm_server.message_schema": "",
     "vlm_server.metrics": "engine.request vision.service",
     "vlm_server.middleware": ".errors .metrics .stage_timings",
-    "vlm_server.pipeline": ".chat_template .stage_timings .tokenizer .transcript engine.request vision.families vision.image",
+    "vlm_server.pipeline": (
+        ".chat_template .detokenizer .jinja_process .stage_timings .template_choice .tokenizer .transcript engine.request "
+        "vision.families vision.image"
+    ),
     "vlm_server.protocol": ".format_protocol .message_schema",
     "vlm_server.response_schema": "",
+    "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
     "vlm_server.routes.chat": (
         ".auth .context .guided .middleware .protocol .response_schema .shapes .stage_timings .streaming engine.request"
@@ -149,6 +161,8 @@ MAY_IMPORT = {
     "vlm_server.shapes": ".backend .generation .logprobs .protocol",
     "vlm_server.stage_timings": "",
     "vlm_server.streaming": ".errors .generation .middleware .protocol",
+    "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
+    "vlm_server.terminal": ".chat_client",
     "vlm_server.token_protocol": ".message_schema .protocol",
     "vlm_server.tokenizer": "vision",
     "vlm_server.transcript": "engine.request",

@@ -7,14 +7,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine.request import EngineInfo, EngineStats, Prompt, SamplingParams, StepOutput
 from vision.image import ImageRef
 from vision.service import VisionStats
 from vlm_server.config import ServerConfig
-from vlm_server.detokenizer import TextDecoder
+from vlm_server.detokenizer import StopWords, TextDecoder
 from vlm_server.stage_timings import StageTimings
 from vlm_server.transcript import Transcript, TurnPrompt
 
@@ -98,6 +98,7 @@ class Backend:
     engine: Engine
     pipeline: PromptPipeline
     vision_stats: Callable[[], VisionStats] = VisionStats
+    stop_words: StopWords = field(default_factory=StopWords)  # the chat template's, for every request
 
 
 OpenBackend = Callable[[ServerConfig], AbstractAsyncContextManager[Backend]]
@@ -111,6 +112,7 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
     """
     from engine.client import EngineClient
     from vision.service import VisionService
+    from vlm_server.jinja_process import JinjaProcess
     from vlm_server.pipeline import Pipeline
 
     folder, trusts = config.engine.model_folder, config.engine.trust_remote_code
@@ -121,14 +123,18 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         stack.callback(start.cancel)
         vision = VisionService(config.vision, model_folder=folder, trust_remote_code=trusts)
         stack.push_async_callback(vision.close)
+        jinja = JinjaProcess()
+        stack.push_async_callback(asyncio.to_thread, jinja.close)
         pipeline = await asyncio.to_thread(
             Pipeline.load,
             folder,
             tokenizer_folder=config.tokenizer_folder,
             images=vision,
             chat_template=config.chat_template,
+            chat_template_args=config.chat_template_args,
             meta_instruction=config.meta_instruction,
             trust_remote_code=trusts,
+            jinja=jinja,
         )
         stack.callback(pipeline.close)
         if pipeline.family is not None:
@@ -138,4 +144,4 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
             await engine.set_vocabulary(vocabulary)
         if pipeline.family is not None:
             await vision.ready()
-        yield Backend(engine, pipeline, vision.stats)
+        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words)

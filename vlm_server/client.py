@@ -176,10 +176,10 @@ class APIClient:
             yield json_loads(response.content)
             return
         with response:
-            yield from _events(response)
+            yield from events(response)
 
 
-def _events(response: requests.Response) -> Iterator[Any]:
+def events(response: requests.Response) -> Iterator[Any]:
     """The decoded lines of an event stream without its `[DONE]`; an error's body is one undecorated line."""
     for line in response.iter_lines(delimiter=b"\n"):
         data = line.removeprefix(b"data:").strip()

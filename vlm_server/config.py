@@ -25,7 +25,8 @@ class ServerConfig:
     allow_methods: tuple[str, ...] = ("*",)
     allow_headers: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
-    chat_template: str | None = None  # a file; None: the checkpoint's own
+    chat_template: str | None = None  # a file or a built-in name; None: the checkpoint's own
+    chat_template_args: str | None = None  # a JSON object: words in place of the template's
     meta_instruction: str | None = None  # the system text of chats that bring none
     generation_config: str = "auto"  # auto | lmdeploy | a folder
     strict_fields: bool = False  # refuse fields that no API documents

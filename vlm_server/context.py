@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 
 from engine.request import EngineDeadError, EngineInfo, Prompt
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
+from vlm_server.detokenizer import StopWords
 from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import ApiError
 from vlm_server.field_rules import check_fields
@@ -64,8 +65,18 @@ class ServerContext:
         """All answers to the request, not yet begun."""
         info = self.engine_info
         params = sampling_params(body, self.defaults, num_logprobs=body.num_logprobs, vocab_size=info.vocab_size, grammar=grammar)
-        tokenizer = self.backend.pipeline.tokenizer
-        return Generation(self.backend.engine, tokenizer, prompts, params, body, request_id=request_id, metrics=self.metrics)
+        stop_words = StopWords() if body.ignore_eos else self.backend.stop_words
+        stop_token_ids = (token_id for token_id in stop_words.token_ids if token_id < info.vocab_size)
+        return Generation(
+            self.backend.engine,
+            self.backend.pipeline.tokenizer,
+            prompts,
+            replace(params, stop_token_ids=(*params.stop_token_ids, *stop_token_ids)),
+            body,
+            stop_words=stop_words.strings,
+            request_id=request_id,
+            metrics=self.metrics,
+        )
 
 
 def context_of(request: Request) -> ServerContext:

@@ -43,7 +43,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("trust-remote-code", "engine", "run code that the checkpoint brings", bool),
         Flag("load-format", "engine", "how weights are stored; dummy: random ones", LOAD_FORMATS),
         Flag("dtype", "engine", "of weights and KV cache; auto on a CPU: float32", DTYPES),
-        Flag("chat-template", "server", "Jinja file in place of the checkpoint's chat template"),
+        Flag("chat-template", "server", "Jinja or JSON file, or built-in name, in place of the checkpoint's chat template"),
+        Flag("chat-template-args", "server", "JSON object with words in place of a JSON file's or a built-in template's"),
         Flag("meta-instruction", "server", "system text of chats that bring none"),
         Flag(
             "generation-config",

@@ -144,9 +144,11 @@ class Generation:
         params: SamplingParams,
         request: GenerationFields,
         *,
+        stop_words: Sequence[str] = (),
         request_id: str,
         metrics: Metrics,
     ) -> None:
+        """stop_words: strings that end an answer beside the request's own."""
         self._engine = engine
         self._prompts = prompts
         self._num_choices = request.num_choices
@@ -161,7 +163,7 @@ class Generation:
                 for_choice(params, index % request.num_choices),
                 Detokenizer(
                     tokenizer,
-                    stops=request.stop or (),
+                    stops=(*(request.stop or ()), *stop_words),
                     includes_stop=includes_stop,
                     skip_special_tokens=request.skip_special_tokens is not False,
                     min_tokens=params.min_tokens,

@@ -15,8 +15,11 @@ from typing import Any, Protocol, TypeVar
 from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys
 from vision.families import Family, load_family
 from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
-from vlm_server.chat_template import ChatTemplate, Message, TemplateError, load_chat_template
+from vlm_server.chat_template import Message, TemplateError
+from vlm_server.detokenizer import StopWords
+from vlm_server.jinja_process import JinjaProcess
 from vlm_server.stage_timings import StageTimings
+from vlm_server.template_choice import PromptTemplate, load_chat_template
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 from vlm_server.transcript import CutText, Segment, Transcript, TurnPrompt, answer_segment, num_leading
 
@@ -55,7 +58,7 @@ class Pipeline:
     def __init__(
         self,
         tokenizer: TextTokenizer,
-        template: ChatTemplate,
+        template: PromptTemplate,
         *,
         family: Family | None = None,
         images: ImageLoader | None = None,
@@ -76,23 +79,38 @@ class Pipeline:
         tokenizer_folder: str | None = None,
         images: ImageLoader | None = None,
         chat_template: str | None = None,
+        chat_template_args: str | None = None,
         meta_instruction: str | None = None,
         trust_remote_code: bool = False,
+        jinja: JinjaProcess | None = None,
     ) -> "Pipeline":
         """The pipeline of the checkpoint in `model_folder`; blocks while its tokenizer is read.
 
-        tokenizer_folder: of another tokenizer. chat_template: a Jinja file in place of the model's own template.
+        tokenizer_folder: of another tokenizer. chat_template, chat_template_args, meta_instruction: see `load_chat_template`.
+        jinja: where templates run, closed by the caller; None: in a process that ends with the pipeline.
         """
         tokenizer = load_tokenizer(tokenizer_folder or model_folder, trust_remote_code=trust_remote_code)
         family = load_family(model_folder)
         template = load_chat_template(
             model_folder,
             tokenizer,
-            placeholder=family.placeholder if family else "",
-            file=chat_template,
+            placeholder=family.framed_placeholder if family else "",
+            picture_gap=family.rules.gap if family else "",
+            chat_template=chat_template,
+            chat_template_args=chat_template_args,
             meta_instruction=meta_instruction,
+            process=jinja,
         )
         return cls(TextTokenizer(tokenizer), template, family=family, images=images)
+
+    @property
+    def stop_words(self) -> StopWords:
+        """What the chat template ends every answer at: whole tokens where the tokenizer has them, else strings."""
+        words = {word: self.tokenizer.added_token_id(word) for word in self.template.stop_words}
+        return StopWords(
+            strings=tuple(word for word, token_id in words.items() if token_id is None),
+            token_ids=tuple(token_id for token_id in words.values() if token_id is not None),
+        )
 
     async def chat_prompt(
         self,
@@ -298,9 +316,10 @@ class Pipeline:
         return self._tokenize(pieces, add_special_tokens=self._adds_special_tokens(text))
 
     def _adds_special_tokens(self, text: str) -> bool:
-        """As the reference: a tokenizer's template brings its own; a processor adds them unless the text begins with the first."""
+        """As the reference: a tokenizer's Jinja template brings its own; a processor adds them unless the text begins with the first."""
         bos = self.tokenizer.reference.bos_token
-        return self.family is not None and not (bos is not None and text.startswith(str(bos)))
+        is_left_to_us = self.family is not None or not self.template.brings_special_tokens
+        return is_left_to_us and not (bos is not None and text.startswith(str(bos)))
 
     def _expanded(self, text: str, images: Sequence[ProcessedImage | MeasuredImage]) -> str:
         if self.family is None:

@@ -67,6 +67,10 @@ class TextTokenizer:
         """Whether it stands beside the text, as the ends of messages do."""
         return token_id in self.reference.all_special_ids
 
+    def added_token_id(self, token: str) -> int | None:
+        """The id of a token that is never cut, such as <|im_end|>; None where it is no such token."""
+        return next((token_id for token_id, content in self._added.items() if content == token.encode()), None)
+
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text; a part of a character, maybe. Empty for ids that the vocabulary only pads."""
         if token_id in self._added:

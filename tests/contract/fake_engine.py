@@ -25,6 +25,7 @@ from tests.vlm_server.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE, ByteTok
 from vision.image import ImageRef, MediaError
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
+from vlm_server.detokenizer import StopWords
 from vlm_server.stage_timings import StageTimings
 from vlm_server.transcript import Segment, Transcript, TurnPrompt
 
@@ -284,6 +285,7 @@ class FakeBackend:
         self.activity = Activity()
         self.engine = FakeEngine(self.activity)
         self.pipeline = FakePipeline(self.activity)
+        self.stop_words = StopWords()
 
     def reset(self) -> None:
         """As new, for the next test on the same server."""
@@ -294,4 +296,4 @@ class FakeBackend:
 
     @contextlib.asynccontextmanager
     async def open(self, config: ServerConfig) -> AsyncIterator[Backend]:
-        yield Backend(self.engine, self.pipeline)
+        yield Backend(self.engine, self.pipeline, stop_words=self.stop_words)
