@@ -26,7 +26,7 @@ COPY vlm_server ./vlm_server
 COPY vision ./vision
 COPY engine ./engine
 COPY assets ./assets
-RUN /opt/vlm-server/bin/pip install --no-cache-dir --constraint constraints.txt . \
+RUN /opt/vlm-server/bin/pip install --no-cache-dir --constraint constraints.txt '.[redis]' \
  && rm -rf /src/*
 
 # The service's user has no password and no shell. Its home holds what it writes, and is open to whoever owns a mounted cache.

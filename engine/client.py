@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from engine.channel import AsyncSender, Decoder, read_frame
 from engine.config import EngineConfig
-from engine.messages import Abort, Add, FromEngine, GetStats, Loading, Outputs, Ready, Rejected, Start, StartFailed, Stats
+from engine.messages import Abort, Add, FromEngine, GetStats, Loading, Outputs, Ready, Rejected, SetVocabulary, Start, StartFailed, Stats
 from engine.request import (
     EngineDeadError,
     EngineError,
@@ -84,6 +84,7 @@ class EngineClient:
         self._streams: dict[str, asyncio.Queue[StepOutput | EngineError]] = {}
         self._stats_calls: dict[int, asyncio.Future[EngineStats]] = {}
         self._num_calls = 0
+        self._vocabulary: str | None = None
         self._connection: _Connection | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._first_ready: asyncio.Future[EngineInfo] | None = None
@@ -106,6 +107,11 @@ class EngineClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
         self._fail_all(EngineDeadError("the engine is closed", is_final=True))
+
+    async def set_vocabulary(self, vocabulary: str) -> None:
+        """What the token ids mean, as the tokenizers library writes it: the engine, and each that replaces it, can follow grammars then."""
+        await self._send(self._ready_sender(), SetVocabulary(vocabulary))
+        self._vocabulary = vocabulary
 
     async def generate(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> AsyncGenerator[StepOutput, None]:
         """One request's outputs, the last one with its finish_reason.
@@ -186,7 +192,10 @@ class EngineClient:
         try:
             await connection.sender.send(Start(self.config))
             while True:
-                self._handle(connection.decoder.decode(await read_frame(connection.reader)))
+                message = connection.decoder.decode(await read_frame(connection.reader))
+                if isinstance(message, Ready) and self._vocabulary is not None:  # this one replaces another; requests come after it
+                    await connection.sender.send(SetVocabulary(self._vocabulary))
+                self._handle(message)
         except (asyncio.IncompleteReadError, OSError):
             pass  # its end of the socket is closed: it ended, or was killed
         finally:

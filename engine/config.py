@@ -18,6 +18,8 @@ class EngineConfig:
     model_folder: str
     device: str = "auto"
     dtype: str = "auto"  # on CPU: float32
+    load_in_8bit: bool = False  # the decoder's linear layers in int8
+    lora_folder: str | None = None  # an adapter that is merged into the weights
     tp: int = 1
     load_format: str = "auto"
     trust_remote_code: bool = False

@@ -5,15 +5,33 @@ Used by the engine process, by tests and offline. Knows nothing of sockets or of
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from engine.beams import Beams, BeamSearch
 from engine.config import EngineConfig
+from engine.continuations import continuations
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
-from engine.request import EngineInfo, EngineStats, InvalidRequestError, Plan, Prompt, Request, SampledToken, SamplingParams, StepOutput
-from engine.sampler import SamplingRow, sample
+from engine.first_token import FirstTokenClock
+from engine.guided import Guides, Mask
+from engine.reading import Reading
+from engine.request import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    InvalidRequestError,
+    Plan,
+    Prompt,
+    Request,
+    SampledToken,
+    SamplingParams,
+    StepOutput,
+)
+from engine.sampler import SamplingRow, hash64, sample
 from engine.scheduler import Scheduler
 from engine.workers import Ranks
 
@@ -21,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_ENCODE_S = 0.05  # a slice of encoding when no row decodes; new messages are read after it
 MIN_ENCODE_S = 0.002
+IDLE_COMPILE_S = 0.01  # how long a step waits for a grammar when nothing else is to be done
 
 
 class Engine:
@@ -32,8 +51,13 @@ class Engine:
         self.runner = self.ranks.runner
         self.config = self._bounded_by_memory(config)
         self.scheduler = Scheduler(self.config, num_blocks=self.runner.num_blocks, eos_token_ids=self.runner.eos_token_ids)
+        self.beams = Beams(self.scheduler, self.runner.eos_token_ids)
         self.embeddings = EmbeddingCache(config.embedding_cache_bytes)
         self.encoding: Encoding | None = None
+        self.guides = Guides(vocab_size=self.runner.vocab_size, eos_token_ids=self.runner.eos_token_ids)
+        self._compiling: dict[str, Future[None]] = {}  # held requests and what they wait for
+        self._readings: dict[str, Reading] = {}  # of prompts that are not wholly computed
+        self.clock = FirstTokenClock()
         self._own = EngineStats()
         self._num_requests = 0
         self._load_time_s = time.monotonic() - started
@@ -56,6 +80,10 @@ class Engine:
             load_time_s=self._load_time_s,
         )
 
+    def set_vocabulary(self, vocabulary: str) -> None:
+        """What the token ids mean, as the tokenizers library writes it: without it no grammar can be followed."""
+        self.guides.vocabulary = vocabulary
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
@@ -63,27 +91,44 @@ class Engine:
     def add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
         """Queue a request. Raises InvalidRequestError, PromptTooLongError or QueueFullError."""
         self._check_prompt(prompt, params)
+        if params.num_beams > 1:
+            self.beams.check(Request(request_id, prompt, params))
         self._num_requests += 1
         if params.seed is None:
             params = replace(params, seed=self.config.seed + self._num_requests)
-        self.scheduler.add(Request(request_id, prompt, params))
+        request = Request(request_id, prompt, params)
+        self.scheduler.add(request)
+        self.clock.added(request_id)
+        if params.num_beams > 1:
+            self.beams.begin(request)
+        if params.grammar is not None:
+            self.scheduler.hold(request_id)
+            self._compiling[request_id] = self.guides.begin(request_id, params.grammar)
         num_hits = sum(self.embeddings.touch(image.content_hash) for image in prompt.images)
         self._own = replace(self._own, num_embedding_cache_hits=self._own.num_embedding_cache_hits + num_hits)
 
     def abort(self, request_id: str) -> StepOutput | None:
         """End a request; its blocks are free on return. None where it is unknown or has ended."""
-        output = self.scheduler.abort(request_id)
+        output = self.beams.end(request_id, FinishReason.ABORT) or self.scheduler.abort(request_id)
+        self._forget(request_id)
         self._drop_unwanted_encoding()
         return output
 
     def step(self) -> list[StepOutput]:
         """Compute one plan, and a slice of the pictures that wait."""
         started = time.perf_counter()
+        self._release_compiled()
         plan = self.scheduler.schedule()
+        for chunk in plan.chunks:
+            self.clock.begun(chunk.request_id)
         outputs, tensor_s = self._compute(plan) if plan.chunks else ([], 0.0)
         encode_s, failed = self._encode(step_s=tensor_s if plan.chunks else None)
         self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
-        return outputs + failed
+        timed = [self._timed(output) for output in outputs + failed]
+        for output in timed:
+            if output.finish_reason is not None:
+                self._forget(output.request_id)
+        return timed
 
     def stats(self) -> EngineStats:
         counted = self.scheduler.stats()
@@ -99,6 +144,7 @@ class Engine:
     def close(self) -> None:
         if self.encoding is not None:
             self.encoding.cancel()
+        self.guides.close()
         self.ranks.close()
 
     def _bounded_by_memory(self, config: EngineConfig) -> EngineConfig:
@@ -121,34 +167,99 @@ class Engine:
             raise InvalidRequestError(f"logit_bias or stop_token_ids name a token id outside 0 … {vocab_size - 1}")
         if prompt.images and self.runner.encoder is None:
             raise InvalidRequestError("this model takes no images")
+        if params.grammar is not None and self.guides.vocabulary is None:
+            raise InvalidRequestError("grammars cannot be followed: the engine was not told its vocabulary")
 
     def _compute(self, plan: Plan) -> tuple[list[StepOutput], float]:
         """Execute and commit a plan; seconds of tensor work. Out of memory ends the request with the largest chunk and nothing else."""
         started = time.perf_counter()
         try:
-            sampled, broken = self._execute(plan)
+            sampled, errors = self._execute(plan)
         except torch.OutOfMemoryError:
             largest = max(plan.chunks, key=lambda chunk: len(chunk.token_ids)).request_id
             logger.exception("out of device memory; the request with the largest chunk ends")
-            failed = self.scheduler.fail(largest, "out of device memory; lower --cache-max-entry-count or --max-prefill-token-num")
+            failed = self._fail(largest, "out of device memory; lower --cache-max-entry-count or --max-prefill-token-num")
             return ([failed] if failed else []), time.perf_counter() - started
         tensor_s = time.perf_counter() - started
-        failures = [self.scheduler.fail(request_id, "the model computed no finite numbers for this input") for request_id in broken]
-        outputs = [output for output in failures if output] + self.scheduler.commit(plan, sampled)
+        failures = [self._fail(request_id, error) for request_id, error in errors.items()]
+        outputs = [output for output in failures if output]
+        outputs += [self._with_reading(output) for output in self.scheduler.commit(plan, sampled)]
+        outputs += self.beams.advance()
         self._shrink_embeddings()
         return outputs, tensor_s
 
     @torch.inference_mode()
-    def _execute(self, plan: Plan) -> tuple[dict[str, SampledToken], list[str]]:
-        """The sampled tokens, and the requests whose logits overflowed."""
-        request_ids, logits = self.ranks.execute(plan, self.embeddings.tensors)
+    def _execute(self, plan: Plan) -> tuple[dict[str, SampledToken], dict[str, str]]:
+        """The sampled tokens, and why requests cannot go on: their logits overflowed, or their grammar failed."""
+        executed = self.ranks.execute(plan, self.embeddings.tensors)
+        self._read(plan, executed.readings)
+        request_ids, logits = executed.sample_ids, executed.logits
         if logits is None:
-            return {}, []
+            return {}, {}
         is_finite = logits.amax(-1).isfinite().tolist()
-        rows = [_sampling_row(self.scheduler.requests[request_id]) for request_id in request_ids]
-        tokens = sample(logits, rows, eos_token_ids=self.runner.eos_token_ids)
-        broken = [request_id for request_id, finite in zip(request_ids, is_finite, strict=True) if not finite]
-        return dict(zip(request_ids, tokens, strict=True)), broken
+        others = []
+        for index, request_id in enumerate(request_ids):
+            if search := self.beams.search_of(request_id):
+                self._offer(search, request_id, logits[index])
+            else:
+                others.append(index)
+        if len(others) < len(request_ids):
+            request_ids, logits = tuple(request_ids[index] for index in others), logits[others]
+        tokens, errors = self._sample(request_ids, logits) if others else ({}, {})
+        for request_id, finite in zip(executed.sample_ids, is_finite, strict=True):
+            if not finite:
+                errors[request_id] = "the model computed no finite numbers for this input"
+        return tokens, errors
+
+    def _sample(self, request_ids: Sequence[str], logits: Tensor) -> tuple[dict[str, SampledToken], dict[str, str]]:
+        masks, errors = self.guides.masks(request_ids)
+        rows = [_sampling_row(self.scheduler.requests[request_id], masks.get(request_id)) for request_id in request_ids]
+        tokens = dict(zip(request_ids, sample(logits, rows, eos_token_ids=self.runner.eos_token_ids), strict=True))
+        self.guides.advance({request_id: tokens[request_id].token_id for request_id in masks})
+        return tokens, errors
+
+    def _offer(self, search: BeamSearch, beam_id: str, logits: Tensor) -> None:
+        """Tell a beam's search what it may go on with. Beams of one search draw different numbers."""
+        row = _sampling_row(self.scheduler.requests[beam_id], None)
+        row = replace(row, seed=hash64(row.seed, self.beams.rank(beam_id)))
+        kept = {"num_kept": search.num_kept, "min_kept": max(2, 1 + len(search.end_token_ids))}
+        self.beams.offer(beam_id, continuations(logits, row, eos_token_ids=self.runner.eos_token_ids, **kept))
+
+    def _fail(self, request_id: str, error: str) -> StepOutput | None:
+        """End a request, given it or one of its beams, with an error. None where it has ended."""
+        return self.beams.end(request_id, FinishReason.ERROR, error=error) or self.scheduler.fail(request_id, error)
+
+    def _release_compiled(self) -> None:
+        """Let those run whose grammar is ready. Waits a moment where nothing else could run."""
+        if self._compiling and len(self._compiling) == self.scheduler.num_waiting and not self.scheduler.num_running:
+            wait(self._compiling.values(), timeout=IDLE_COMPILE_S, return_when=FIRST_COMPLETED)
+        for request_id in [request_id for request_id, work in self._compiling.items() if work.done()]:
+            del self._compiling[request_id]
+            self.scheduler.release(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        """What is kept beside a request that has ended."""
+        self.clock.ended(request_id)
+        self._readings.pop(request_id, None)
+        self._compiling.pop(request_id, None)
+        self.guides.end(request_id)
+
+    def _read(self, plan: Plan, readings: dict[str, Reading]) -> None:
+        """Add what the plan's chunks read to what their requests have. A preempted request begins anew."""
+        for chunk in plan.chunks:
+            if reading := readings.get(chunk.request_id):
+                if chunk.start == 0:
+                    self._readings[chunk.request_id] = Reading()
+                self._readings[chunk.request_id].add(reading)
+
+    def _with_reading(self, output: StepOutput) -> StepOutput:
+        reading = self._readings.pop(output.request_id, None)
+        return output if reading is None else replace(output, embedding=reading.mean(), prompt_logprobs=reading.logprobs)
+
+    def _timed(self, output: StepOutput) -> StepOutput:
+        """A request's first output says where its time went."""
+        timings_s = self.clock.ended(output.request_id)
+        return output if timings_s is None else replace(output, timings_s=timings_s)
 
     def _encode(self, *, step_s: float | None) -> tuple[float, list[StepOutput]]:
         """Encode for a share of the time beside a step of `step_s`, for longer beside none; seconds taken and requests that failed."""
@@ -157,6 +268,8 @@ class Engine:
             if not needed or self.runner.encoder is None:
                 return 0.0, []
             self.encoding = Encoding(self.runner.encoder, choose_batch(self.runner.encoder, needed), self.runner.device)
+            for request_id in self._requests_with(self.encoding):
+                self.clock.begun(request_id)
         share = self.config.encoder_share
         budget_s = IDLE_ENCODE_S if step_s is None else max(MIN_ENCODE_S, step_s * share / (1 - share))
         started = time.perf_counter()
@@ -168,15 +281,19 @@ class Engine:
         encoding, self.encoding = self.encoding, None
         assert encoding is not None
         if encoding.result is None:
-            wanting = {request_id for image in encoding.images for request_id in self.scheduler.requests_with_image(image.content_hash)}
-            failures = [self.scheduler.fail(request_id, "a picture could not be encoded") for request_id in sorted(wanting)]
+            failures = [self._fail(request_id, "a picture could not be encoded") for request_id in self._requests_with(encoding)]
             return [output for output in failures if output]
         for image, embedding in zip(encoding.images, encoding.result, strict=True):
             self.embeddings.add(image.content_hash, embedding)
             self.scheduler.image_ready(image.content_hash)
+        for request_id in self._requests_with(encoding):
+            self.clock.encoded(request_id)
         self._own = replace(self._own, num_images_encoded=self._own.num_images_encoded + len(encoding.images))
         self._shrink_embeddings()
         return []
+
+    def _requests_with(self, encoding: Encoding) -> list[str]:
+        return sorted({request_id for image in encoding.images for request_id in self.scheduler.requests_with_image(image.content_hash)})
 
     def _drop_unwanted_encoding(self) -> None:
         """Stop encoding pictures that no request wants any more."""
@@ -202,7 +319,7 @@ class Engine:
         )
 
 
-def _sampling_row(request: Request) -> SamplingRow:
+def _sampling_row(request: Request, mask: Mask | None) -> SamplingRow:
     assert request.params.seed is not None
     return SamplingRow(
         params=request.params,
@@ -210,4 +327,5 @@ def _sampling_row(request: Request) -> SamplingRow:
         output_counts=request.output_counts,
         num_output_tokens=request.num_output_tokens,
         seed=request.params.seed,
+        mask=mask,
     )

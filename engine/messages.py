@@ -12,6 +12,10 @@ class Start(msgspec.Struct, tag=True):
     config: EngineConfig
 
 
+class SetVocabulary(msgspec.Struct, tag=True):
+    vocabulary: str  # JSON of the tokenizers library
+
+
 class Add(msgspec.Struct, tag=True):
     request_id: str
     prompt: Prompt
@@ -74,6 +78,6 @@ class Execute(msgspec.Struct, tag=True):
     plan: Plan
 
 
-ToEngine = Start | Add | Abort | GetStats
+ToEngine = Start | SetVocabulary | Add | Abort | GetStats
 FromEngine = Loading | Ready | StartFailed | Outputs | Rejected | Stats
 ToRank = StartRank | Execute

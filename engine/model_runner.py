@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,8 +23,10 @@ from engine.layers.packed import pack_linears
 from engine.layers.parallel import ParallelGroup
 from engine.models.decoder import Decoder
 from engine.models.fallback import FallbackDecoder, load_reference
+from engine.models.lora import Lora, MergedCheckpoint
 from engine.models.registry import UnsupportedModelError, eos_token_ids, fast_spec, load_config
-from engine.models.weights import Checkpoint, fill, fill_module, open_checkpoint
+from engine.models.weights import Checkpoint, check_names, fill, fill_module, open_checkpoint
+from engine.reading import Reading, read_chunks
 from engine.request import Chunk, Plan
 from vision.encoder import VisionEncoder
 
@@ -31,6 +34,15 @@ logger = logging.getLogger(__name__)
 
 CPU_CACHE_LIMIT_BYTES = 1 << 30  # without --cache-max-entry-count
 CUDA_CACHE_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """What one plan gave. Only rank 0's is complete."""
+
+    sample_ids: tuple[str, ...]  # the requests that sample
+    logits: Tensor | None  # theirs: (num_samples, vocab_size) float32
+    readings: dict[str, Reading]  # of the requests that read their prompts
 
 
 class ModelRunner:
@@ -41,7 +53,10 @@ class ModelRunner:
         self.config = config
         self.group = group
         self.device = resolve_device(config.device, group.rank)
-        self.model_config = load_config(config.model_folder, trust_remote_code=config.trust_remote_code)
+        self.lora = Lora(config.lora_folder) if config.lora_folder else None
+        self.model_config = self._read_config()
+        if self.lora:
+            self.lora.resize(self.model_config)
         self.dtype = resolve_dtype(config.dtype, self.model_config, self.device)
         self.decoder, self.encoder = self._load(on_progress)
         self.eos_token_ids = eos_token_ids(self.model_config, _generation_config(config.model_folder))
@@ -65,8 +80,8 @@ class ModelRunner:
         return int(self.model_config.get_text_config().hidden_size)
 
     @torch.inference_mode()
-    def execute(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
-        """Compute a plan's chunks; the requests that sample and their logits, (num_samples, vocab_size) float32, on rank 0.
+    def execute(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> Executed:
+        """Compute a plan's chunks.
 
         embeddings: by content hash (num_image_tokens, hidden_size), of every picture that the plan's pieces name; used on rank 0 only.
         """
@@ -77,10 +92,9 @@ class ModelRunner:
         if batch.image_rows:
             hidden = self._merge_images(hidden, batch, embeddings)
         hidden = self.decoder(hidden, batch.positions, self.attention)
-        if not batch.sample_ids:
-            return (), None
-        logits = self.decoder.logits(hidden[batch.sample_rows])
-        return batch.sample_ids, None if logits is None else logits.float()
+        readings = read_chunks(batch, hidden, self.decoder.logits)
+        logits = self.decoder.logits(hidden[batch.sample_rows]) if batch.sample_ids else None
+        return Executed(batch.sample_ids, None if logits is None else logits.float(), readings)
 
     def _merge_images(self, hidden: Tensor, batch: Batch, embeddings: Mapping[bytes, Tensor]) -> Tensor:
         """hidden, its image rows overwritten: rank 0 has the embeddings and gives the rows to the others."""
@@ -92,6 +106,9 @@ class ModelRunner:
             self.group.broadcast(target)
         return hidden
 
+    def _read_config(self) -> PretrainedConfig:
+        return load_config(self.config.model_folder, trust_remote_code=self.config.trust_remote_code)
+
     def _load(self, on_progress: Callable[[float], None]) -> tuple[Decoder | FallbackDecoder, VisionEncoder | None]:
         """The decoder, and on rank 0 the vision encoder of an image-text checkpoint."""
         config, spec = self.config, fast_spec(self.model_config)
@@ -100,10 +117,19 @@ class ModelRunner:
         checkpoint = open_checkpoint(
             config.model_folder, self.model_config, load_format=config.load_format, dtype=self.dtype, seed=config.seed
         )
+        if self.lora:
+            checkpoint = MergedCheckpoint(checkpoint, self.lora)
         with torch.inference_mode():
-            decoder = Decoder(spec, self.model_config.get_text_config(), group=self.group, dtype=self.dtype, device=self.device)
-            fill(decoder.sources(), checkpoint, on_progress=on_progress)
-            decoder.pack()
+            staging = torch.device("cpu") if config.load_in_8bit else self.device  # where a whole layer must fit only for a moment
+            decoder = Decoder(spec, self.model_config.get_text_config(), group=self.group, dtype=self.dtype, device=staging)
+            stages = decoder.stages(in_8bit=config.load_in_8bit)
+            check_names([source for stage in stages for source in stage.sources()], checkpoint)
+            for number, stage in enumerate(stages, 1):
+                fill(stage.sources(), checkpoint)
+                stage.finish()
+                on_progress(number / len(stages))
+            if staging != self.device:
+                decoder.to(self.device)
         has_vision = getattr(self.model_config, "vision_config", None) is not None
         encoder = self._load_encoder(checkpoint) if has_vision and self.group.rank == 0 else None
         if encoder:
@@ -121,7 +147,7 @@ class ModelRunner:
         config = self.config
         model: PreTrainedModel = load_reference(
             config.model_folder,
-            self.model_config,
+            self._read_config(),
             load_format=config.load_format,
             dtype=self.dtype,
             device=self.device,
@@ -129,7 +155,9 @@ class ModelRunner:
             trust_remote_code=config.trust_remote_code,
             on_progress=on_progress,
         )
-        pack_linears(model)
+        if self.lora:
+            self.lora.merge_into(model)
+        pack_linears(model, in_8bit=config.load_in_8bit)
         has_vision = getattr(self.model_config, "vision_config", None) is not None
         encoder = VisionEncoder.from_model(model) if has_vision else None
         with torch.inference_mode():

@@ -9,7 +9,21 @@ import sys
 
 from engine.channel import Channel
 from engine.core import Engine
-from engine.messages import Abort, Add, FromEngine, GetStats, Loading, Outputs, Ready, Rejected, Start, StartFailed, Stats, ToEngine
+from engine.messages import (
+    Abort,
+    Add,
+    FromEngine,
+    GetStats,
+    Loading,
+    Outputs,
+    Ready,
+    Rejected,
+    SetVocabulary,
+    Start,
+    StartFailed,
+    Stats,
+    ToEngine,
+)
 from engine.request import EngineError, PromptTooLongError
 
 logger = logging.getLogger(__name__)
@@ -42,10 +56,12 @@ class EngineLoop:
             self._handle(message)
             timeout_s = 0.0
 
-    def _handle(self, message: Add | Abort | GetStats) -> None:
+    def _handle(self, message: Add | Abort | GetStats | SetVocabulary) -> None:
         match message:
             case Add():
                 self._add(message)
+            case SetVocabulary(vocabulary):
+                self.engine.set_vocabulary(vocabulary)
             case Abort(request_id):
                 output = self.engine.abort(request_id)
                 if output:

@@ -51,9 +51,9 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one row's next token is chosen. Order: penalties, bias, minimum length, temperature, top_k, top_p, min_p."""
+    """How one row's next token is chosen. Order: penalties, bias, minimum length, grammar, temperature, top_k, top_p, min_p."""
 
-    max_tokens: int | None = None  # new tokens; None: as many as fit the window
+    max_tokens: int | None = None  # new tokens; None: as many as fit the window; 0: the prompt is only read
     min_tokens: int = 0  # before these, end and stop tokens cannot be chosen
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
@@ -66,11 +66,15 @@ class SamplingParams:
     seed: int | None = None  # None: drawn when the request is added
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # end tokens cannot be chosen
+    num_beams: int = 1  # above 1: beam search, sampled where the temperature is above 0
     logprobs: int | None = None  # None: none; k: of the chosen token and of the k best
+    prompt_logprobs: int | None = None  # as `logprobs`, of each prompt token but the first
+    pools: bool = False  # wants the mean of the prompt's last hidden states
+    grammar: str | None = None  # the output follows it, see `engine.guided`; None: any output
 
     def __post_init__(self) -> None:
         for name, is_valid, allowed in (
-            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 0, "at least 0"),
             ("min_tokens", self.min_tokens >= 0, "at least 0"),
             ("temperature", 0 <= self.temperature <= 2, "between 0 and 2"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -80,10 +84,17 @@ class SamplingParams:
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             ("logit_bias", all(-100 <= bias <= 100 for bias in self.logit_bias.values()), "values between -100 and 100"),
+            ("num_beams", self.num_beams >= 1, "at least 1"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            ("prompt_logprobs", self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "between 0 and 20"),
         ):
             if not is_valid:
                 raise InvalidRequestError(f"{name}: {getattr(self, name)} is not allowed, only {allowed}")
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether all of the prompt must be computed, though the prefix cache has some of it."""
+        return self.pools or self.prompt_logprobs is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +214,10 @@ class Chunk:
     block_ids: list[int]  # covers start + len(token_ids) slots
     positions: tuple[list[int], ...] | None = None  # (3, len(token_ids)); None: start, start + 1, …
     image_pieces: tuple[ImagePiece, ...] = ()
-    samples: bool = True  # False: more of the prompt follows
+    samples: bool = True  # False: more of the prompt follows, or no token is wanted
+    pools: bool = False  # sum its last hidden states
+    next_token_ids: tuple[int, ...] | None = None  # score these, each by the row before it: of the first rows of the chunk
+    num_top: int = 0  # with next_token_ids: so many of the likeliest tokens beside each
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +256,11 @@ class StepOutput:
     token_ids: list[int] = field(default_factory=list)  # new; an end or stop token is the last one
     logprobs: list[TokenLogprobs] | None = None  # one per new token
     finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # on the first output of a request that wants them, of all tokens but the first
+    embedding: list[float] | None = None  # on the last output of a request that pools: (hidden_size,)
     error: str | None = None  # with FinishReason.ERROR
     num_cached_tokens: int = 0  # prompt slots that came from the prefix cache
+    timings_s: dict[str, float] | None = None  # a request's first: seconds of queue, encode (if a picture had to be) and prefill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,7 +62,7 @@ def validate(request: Request, session_len: int) -> None:
     prompt, num_tokens = request.prompt, request.num_prompt_tokens
     if num_tokens == 0:
         raise InvalidRequestError("prompt: it has no tokens, at least 1 is needed")
-    if num_tokens >= session_len:
+    if num_tokens + (request.params.max_tokens != 0) > session_len:
         raise PromptTooLongError(num_tokens, session_len)
     if len(prompt.cache_keys) != num_tokens:
         raise InvalidRequestError(f"prompt.cache_keys: {len(prompt.cache_keys)} keys, only one per token ({num_tokens}) is allowed")

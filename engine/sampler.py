@@ -31,38 +31,41 @@ class SamplingRow:
     output_counts: Mapping[int, int]  # token id → times in the output
     num_output_tokens: int
     seed: int
+    mask: np.ndarray | None = None  # of a grammar: (ceil(vocab_size / 32),) int32, bit i of word j allows token 32 j + i; None: all
 
 
-def sample(
-    logits: Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: Sequence[int], allowed: Tensor | None = None
-) -> list[SampledToken]:
+def sample(logits: Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: Sequence[int]) -> list[SampledToken]:
     """One token per row.
 
-    logits: (num_rows, vocab_size) float32, any device, overwritten. allowed: (num_rows, vocab_size) bool, same device; None: all.
+    logits: (num_rows, vocab_size) float32, any device, overwritten.
     A row in which nothing is left to choose gets the first end token (0 where there is none), so that it ends.
     """
     assert len(rows) == logits.shape[0], f"{len(rows)} rows for logits {tuple(logits.shape)}"
     asking = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
     raw = logits[asking] if asking else None
-    is_changed = _change(logits, rows, eos_token_ids)
-    if allowed is not None:
-        logits.masked_fill_(~allowed, -torch.inf)
+    is_changed = change(logits, rows, eos_token_ids)
+    is_masked = _mask(logits, rows)
     chosen = _choose(logits, rows)
-    if is_changed or allowed is not None:
+    if is_changed or is_masked:
         end = next((token_id for token_id in eos_token_ids if token_id < logits.shape[1]), 0)
         chosen = torch.where(logits.amax(-1) == -torch.inf, end, chosen)
     token_ids: list[int] = chosen.tolist()
     sampled = [SampledToken(token_id) for token_id in token_ids]
     if raw is not None:
-        for index, logprobs in zip(asking, _logprobs(raw, chosen[asking], [rows[index] for index in asking]), strict=True):
+        nums_top = [rows[index].params.logprobs or 0 for index in asking]
+        for index, logprobs in zip(asking, token_logprobs(raw, chosen[asking], nums_top), strict=True):
             sampled[index] = SampledToken(token_ids[index], logprobs)
     return sampled
 
 
 def uniform(seed: int, counter: int) -> float:
-    """A number in [0, 1) that depends on both arguments alone (splitmix64)."""
-    state = _mix((seed & _MASK64) ^ _mix(counter))
-    return (_mix(state) >> 11) / (1 << 53)
+    """A number in [0, 1) that depends on both arguments alone."""
+    return (hash64(seed, counter) >> 11) / (1 << 53)
+
+
+def hash64(seed: int, counter: int) -> int:
+    """64 bits that depend on both arguments alone (splitmix64)."""
+    return _mix(_mix((seed & _MASK64) ^ _mix(counter)))
 
 
 def _mix(number: int) -> int:
@@ -85,7 +88,7 @@ class _Entry:
     values: float | Sequence[float]
 
 
-def _change(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> bool:
+def change(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> bool:
     """Penalties, then bias, then masks, in place. False: no row has any."""
     repetitions, additions, biases, masked = [], [], [], []
     for index, row in enumerate(rows):
@@ -108,6 +111,22 @@ def _change(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence
             places, amounts = _flatten(entries, logits)
             logits[places] += amounts
     return bool(repetitions or additions or biases or masked)
+
+
+def _mask(logits: Tensor, rows: Sequence[SamplingRow]) -> bool:
+    """What the rows' grammars forbid, in place. False: no row has any."""
+    masks = [(index, row.mask) for index, row in enumerate(rows) if row.mask is not None]
+    if not masks:
+        return False
+    words = np.stack([mask for _, mask in masks])
+    is_allowed = np.unpackbits(words.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little").view(np.bool_)
+    is_forbidden = torch.from_numpy(~is_allowed).to(logits.device)
+    if len(masks) == len(rows):
+        logits.masked_fill_(is_forbidden, -torch.inf)
+    else:
+        row_ids = torch.tensor([index for index, _ in masks], device=logits.device)
+        logits[row_ids] = logits[row_ids].masked_fill_(is_forbidden, -torch.inf)
+    return True
 
 
 def _masked_token_ids(row: SamplingRow, eos_token_ids: Sequence[int]) -> Sequence[int]:
@@ -300,17 +319,19 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 # Log-probabilities
 
 
-def _logprobs(raw: Tensor, chosen: Tensor, rows: Sequence[SamplingRow]) -> list[TokenLogprobs]:
-    """raw: (num_rows, vocab_size), the model's own logits; chosen: (num_rows,) int64."""
-    logprobs = raw.log_softmax(-1)
+def token_logprobs(logits: Tensor, chosen: Tensor, nums_top: Sequence[int]) -> list[TokenLogprobs]:
+    """Of the chosen token of each row, and of its `nums_top` likeliest.
+
+    logits: (num_rows, vocab_size) float32, the model's own; chosen: (num_rows,) int64.
+    """
+    logprobs = logits.log_softmax(-1)
     own = logprobs.gather(-1, chosen[:, None])
     ranks = (logprobs > own).sum(-1) + 1
-    num_top = max(row.params.logprobs or 0 for row in rows)
-    scores, token_ids = _top(logprobs, num_top)
+    scores, token_ids = _top(logprobs, max(nums_top))
     columns = (chosen.tolist(), own[:, 0].tolist(), ranks.tolist(), token_ids.tolist(), scores.tolist())
     return [
-        TokenLogprobs(token_id, logprob, rank, tuple(zip(top_ids[: row.params.logprobs], top_scores, strict=False)))
-        for row, token_id, logprob, rank, top_ids, top_scores in zip(rows, *columns, strict=True)
+        TokenLogprobs(token_id, logprob, rank, tuple(zip(top_ids[:num_top], top_scores, strict=False)))
+        for num_top, token_id, logprob, rank, top_ids, top_scores in zip(nums_top, *columns, strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ request always gets on, and everyone becomes the oldest.
 
 from bisect import insort
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 from engine.config import EngineConfig
 from engine.kv_cache import BlockManager
@@ -31,6 +32,15 @@ from engine.row import Row, validate
 MAX_IMAGES_AHEAD = 16  # pictures that `images_needed` names at once
 
 
+@dataclass(slots=True)
+class _Search:
+    """How many rows a beam search has and may have. Those that it may yet fork are kept free from its first step on."""
+
+    num_beams: int
+    num_rows: int = 1
+    has_started: bool = False
+
+
 class Scheduler:
     """Turns requests into steps. Between `schedule` and the `commit` of its plan only `abort`, `fail`, `add` and image news may come."""
 
@@ -50,6 +60,8 @@ class Scheduler:
         self._waiting: list[Row] = []  # both in order of arrival
         self._running: list[Row] = []
         self._num_added = 0
+        self._held: set[str] = set()
+        self._searches: dict[str, _Search] = {}  # by the request they belong to
         self._ready_images: set[bytes] = set()
         self._pending: dict[bytes, Row] = {}  # hash of a full block that is still to be computed → the running row that will
 
@@ -103,6 +115,55 @@ class Scheduler:
     def fail(self, request_id: str, error: str) -> StepOutput | None:
         """End one request with an error. None: unknown or finished."""
         return self._end(request_id, FinishReason.ERROR, error=error)
+
+    def hold(self, request_id: str) -> None:
+        """Do not admit a waiting request until its `release`."""
+        self._held.add(request_id)
+
+    def release(self, request_id: str) -> None:
+        self._held.discard(request_id)
+
+    # Beams: rows of one request that begin as copies of each other
+
+    def reserve(self, request_id: str, num_beams: int) -> None:
+        """Let a waiting request become as many rows."""
+        self._searches[request_id] = _Search(num_beams)
+
+    def unreserve(self, request_id: str) -> None:
+        del self._searches[request_id]
+
+    def fork(self, request_id: str, parent_id: str, child_id: str) -> None:
+        """Another row like `parent_id`, which is wholly computed, on the same blocks."""
+        parent = self._rows[parent_id]
+        source = parent.request
+        assert source.num_computed == len(source.token_ids), f"fork of {parent}"
+        request = Request(
+            child_id,
+            source.prompt,
+            source.params,
+            status=RequestStatus.RUNNING,
+            token_ids=list(source.token_ids),
+            cache_keys=list(source.cache_keys),
+            num_computed=source.num_computed,
+            num_cached=source.num_cached,
+            num_preemptions=source.num_preemptions,
+            output_counts=dict(source.output_counts),
+        )
+        row = Row(request, parent.order)
+        request.block_ids = row.table.block_ids
+        self.blocks.fork(parent.table, row.table, request.num_computed)
+        self.requests[child_id], self._rows[child_id] = request, row
+        insort(self._running, row, key=_order)
+        self._searches[request_id].num_rows += 1
+
+    def append(self, request_id: str, token_id: int) -> None:
+        """Let a wholly computed row go on with a token that was chosen elsewhere."""
+        self._append_token(self.requests[request_id], token_id)
+
+    def drop(self, request_id: str, beam_id: str) -> None:
+        """End one row of a search without a word."""
+        self._remove(self._rows[beam_id], FinishReason.ABORT)
+        self._searches[request_id].num_rows -= 1
 
     # Pictures
 
@@ -159,7 +220,8 @@ class Scheduler:
     def commit(self, plan: Plan, sampled: Mapping[str, SampledToken]) -> list[StepOutput]:
         """Advance the plan's requests, publish their full blocks, append the sampled tokens and end what is finished.
 
-        `sampled` has a token for every chunk that samples. Requests that ended since `schedule` are skipped.
+        `sampled` has a token for every chunk that samples, but for beams, which wait for theirs. Requests that ended since `schedule` are
+        skipped.
         """
         outputs = []
         for chunk in plan.chunks:
@@ -167,8 +229,10 @@ class Scheduler:
             if row is None or row.request.status is not RequestStatus.RUNNING:
                 continue
             self._advance(row, chunk)
-            if chunk.samples:
+            if chunk.request_id in sampled:
                 outputs.append(self._append(row, sampled[chunk.request_id]))
+            elif row.request.params.max_tokens == 0 and row.request.num_computed == len(row.request.token_ids):
+                outputs.append(self._ended(row, FinishReason.LENGTH))
         return outputs
 
     def check(self) -> None:
@@ -186,7 +250,8 @@ class Scheduler:
         for row in self._running:
             assert row.request.status is RequestStatus.RUNNING, f"runs: {row}"
             assert row.request.block_ids is row.table.block_ids, f"blocks of another: {row}"
-            assert 0 <= row.request.num_computed < len(row.request.token_ids) == len(row.request.cache_keys), f"lengths: {row}"
+            assert 0 <= row.request.num_computed <= len(row.request.token_ids) == len(row.request.cache_keys), f"lengths: {row}"
+            assert row.request.num_computed < len(row.request.token_ids) or row.request.params.num_beams > 1, f"nothing to do: {row}"
             assert row.request.num_computed <= len(row.table.block_ids) * self.blocks.block_size, f"slots without blocks: {row}"
         assert all(row in self._running for row in self._pending.values()), f"pending blocks of {list(self._pending.values())}"
         if not self._running:
@@ -220,6 +285,9 @@ class Scheduler:
         """Back to waiting: without blocks, with its output. Its published blocks may still be there when its turn comes."""
         self._running.remove(row)
         self._release(row)
+        search = self._searches.get(row.request.request_id)
+        if search is not None and search.num_rows == 1:
+            search.has_started = False
         row.request.status = RequestStatus.WAITING
         row.request.num_computed = 0
         row.request.num_preemptions += 1
@@ -229,14 +297,16 @@ class Scheduler:
     def _admit(self, num_left: int) -> list[Chunk]:
         """First chunks of waiting rows, in order of arrival, until slots, rows or blocks run out.
 
-        A row is passed over only while it waits for a picture or for a block that a running row is computing.
+        A row is passed over only while it is held, or waits for a picture or for a block that a running row is computing.
         """
         chunks: list[Chunk] = []
         for row in self._waiting[: self.config.max_batch_size]:
-            if num_left <= 0 or len(self._running) == self.config.max_batch_size:
+            if num_left <= 0 or not self._has_rows_for(row):
                 break
-            num_matched = self.blocks.match(row.table)
-            if self.blocks.next_digest(row.table, num_matched) in self._pending:
+            if row.request.request_id in self._held:
+                continue
+            num_matched = self._match(row)
+            if not row.request.params.reads_prompt and self.blocks.next_digest(row.table, num_matched) in self._pending:
                 continue
             num_matched = self._without_cut_spans(row, num_matched)
             start = num_matched * self.blocks.block_size
@@ -248,6 +318,17 @@ class Scheduler:
             chunks.append(self._chunk(row, end))
             num_left -= end - start
         return chunks
+
+    def _has_rows_for(self, row: Row) -> bool:
+        """Whether a waiting row may run beside the others, those counted that beam searches will fork."""
+        num_reserved = sum(search.num_beams - search.num_rows for search in self._searches.values() if search.has_started)
+        search = self._searches.get(row.request.request_id)
+        num_wanted = 1 if search is None or search.has_started else 1 + search.num_beams - search.num_rows
+        return len(self._running) + num_reserved + num_wanted <= self.config.max_batch_size
+
+    def _match(self, row: Row) -> int:
+        """Leading blocks that need not be computed: none where the request reads all of its prompt."""
+        return 0 if row.request.params.reads_prompt else self.blocks.match(row.table)
 
     def _without_cut_spans(self, row: Row, num_matched: int) -> int:
         """The largest number of matched blocks that does not end inside an atomic span."""
@@ -270,6 +351,8 @@ class Scheduler:
             return False
         for digest in self.blocks.digests(row.table, num_matched):
             self._pending.setdefault(digest, row)
+        if search := self._searches.get(request.request_id):
+            search.has_started = True
         request.num_computed = num_matched * self.blocks.block_size
         request.status = RequestStatus.RUNNING
         if request.num_preemptions == 0:
@@ -300,7 +383,8 @@ class Scheduler:
         return end
 
     def _chunk(self, row: Row, end: int) -> Chunk:
-        request, start = row.request, row.request.num_computed
+        request, start, params = row.request, row.request.num_computed, row.request.params
+        reads = request.num_output_tokens == 0  # a preempted request has read its prompt before
         return Chunk(
             request.request_id,
             request.token_ids[start:end],
@@ -308,7 +392,10 @@ class Scheduler:
             row.table.block_ids[: self.blocks.num_blocks_for(end)],
             row.positions(start, end),
             row.image_pieces(start, end),
-            end == len(request.token_ids),
+            end == len(request.token_ids) and params.max_tokens != 0,
+            params.pools and reads,
+            None if params.prompt_logprobs is None or not reads else request.prompt.token_ids[start + 1 : end + 1],
+            params.prompt_logprobs or 0,
         )
 
     # Private: the parts of `commit`
@@ -323,10 +410,7 @@ class Scheduler:
 
     def _append(self, row: Row, sampled: SampledToken) -> StepOutput:
         request, token_id = row.request, sampled.token_id
-        request.token_ids.append(token_id)
-        request.cache_keys.append(token_id)
-        request.output_counts[token_id] = request.output_counts.get(token_id, 0) + 1
-        self.num_output_tokens += 1
+        self._append_token(request, token_id)
         reason = self._finish_reason(request, token_id)
         if reason is not None:
             self._remove(row, reason)
@@ -337,6 +421,12 @@ class Scheduler:
             finish_reason=reason,
             num_cached_tokens=request.num_cached,
         )
+
+    def _append_token(self, request: Request, token_id: int) -> None:
+        request.token_ids.append(token_id)
+        request.cache_keys.append(token_id)
+        request.output_counts[token_id] = request.output_counts.get(token_id, 0) + 1
+        self.num_output_tokens += 1
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.params
@@ -350,16 +440,19 @@ class Scheduler:
 
     def _end(self, request_id: str, reason: FinishReason, *, error: str | None = None) -> StepOutput | None:
         row = self._rows.get(request_id)
-        if row is None:
-            return None
+        return None if row is None else self._ended(row, reason, error=error)
+
+    def _ended(self, row: Row, reason: FinishReason, *, error: str | None = None) -> StepOutput:
         self._remove(row, reason)
-        return StepOutput(request_id=request_id, finish_reason=reason, error=error, num_cached_tokens=row.request.num_cached)
+        request = row.request
+        return StepOutput(request_id=request.request_id, finish_reason=reason, error=error, num_cached_tokens=request.num_cached)
 
     def _remove(self, row: Row, reason: FinishReason) -> None:
         (self._running if row.request.status is RequestStatus.RUNNING else self._waiting).remove(row)
         self._release(row)
         row.request.status = RequestStatus.FINISHED
         row.request.finish_reason = reason
+        self._held.discard(row.request.request_id)
         del self.requests[row.request.request_id]
         del self._rows[row.request.request_id]
 
@@ -377,7 +470,7 @@ class Scheduler:
         images = row.request.prompt.images
         missing = [span for span in row.spans_from(row.request.num_computed) if not self._is_ready(row, span)]
         if missing and row.request.status is RequestStatus.WAITING:
-            num_cached = self._without_cut_spans(row, self.blocks.match(row.table)) * self.blocks.block_size
+            num_cached = self._without_cut_spans(row, self._match(row)) * self.blocks.block_size
             missing = [span for span in missing if span.start + span.num_tokens > num_cached]
         for span in missing:
             yield images[span.image]

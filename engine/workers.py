@@ -23,7 +23,7 @@ from engine.channel import Channel
 from engine.config import EngineConfig
 from engine.layers.parallel import ParallelGroup
 from engine.messages import Execute, StartRank, ToRank
-from engine.model_runner import ModelRunner, resolve_device
+from engine.model_runner import Executed, ModelRunner, resolve_device
 from engine.request import Plan
 
 COLLECTIVE_TIMEOUT_S = 300
@@ -45,7 +45,7 @@ class Ranks:
             self.close()
             raise
 
-    def execute(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
+    def execute(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> Executed:
         """As `ModelRunner.execute`, on every rank at once."""
         for channel in self._channels:
             channel.send(Execute(plan))

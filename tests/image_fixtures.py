@@ -113,4 +113,5 @@ class FakeImages:
         pixels = self._pictures[ref.url.removeprefix("picture:")]
         arrays, layout, num_tokens = preprocessor(self._name).process(pixels, ref.options)
         shared = {key: SharedArray.copy_of(value) for key, value in arrays.items()}
-        return ProcessedImage(pixels.tobytes()[:16], num_tokens, shared, layout, pixels.shape[1], pixels.shape[0])
+        timings_s = {"fetch": 0.5, "decode": pixels.size * 1e-6}
+        return ProcessedImage(pixels.tobytes()[:16], num_tokens, shared, layout, pixels.shape[1], pixels.shape[0], timings_s)

@@ -61,7 +61,7 @@ def server_process(model: Path | str | None = None, *flags: str, environment: di
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vlm_server.cli", "serve", *([str(model)] if model else [])]
-    command += ["--server-name", "127.0.0.1", "--server-port", str(port), *flags]
+    command += ["--server-name", "127.0.0.1", "--server-port", str(port), "--session-store", "memory", *flags]
     process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL)
     server = ServerProcess(f"http://127.0.0.1:{port}", process)
     try:

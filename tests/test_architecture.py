@@ -22,30 +22,37 @@ MAY_IMPORT = {
     "engine.attention.base": ".batch",
     "engine.attention.torch_backend": ".attention.base .batch .request",
     "engine.batch": ".request",
+    "engine.beams": ".request .scheduler",
     "engine.channel": "vision.shared_array",
     "engine.client": ".channel .config .messages .request",
     "engine.config": "",
-    "engine.core": ".config .encoding .request .sampler .scheduler .workers",
+    "engine.continuations": ".beams .sampler",
+    "engine.core": ".beams .config .continuations .encoding .first_token .guided .reading .request .sampler .scheduler .workers",
     "engine.encoding": ".request vision.encoder",
+    "engine.first_token": "",
+    "engine.guided": ".request",
     "engine.kv_cache": "",
     "engine.layers": "",
     "engine.layers.embedding": ".layers.linear .layers.packed .layers.parallel",
-    "engine.layers.linear": ".layers.packed .layers.parallel",
+    "engine.layers.int8": ".layers.parallel",
+    "engine.layers.linear": ".layers.int8 .layers.packed .layers.parallel",
     "engine.layers.norm": ".layers.linear",
-    "engine.layers.packed": "",
+    "engine.layers.packed": ".layers.int8",
     "engine.layers.parallel": "",
     "engine.layers.rotary": "",
     "engine.messages": ".config .request",
     "engine.model_runner": (
-        ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .models.decoder .models.fallback "
-        ".models.registry .models.weights .request vision.encoder"
+        ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .models.decoder "
+        ".models.fallback .models.lora .models.registry .models.weights .reading .request vision.encoder"
     ),
     "engine.models": "",
     "engine.models.decoder": ".attention.base .layers.embedding .layers.linear .layers.norm .layers.parallel .layers.rotary",
     "engine.models.fallback": ".attention.base .models.registry .models.weights",
+    "engine.models.lora": ".models.registry .models.weights",
     "engine.models.registry": ".models.decoder",
     "engine.models.weights": ".layers.linear .models.registry",
     "engine.process": ".channel .core .messages .models.registry .request",
+    "engine.reading": ".batch .request .sampler",
     "engine.request": "vision.shared_array",
     "engine.row": ".kv_cache .request",
     "engine.sampler": ".request",
@@ -76,33 +83,51 @@ MAY_IMPORT = {
     "vlm_server": "",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.app": (
-        ".answer_formats .auth .backend .config .context .docs .errors .metrics .middleware .routes.* .sampling engine.request vision.image"
+        ".answer_formats .auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling "
+        ".sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
     ),
     "vlm_server.auth": ".errors",
-    "vlm_server.backend": ".config .detokenizer .pipeline engine.client engine.request vision.service",
-    "vlm_server.chat_template": ".internlm_tools engine.request",
+    "vlm_server.backend": (
+        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
+    ),
+    "vlm_server.built_in_templates": ".role_template",
+    "vlm_server.chat_client": ".client",
+    "vlm_server.chat_page": ".config .examples",
+    "vlm_server.chat_template": ".internlm_tools .jinja_process engine.request",
     "vlm_server.checkpoint": ".embedded vision",
-    "vlm_server.cli": ".checkpoint .config .environment .flags .serving engine.config vision.config vlm_server",
+    "vlm_server.cli": (
+        ".chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal engine.config "
+        "vision.config vlm_server"
+    ),
     "vlm_server.client": "",
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (
-        ".answer_formats .backend .config .detokenizer .errors .field_rules .generation .metrics .middleware .parsing.answer .protocol "
-        ".sampling .token_protocol engine.request"
+        ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .generation "
+        ".interactive_protocol .metrics .middleware .parsing.answer .protocol .sampling .token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
     "vlm_server.docs": ".config .examples .response_schema vlm_server",
     "vlm_server.embedded": "",
+    "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
-    "vlm_server.errors": "engine.request vision.image",
+    "vlm_server.errors": ".sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
-    "vlm_server.field_rules": ".errors .message_schema .protocol .token_protocol .tool_schema",
+    "vlm_server.field_rules": (
+        ".embedding_protocol .errors .format_protocol .interactive_protocol .message_schema .protocol .token_protocol .tool_schema"
+    ),
     "vlm_server.flags": ".answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
-    "vlm_server.generation": (".backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request"),
+    "vlm_server.format_protocol": ".message_schema",
+    "vlm_server.generation": ".backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request",
+    "vlm_server.gradio_page": ".chat_client",
+    "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
+    "vlm_server.interactive_protocol": ".message_schema .protocol",
     "vlm_server.internlm_tools": "",
+    "vlm_server.jinja_process": ".jinja_worker vision.workers",
+    "vlm_server.jinja_worker": "",
     "vlm_server.logprobs": "engine.request",
     "vlm_server.message_schema": ".nesting",
     "vlm_server.metrics": "engine.request vision.service",
-    "vlm_server.middleware": ".errors .metrics",
+    "vlm_server.middleware": ".errors .metrics .stage_timings",
     "vlm_server.nesting": "",
     "vlm_server.parsing": "",
     "vlm_server.parsing.answer": ".parsing.calls .parsing.events .parsing.reasoning",
@@ -111,25 +136,51 @@ MAY_IMPORT = {
     "vlm_server.parsing.reasoning": ".parsing.events .parsing.scanner",
     "vlm_server.parsing.scanner": "",
     "vlm_server.parsing.tool_formats": ".parsing.calls .parsing.scanner",
-    "vlm_server.pipeline": ".chat_template .tokenizer engine.request vision.families vision.image",
-    "vlm_server.protocol": ".message_schema .nesting .tool_schema",
+    "vlm_server.pipeline": (
+        ".chat_template .detokenizer .jinja_process .stage_timings .template_choice .tokenizer .transcript engine.request "
+        "vision.families vision.image"
+    ),
+    "vlm_server.protocol": ".format_protocol .message_schema .nesting .tool_schema",
     "vlm_server.response_schema": "",
+    "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
-    "vlm_server.routes.chat": ".auth .context .protocol .response_schema .shapes .streaming .tools engine.request",
-    "vlm_server.routes.completions": ".auth .context .protocol .response_schema .shapes .streaming engine.request",
-    "vlm_server.routes.health": ".context .errors .metrics .response_schema engine.request",
+    "vlm_server.routes.chat": (
+        ".auth .context .guided .middleware .protocol .response_schema .shapes .stage_timings .streaming .tools engine.request"
+    ),
+    "vlm_server.routes.completions": ".auth .context .guided .middleware .protocol .response_schema .shapes .streaming engine.request",
+    "vlm_server.routes.control": ".context .errors .response_schema",
+    "vlm_server.routes.embeddings": (
+        ".auth .context .embedding_protocol .errors .middleware .response_schema .shapes .streaming engine.request"
+    ),
+    "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
+    "vlm_server.routes.interactive": (
+        ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .streaming .turns"
+    ),
     "vlm_server.routes.models": ".context .errors .response_schema",
+    "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
     "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
-    "vlm_server.serving": ".app .backend .config engine.request",
+    "vlm_server.serving": ".app .backend .config .sessions.opening .sessions.store engine.request",
+    "vlm_server.sessions": "",
+    "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
+    "vlm_server.sessions.lease": ".sessions.store",
+    "vlm_server.sessions.opening": ".sessions.redis_store .sessions.sqlite_store .sessions.store",
+    "vlm_server.sessions.redis_store": ".sessions.store",
+    "vlm_server.sessions.sqlite_store": ".sessions.store",
+    "vlm_server.sessions.store": "",
     "vlm_server.shapes": ".backend .generation .logprobs .parsing.events .protocol",
+    "vlm_server.stage_timings": "",
     "vlm_server.streaming": ".errors .generation .middleware .protocol",
+    "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
+    "vlm_server.terminal": ".chat_client",
     "vlm_server.token_protocol": ".message_schema .protocol .tool_schema",
     "vlm_server.tokenizer": "vision",
     "vlm_server.tool_schema": ".message_schema .nesting",
     "vlm_server.tools": (
         ".answer_formats .errors .parsing.answer .parsing.calls .parsing.reasoning .parsing.tool_formats .protocol .tool_schema"
     ),
+    "vlm_server.transcript": "engine.request",
+    "vlm_server.turns": ".backend .errors .generation .sessions.history .sessions.store engine.request vision.image",
 }
 
 # Whole packages that a package never imports, whatever the table says: vision knows neither other package, the engine no server.

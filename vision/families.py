@@ -37,6 +37,8 @@ class Rules:
     processor_options: Mapping[str, Any] = field(default_factory=dict)  # what the family's processor asks of its image processor
     grid: Callable[[Layout], tuple[int, int]] | None = None  # rows and columns of embeddings, for three-axis positions
     is_atomic: bool = False  # a picture's slots attend to each other in both directions
+    frame: tuple[str, str] = ("", "")  # what a chat template writes before and after the placeholder
+    gap: str = ""  # what it writes between a picture and its neighbours
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,12 @@ class Family:
     @property
     def is_atomic(self) -> bool:
         return self.rules.is_atomic
+
+    @property
+    def framed_placeholder(self) -> str:
+        """What a chat template that knows no pictures should write for one."""
+        before, after = self.rules.frame
+        return before + self.placeholder + after
 
     @property
     def has_positions(self) -> bool:
@@ -337,11 +345,16 @@ _IDEFICS3 = Rules(
     arrange=_arrange_idefics3, expand=_expand_idefics3, encode=_encode_idefics3, processor_options={"return_row_col_info": True}
 )
 _QWEN_VL = Rules(
-    placeholder="<|image_pad|>", arrange=_arrange_qwen_vl, expand=_expand_qwen_vl, encode=_encode_qwen_vl, grid=_grid_of_qwen_vl
+    placeholder="<|image_pad|>",
+    frame=("<|vision_start|>", "<|vision_end|>"),
+    arrange=_arrange_qwen_vl,
+    expand=_expand_qwen_vl,
+    encode=_encode_qwen_vl,
+    grid=_grid_of_qwen_vl,
 )
 FAMILIES: dict[str, Rules] = {
-    "llava": Rules(arrange=_arrange_llava, expand=_expand_repeated, encode=_encode_llava),
-    "llava_next": Rules(arrange=_arrange_llava_next, expand=_expand_repeated, encode=_encode_llava_next),
+    "llava": Rules(gap="\n", arrange=_arrange_llava, expand=_expand_repeated, encode=_encode_llava),
+    "llava_next": Rules(gap="\n", arrange=_arrange_llava_next, expand=_expand_repeated, encode=_encode_llava_next),
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,
     "qwen2_vl": _QWEN_VL,

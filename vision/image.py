@@ -25,6 +25,7 @@ class ImageRef:
     url: str  # http(s):, data:, or file: under an allowed folder
     param: str  # the part's path in the request, e.g. messages[0].content[1].image_url
     options: ImageOptions = ImageOptions()
+    data: bytes | None = None  # the file itself, where it was fetched before: then `url` is not looked at
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,11 +100,30 @@ class VisionService:
         What one tenant sent is not looked up for another. Raises MediaError with the `param` of the first picture that failed; the others
         are cancelled, as all are when the caller is.
         """
+        self._num_pictures += len(refs)
         return await self._side_by_side(refs, lambda ref: self._fetch_and_process(ref, tenant))
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]:
         """What the pictures take of a prompt, from their headers: nothing is decoded. Raises as `load`, save for damage behind a header."""
+        self._num_pictures += len(refs)
         return await self._side_by_side(refs, lambda ref: self._fetch_and_measure(ref, tenant))
+
+    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
+        """The pictures' files as they are, for a caller who keeps them and gives them to `load` as `ImageRef.data`.
+
+        limit_bytes: of all together. Raises as `load`.
+        """
+        room_bytes = limit_bytes
+
+        async def fetch_within(ref: ImageRef) -> bytes:
+            nonlocal room_bytes
+            data = await self._fetch(ref, tenant, {})
+            room_bytes -= len(data)
+            if room_bytes < 0:
+                raise MediaError("image_too_large", f"the pictures together have more than the {limit_bytes} bytes that can be kept")
+            return data
+
+        return await self._side_by_side(refs, fetch_within)
 
     def stats(self) -> VisionStats:
         return VisionStats(
@@ -151,7 +170,6 @@ class VisionService:
 
     async def _one(self, ref: ImageRef, work: Callable[[ImageRef], Coroutine[Any, Any, Result]]) -> Result:
         """One picture; names its part of the request in the error."""
-        self._num_pictures += 1
         try:
             async with self._pictures:
                 return await work(ref)
@@ -161,10 +179,15 @@ class VisionService:
         except WorkerError:
             raise MediaError("vision_not_ready", "the server cannot process pictures now; try again", param=ref.param, status=503) from None
 
+    async def _fetch(self, ref: ImageRef, tenant: str, timings_s: dict[str, float]) -> bytes:
+        if ref.data is not None:
+            return ref.data
+        with self._clock.stage("fetch", timings_s):
+            return await self._fetcher.fetch(ref.url, tenant=tenant)
+
     async def _fetch_and_process(self, ref: ImageRef, tenant: str) -> ProcessedImage:
         timings_s: dict[str, float] = {}
-        with self._clock.stage("fetch", timings_s):
-            data = await self._fetcher.fetch(ref.url, tenant=tenant)
+        data = await self._fetch(ref, tenant, timings_s)
         fingerprint = await self._fingerprint()
         key = tenant, await _content_hash(data, ref.options, fingerprint)
         image = self._cache.get(key)
@@ -174,8 +197,7 @@ class VisionService:
         return _own_copy(image, timings_s)
 
     async def _fetch_and_measure(self, ref: ImageRef, tenant: str) -> MeasuredImage:
-        with self._clock.stage("fetch", {}):
-            data = await self._fetcher.fetch(ref.url, tenant=tenant)
+        data = await self._fetch(ref, tenant, {})
         await self._fingerprint()  # the workers are there
         result = await self._preprocess_pool.measure(await self._decode_pool.measure(data), ref.options)
         return MeasuredImage(result.num_tokens, result.layout)

@@ -96,7 +96,7 @@ class WorkerPool:
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._abandon_s = abandon_s
-        self._environment = _clean_environment(environment or {})
+        self._environment = clean_environment(environment)
         self._slots: asyncio.Queue[_Worker | None] = asyncio.Queue()  # idle workers; None where one is yet to start
         self._workers: set[_Worker] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -251,7 +251,8 @@ def _wake(ready: "asyncio.Future[None]") -> None:
         ready.set_result(None)
 
 
-def _clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
+def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a worker process sees of ours: where things are, no secrets; and one thread for each library that would take all cores."""
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     search_path = os.pathsep.join(filter(None, (str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH"))))
-    return {**inherited, **_SINGLE_THREADED, "PYTHONPATH": search_path, **extra}
+    return {**inherited, **_SINGLE_THREADED, "PYTHONPATH": search_path, **(extra or {})}

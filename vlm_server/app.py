@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -16,36 +16,51 @@ from vision.image import MediaError
 from vlm_server.answer_formats import AnswerFormats
 from vlm_server.auth import RequireApiKey
 from vlm_server.backend import Backend, OpenBackend, open_backend
+from vlm_server.chat_page import ChatPage
 from vlm_server.config import ServerConfig
 from vlm_server.context import ServerContext
 from vlm_server.docs import add_docs
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
-from vlm_server.routes import chat, completions, health, models, tokens
+from vlm_server.routes import chat, completions, control, embeddings, health, interactive, models, scoring, tokens
 from vlm_server.sampling import SamplingDefaults
+from vlm_server.sessions.history import SessionBusyError, Sessions
+from vlm_server.sessions.opening import OpenStore, open_store
+from vlm_server.sessions.store import Limits, StoreError
+from vlm_server.turns import Turns
 
 
-def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend) -> FastAPI:
-    """The server of one model. `open_backend` gives the engine and the pipeline; tests put scripted ones there."""
+def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend, open_store: OpenStore = open_store) -> FastAPI:
+    """The server of one model. `open_backend` gives the engine and the pipeline, `open_store` what outlives them; tests put scripted ones
+    there.
+    """
     metrics = Metrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         defaults = SamplingDefaults.load(config.generation_config, Path(config.engine.model_folder))
-        async with open_backend(config) as backend:
-            app.state.context = ServerContext(config, backend, defaults, metrics, _answer_formats(config, backend), int(time.time()))
-            yield
+        async with open_store(config.session_store) as store, open_backend(config) as backend:
+            limits = Limits(config.session_ttl_s, config.max_sessions)
+            sessions = Sessions(store, model=config.model_name, limits=limits, max_bytes=config.max_session_bytes)
+            formats = _answer_formats(config, backend)
+            async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns:
+                app.state.context = ServerContext(config, backend, defaults, metrics, turns, formats, created_s=int(time.time()))
+                yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for router in (models.router, chat.router, completions.router, tokens.router, health.health_router):
-        app.include_router(router)
+    for module in (models, chat, completions, interactive, embeddings, tokens, scoring, control):
+        app.include_router(module.router)
+    app.include_router(health.health_router)
     if config.enable_metrics:
         app.include_router(health.metrics_router)
     if config.enable_docs:
         add_docs(app, config)
+    chat_page = ChatPage(config) if config.enable_ui else None
+    if chat_page is not None:
+        chat_page.add_to(app)
     _add_error_handlers(app)
-    _add_middleware(app, config, metrics)
+    _add_middleware(app, config, metrics, open_paths=chat_page.paths if chat_page else ())
     return app
 
 
@@ -55,7 +70,7 @@ def _answer_formats(config: ServerConfig, backend: Backend) -> AnswerFormats:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    for kind in (ApiError, EngineError, MediaError, HTTPException):
+    for kind in (ApiError, EngineError, MediaError, SessionBusyError, StoreError, HTTPException):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
 
@@ -77,18 +92,18 @@ def _is_json(content_type: str) -> bool:
     return media_type == "application/json" or media_type.endswith("+json")
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics) -> None:
+def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics, *, open_paths: Collection[str]) -> None:
     """The last one added is the outermost: prefix, log, CORS, keys, body limit, routes."""
     app.add_middleware(BodyLimit, limit_bytes=config.max_body_bytes)
     if config.api_keys:
-        app.add_middleware(RequireApiKey, api_keys=config.api_keys)
+        app.add_middleware(RequireApiKey, api_keys=config.api_keys, open_paths=open_paths)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=config.allow_origins,
         allow_methods=config.allow_methods,
         allow_headers=config.allow_headers,
         allow_credentials=config.allow_credentials,
-        expose_headers=["X-Request-Id"],
+        expose_headers=["X-Request-Id", "Server-Timing"],
     )
     app.add_middleware(RequestLog, metrics=metrics)
     app.add_middleware(RootPath, root_path=config.root_path)

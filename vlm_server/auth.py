@@ -1,11 +1,13 @@
-"""API keys: every path needs one but health, the docs and their assets. Without configured keys all are welcome, whatever they send.
+"""API keys: every path needs one but health, the docs and their assets, and the files of the chat page.
+
+Without configured keys all are welcome, whatever they send.
 
 Each key is a tenant of its own: what one tenant's prompts and pictures left in the caches is never another's to find.
 """
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -17,14 +19,18 @@ OPEN_PREFIX = "/swagger-ui/"
 
 
 class RequireApiKey:
-    """Answers 401 unless the request brings `Authorization: Bearer KEY` with one of the keys."""
+    """Answers 401 unless the request brings `Authorization: Bearer KEY` with one of the keys.
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str]) -> None:
+    open_paths: more paths that need none, exactly as they are routed: decoded, and neither `..` nor another spelling is resolved.
+    """
+
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], open_paths: Collection[str] = ()) -> None:
         self._app = app
+        self._open_paths = OPEN_PATHS.union(open_paths)
         self._digests = [_digest(key) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] == "OPTIONS" or _is_open(scope):
+        if scope["type"] != "http" or scope["method"] == "OPTIONS" or self._is_open(scope["path"]):
             await self._app(scope, receive, send)
             return
         tenant = self._tenant(Headers(scope=scope))
@@ -35,6 +41,9 @@ class RequireApiKey:
         message = "this server needs one of its API keys in the header Authorization: Bearer KEY"
         error = ApiError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})
         await error.response()(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return path in self._open_paths or (path.startswith(OPEN_PREFIX) and ".." not in path)
 
     def _tenant(self, headers: Headers) -> str | None:
         """The key's digest, if it is one of ours."""
@@ -47,11 +56,6 @@ class RequireApiKey:
 def tenant_of(scope: Scope) -> str:
     """Whose request it is; all are one tenant where no keys are configured."""
     return str(scope.get("tenant", ""))
-
-
-def _is_open(scope: Scope) -> bool:
-    path = scope["path"]
-    return path in OPEN_PATHS or (path.startswith(OPEN_PREFIX) and ".." not in path)
 
 
 def _digest(key: str) -> bytes:

@@ -5,15 +5,18 @@ The protocols are all that the routes know of them, so that tests can put script
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine.request import EngineInfo, EngineStats, Prompt, SamplingParams, StepOutput
+from vision.image import ImageRef
 from vision.service import VisionStats
 from vlm_server.config import ServerConfig
-from vlm_server.detokenizer import TextDecoder
+from vlm_server.detokenizer import StopWords, TextDecoder
+from vlm_server.stage_timings import StageTimings
+from vlm_server.transcript import Transcript, TurnPrompt
 
 
 class Engine(Protocol):
@@ -24,6 +27,9 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo | None: ...
+
+    @property
+    def failure(self) -> str | None: ...
 
     @property
     def num_restarts(self) -> int: ...
@@ -69,6 +75,7 @@ class PromptPipeline(Protocol):
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        timings: StageTimings | None = None,
     ) -> Prompt: ...
 
     async def chat_tokens(
@@ -82,6 +89,21 @@ class PromptPipeline(Protocol):
         continue_final_message: bool = False,
     ) -> list[int]: ...
 
+    async def parts_prompt(self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "") -> Prompt: ...
+    async def turn_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        known: Transcript = ...,
+        pictures: Mapping[str, bytes] | None = None,
+        names: Mapping[str, str] | None = None,
+        tenant: str = "",
+    ) -> TurnPrompt: ...
+
+    async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]: ...
+
+    def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript: ...
+
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt: ...
 
     def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
@@ -94,6 +116,7 @@ class Backend:
     engine: Engine
     pipeline: PromptPipeline
     vision_stats: Callable[[], VisionStats] = VisionStats
+    stop_words: StopWords = field(default_factory=StopWords)  # the chat template's, for every request
 
 
 OpenBackend = Callable[[ServerConfig], AbstractAsyncContextManager[Backend]]
@@ -107,6 +130,7 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
     """
     from engine.client import EngineClient
     from vision.service import VisionService
+    from vlm_server.jinja_process import JinjaProcess
     from vlm_server.pipeline import Pipeline
 
     folder, trusts = config.engine.model_folder, config.engine.trust_remote_code
@@ -117,18 +141,25 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         stack.callback(start.cancel)
         vision = VisionService(config.vision, model_folder=folder, trust_remote_code=trusts)
         stack.push_async_callback(vision.close)
+        jinja = JinjaProcess()
+        stack.push_async_callback(asyncio.to_thread, jinja.close)
         pipeline = await asyncio.to_thread(
             Pipeline.load,
             folder,
+            tokenizer_folder=config.tokenizer_folder,
             images=vision,
             chat_template=config.chat_template,
+            chat_template_args=config.chat_template_args,
             meta_instruction=config.meta_instruction,
             trust_remote_code=trusts,
+            jinja=jinja,
         )
         stack.callback(pipeline.close)
         if pipeline.family is not None:
             await vision.open()
         await start
+        if vocabulary := pipeline.tokenizer.vocabulary():
+            await engine.set_vocabulary(vocabulary)
         if pipeline.family is not None:
             await vision.ready()
-        yield Backend(engine, pipeline, vision.stats)
+        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words)

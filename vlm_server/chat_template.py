@@ -1,19 +1,16 @@
 """Messages → the model's own prompt text, through its Jinja chat template.
 
-Knows nothing of tokens, of pictures' contents or of HTTP.
+Knows nothing of tokens, of pictures' contents or of HTTP, nor of how a template is kept from running away.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from jinja2.exceptions import TemplateError as JinjaError
 
 from engine.request import InvalidRequestError
 from vlm_server import internlm_tools
+from vlm_server.jinja_process import JinjaProcess, RenderError, RenderLimitError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +30,6 @@ _PROBE_TURNS = (
     {"role": "assistant", "content": _PROBE},
     {"role": "user", "content": _PROBE},
 )
-_REFUSALS = (JinjaError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # what a template's own code can raise
 _STRICT_ID = re.compile(r"[a-zA-Z0-9]{9}")  # of a call, as Mistral's templates want it
 
 
@@ -46,7 +42,13 @@ class ChatTemplate:
 
     source: None for a model without a template; then every `render` raises TemplateError.
     meta_instruction: the system text of conversations that bring none.
+    process: where templates run; None: one of its own.
+
+    Raises TemplateError where the template takes more time or memory than it is given.
     """
+
+    brings_special_tokens = True
+    stop_words: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -54,11 +56,15 @@ class ChatTemplate:
         source: str | dict[str, str] | None,
         *,
         placeholder: str = "",
+        picture_gap: str = "\n",
         meta_instruction: str | None = None,
+        process: JinjaProcess | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._special_tokens = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
+        self._process = process or JinjaProcess()
         self._source = source
         self._placeholder = placeholder
+        self._picture_gap = picture_gap
         self._meta_instruction = meta_instruction
         self._takes_parts = self._shows([{"type": "text", "text": _PROBE}])
         self._takes_strings = self._shows(_PROBE)
@@ -96,26 +102,40 @@ class ChatTemplate:
         if self._as_internlm:
             prepared, tools = internlm_tools.as_plain_messages(prepared, tools), None
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    prepared,
-                    tools=tools,
-                    chat_template=source,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
-                    **(template_kwargs or {}),
-                )
-            )
-        except _REFUSALS as error:
+            return self._rendered(source, prepared, tools, add_generation_prompt, template_kwargs or {}, continues=continue_final_message)
+        except RenderLimitError as error:
+            raise _stopped(error) from error
+        except RenderError as error:
             if continue_final_message and "continue_final_message" in str(error):  # the reference's complaint holds the whole prompt
                 raise TemplateError("continue_final_message: the model's chat template changes the last message's text") from error
             raise TemplateError(f"messages: the model's chat template refuses them: {error}") from error
 
+    def _rendered(
+        self,
+        source: str,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        template_kwargs: dict[str, Any],
+        *,
+        continues: bool = False,
+    ) -> str:
+        """As the reference's `apply_chat_template`: a key without a value is none, and the template sees the special tokens."""
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        variables = {**self._special_tokens, **template_kwargs}
+        return self._process.render(
+            source,
+            given,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continues,
+            variables=variables,
+        )
+
     def _choose(self, tools: list[dict[str, Any]] | None) -> str:
         if self._source is None:
             raise TemplateError(
-                "messages: this model has no chat template; start the server with --chat-template FILE, or use /v1/completions"
+                "messages: this model has no chat template; start the server with --chat-template FILE or NAME, or use /v1/completions"
             )
         if isinstance(self._source, str):
             return self._source
@@ -142,22 +162,21 @@ class ChatTemplate:
     def _content(self, content: Any) -> str | list[dict[str, Any]]:
         """The form that the template can read: parts, or one string with the pictures' placeholders in their places."""
         if isinstance(content, list):
-            return content if self._takes_parts else "\n".join(self._part_text(part) for part in content)
+            if self._takes_parts:
+                return content
+            return content_text(content, placeholder=self._placeholder, picture_gap=self._picture_gap)
         text = "" if content is None else str(content)
         return text if self._takes_strings or not self._takes_parts else [{"type": "text", "text": text}]
-
-    def _part_text(self, part: dict[str, Any]) -> str:
-        return str(part["text"]) if part["type"] == "text" else self._placeholder
 
     def _shows(self, content: str | list[dict[str, str]]) -> bool:
         """Whether the template writes the text of such a content, and no more of it than the text."""
         if self._source is None:
             return False
         try:
-            text = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], chat_template=self._choose(None), tokenize=False, add_generation_prompt=True
-            )
-        except (*_REFUSALS, TemplateError):
+            text = self._rendered(self._choose(None), [{"role": "user", "content": content}], None, True, {})
+        except RenderLimitError as error:
+            raise _stopped(error) from error
+        except (RenderError, TemplateError):
             return False
         return _PROBE in text and "'text'" not in text and '"text"' not in text
 
@@ -187,37 +206,18 @@ class ChatTemplate:
             return False
 
 
-def load_chat_template(
-    model_folder: str | Path,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    placeholder: str = "",
-    file: str | None = None,
-    meta_instruction: str | None = None,
-) -> ChatTemplate:
-    """The template in `file` (Jinja), else the processor's, else the tokenizer's.
-
-    Raises OSError where `file` cannot be read.
-    """
-    source: str | dict[str, str] | None
-    if file is not None:
-        source = Path(file).read_text(encoding="utf-8")
-    else:
-        source = _processor_template(Path(model_folder)) or tokenizer.chat_template
-    return ChatTemplate(tokenizer, source, placeholder=placeholder, meta_instruction=meta_instruction)
+def content_text(parts: Sequence[dict[str, Any]], *, placeholder: str, picture_gap: str) -> str:
+    """Parts as one string: texts on lines of their own, each picture as `placeholder`, with `picture_gap` between it and its neighbours."""
+    text = ""
+    for index, part in enumerate(parts):
+        if index:
+            text += "\n" if part["type"] == parts[index - 1]["type"] == "text" else picture_gap
+        text += str(part["text"]) if part["type"] == "text" else placeholder
+    return text
 
 
-def _processor_template(folder: Path) -> str | dict[str, str] | None:
-    """In the order in which the reference looks for it."""
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json"):
-        if (folder / name).is_file():
-            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-            if isinstance(template, str | dict):
-                return template
-    return None
+def _stopped(error: RenderLimitError) -> TemplateError:
+    return TemplateError(f"messages: the model's chat template was stopped: {error}")
 
 
 def _is_text(content: object) -> bool:

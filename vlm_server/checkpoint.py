@@ -79,6 +79,30 @@ def find_checkpoint(
     return _download(model, revision, download_dir, trust_remote_code)
 
 
+def find_adapter(name: str, *, download_dir: str | None = None) -> str:
+    """The folder of a LoRA: a folder, or a hub id that is downloaded. Raises CheckpointError."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        folder = str(path)
+    elif path.is_absolute() or name.startswith((".", "~")) or not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{name}: there is no such folder, and it is no hub id such as org/name")
+    else:
+        folder = _snapshot(name, name, None, download_dir, [*_WANTED, "adapter_model.bin"])
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise CheckpointError(f"{name} has no adapter_config.json: it is no LoRA in PEFT's layout")
+    return folder
+
+
+def find_tokenizer(path: str | None, *, adapter: str | None) -> str | None:
+    """The folder whose tokenizer is used in place of the checkpoint's: the given one, else the adapter's where it brings one."""
+    if path is not None:
+        if not Path(path).expanduser().is_dir():
+            raise CheckpointError(f"--tokenizer-path: there is no folder {path}")
+        return str(Path(path).expanduser())
+    files = ("tokenizer.json", "tokenizer.model")
+    return adapter if adapter and any((Path(adapter) / file).is_file() for file in files) else None
+
+
 def _embedded() -> Checkpoint:
     from vlm_server.embedded import EmbeddedModelUnavailable, embedded_model_folder
 
@@ -120,27 +144,31 @@ def _turbomind_name(folder: Path) -> str | None:
 
 
 def _download(model: str, revision: str | None, download_dir: str | None, trust_remote_code: bool) -> Checkpoint:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-
     repository = _HF_TWINS.get(model, model)
     if repository != model:
         logger.info("%s is in LLaVA's original layout; its twin %s is served", model, repository)
+    folder = _snapshot(repository, model, revision, download_dir, [*_WANTED, *(["*.py"] if trust_remote_code else [])])
+    _check_folder(Path(folder))
+    return Checkpoint(folder, repository, model)
+
+
+def _snapshot(repository: str, asked: str, revision: str | None, download_dir: str | None, wanted: list[str]) -> str:
+    """The folder of a repository's files. Raises CheckpointError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
     token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or None
-    wanted = [*_WANTED, *(["*.py"] if trust_remote_code else [])]
     try:
-        folder = snapshot_download(repository, revision=revision, cache_dir=download_dir, token=token, allow_patterns=wanted)
+        return snapshot_download(repository, revision=revision, cache_dir=download_dir, token=token, allow_patterns=wanted)
     except RevisionNotFoundError:
         raise CheckpointError(f"{repository} has no revision {revision}") from None
     except GatedRepoError:
         raise CheckpointError(f"{repository} is gated: accept its terms on the hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
         hint = "or the token may not see it" if token else "or needs a token (HF_TOKEN)"
-        raise CheckpointError(f"{model}: there is no such folder, and the hub has no {repository}, {hint}") from None
+        raise CheckpointError(f"{asked}: there is no such folder, and the hub has no {repository}, {hint}") from None
     except (LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{repository} could not be downloaded: {_first_line(error)}") from error
-    _check_folder(Path(folder))
-    return Checkpoint(folder, repository, model)
 
 
 def _first_line(error: Exception) -> str:

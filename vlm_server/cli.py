@@ -1,23 +1,28 @@
-"""`vlm-server`: serve, check_env. Heavy imports happen in the commands, so that help and mistakes are quick."""
+"""`vlm-server`: serve, chat, gradio, check_env. Heavy imports happen in the commands, so that help and mistakes are quick."""
 
 import argparse
+import contextlib
+import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from vlm_server import __version__
-from vlm_server.config import ServerConfig
+from vlm_server.config import DEFAULT_PORT, ServerConfig
 from vlm_server.flags import add_serve_flags, normalized, values_for
 
 logger = logging.getLogger(__name__)
 
-_LEGACY_WORD = "api_server"  # lmdeploy serve api_server MODEL
+API_KEY_VARIABLE = "VLM_SERVER_API_KEY"
+
+_LEGACY_WORDS = {"api_server": "serve", "api_client": "chat", "gradio": "gradio"}  # lmdeploy serve api_server MODEL, … api_client URL
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status."""
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    command = {"serve": _serve, "check_env": _check_env}[parsed.command]
+    command = {"serve": _serve, "chat": _chat, "gradio": _gradio, "check_env": _check_env}[parsed.command]
     return command(parsed)
 
 
@@ -30,17 +35,21 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
     """The settings that the flags make; finds, downloads or assembles the checkpoint. Raises CheckpointError or ValueError."""
     from engine.config import EngineConfig
     from vision.config import VisionConfig
-    from vlm_server.checkpoint import find_checkpoint
+    from vlm_server.checkpoint import find_adapter, find_checkpoint, find_tokenizer
+    from vlm_server.template_choice import read_chosen
 
+    read_chosen(parsed.chat_template, parsed.chat_template_args, parsed.meta_instruction)  # a mistake is known before a download
     checkpoint = find_checkpoint(
         parsed.model, revision=parsed.revision, download_dir=parsed.download_dir, trust_remote_code=parsed.trust_remote_code
     )
-    engine = EngineConfig(model_folder=checkpoint.path, **values_for("engine", parsed))
+    adapter = find_adapter(parsed.lora_model, download_dir=parsed.download_dir) if parsed.lora_model else None
+    engine = EngineConfig(model_folder=checkpoint.path, lora_folder=adapter, **values_for("engine", parsed))
     return ServerConfig(
         engine=engine.resolve(checkpoint.text_config(trust_remote_code=parsed.trust_remote_code)),
         vision=VisionConfig(**values_for("vision", parsed)),
         model_name=parsed.model_name or checkpoint.name,
         model_root=checkpoint.root,
+        tokenizer_folder=find_tokenizer(parsed.tokenizer_path, adapter=adapter),
         **values_for("server", parsed),
     )
 
@@ -52,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve a model over HTTP", description=_serve.__doc__, allow_abbrev=False)
     serve.add_argument("model", nargs="?", metavar="MODEL", help="folder, hub id or GGUF file (default: the embedded demonstration model)")
     add_serve_flags(serve)
+    _add_chat(commands.add_parser("chat", help="chat with a server in the terminal", description=_chat.__doc__, allow_abbrev=False))
+    _add_gradio(commands.add_parser("gradio", help="a chat page for a server", description=_gradio.__doc__, allow_abbrev=False))
     check_env = commands.add_parser("check_env", aliases=["check-env"], help="print what this machine and installation have")
     check_env.add_argument("--dump-file", metavar="FILE", help="write it as JSON too")
     check_env.set_defaults(command="check_env")
@@ -59,12 +70,39 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _without_legacy_word(arguments: list[str]) -> list[str]:
-    """`serve api_server MODEL …` is `serve MODEL …`; so are LMDeploy's switches that only say no."""
-    words = [_LEGACY_SWITCHES.get(argument, argument) for argument in arguments]
-    return ["serve", *words[2:]] if words[:2] == ["serve", _LEGACY_WORD] else words
+    """`serve api_server MODEL …` is `serve MODEL …`; `--disable-…`, as LMDeploy's users type it, is `--no-…`."""
+    words = [_DISABLING_SWITCHES.get(argument, argument) for argument in arguments]
+    if words[:1] == ["serve"] and len(words) > 1 and words[1] in _LEGACY_WORDS:
+        return [_LEGACY_WORDS[words[1]], *words[2:]]
+    return words
 
 
-_LEGACY_SWITCHES = {"--disable-metrics": "--no-metrics", "--disable-fastapi-docs": "--no-fastapi-docs"}
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    _add_server(parser)
+    parser.add_argument("--model", metavar="NAME", help="one of the server's models (default: its first)")
+    parser.add_argument("--system", metavar="TEXT", help="system text of the conversation")
+    parser.add_argument("--temperature", type=float, metavar="N", help="0 is greedy (default: the server's)")
+    parser.add_argument(
+        "--top-p", type=float, metavar="N", help="keep the likeliest tokens that reach this probability (default: the server's)"
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="new tokens at most (default: the server's)")
+    parser.add_argument("--session-id", type=int, metavar="N", help="LMDeploy's, without effect: the conversation is kept here")
+
+
+def _add_gradio(parser: argparse.ArgumentParser) -> None:
+    _add_server(parser)
+    parser.add_argument("--server-name", default="127.0.0.1", metavar="X", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--server-port", type=int, default=6006, metavar="N", help="port to listen on (default: 6006)")
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    """Which server, for the commands that ask one."""
+    url = f"http://127.0.0.1:{DEFAULT_PORT}"
+    parser.add_argument("url", nargs="?", metavar="URL", default=url, help=f"the server (default: {url})")
+    parser.add_argument("--api-key", metavar="KEY", help=f"the server's key (default: {API_KEY_VARIABLE} in the environment)")
+
+
+_DISABLING_SWITCHES = {"--disable-metrics": "--no-metrics", "--disable-fastapi-docs": "--no-fastapi-docs", "--disable-ui": "--no-ui"}
 
 
 def _serve(parsed: argparse.Namespace) -> int:
@@ -81,6 +119,58 @@ def _serve(parsed: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _chat(parsed: argparse.Namespace) -> int:
+    """Chat with a server in the terminal. An empty line sends; /image PATH_OR_URL adds a picture; end and exit end."""
+    from vlm_server.chat_client import ChatError, ChatServer
+    from vlm_server.terminal import TerminalChat
+
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows fewer characters ends nothing
+    is_typed = sys.stdin.isatty()
+    if is_typed:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (input() edits lines with it)
+    try:
+        server = ChatServer(parsed.url, _api_key(parsed))
+        model = server.chosen_model(parsed.model)
+    except ChatError as error:
+        print(f"vlm-server: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(f"{model} at {server.url}")
+    sampling = {"temperature": parsed.temperature, "top_p": parsed.top_p, "max_tokens": parsed.max_tokens}
+    TerminalChat(
+        server,
+        model,
+        read_line=input if is_typed else lambda prompt: input(),
+        output=sys.stdout,
+        system=parsed.system,
+        sampling=sampling,
+    ).run()
+    return 0
+
+
+def _gradio(parsed: argparse.Namespace) -> int:
+    """Serve a chat page for a server, made with gradio (an optional package). Whoever opens the page uses the server with your key."""
+    from vlm_server.chat_client import ChatError, ChatServer
+    from vlm_server.gradio_page import GradioMissingError, serve_page
+
+    try:
+        serve_page(ChatServer(parsed.url, _api_key(parsed)), host=parsed.server_name, port=parsed.server_port)
+    except (ChatError, GradioMissingError) as error:
+        print(f"vlm-server: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _api_key(parsed: argparse.Namespace) -> str | None:
+    return parsed.api_key or os.environ.get(API_KEY_VARIABLE)
 
 
 def _set_up_logging(level: str) -> None:

@@ -41,6 +41,7 @@ class APIClient:
         self.models_v1_url = f"{api_server_url}/v1/models"
         self.chat_completions_v1_url = f"{api_server_url}/v1/chat/completions"
         self.completions_v1_url = f"{api_server_url}/v1/completions"
+        self.chat_intractive_v1_url = f"{api_server_url}/v1/chat/interactive"  # as LMDeploy spells it
         self.encode_v1_url = f"{api_server_url}/v1/encode"
         self.api_key = api_key
         self.headers = {"content-type": "application/json"}
@@ -117,16 +118,68 @@ class APIClient:
         body = {name: value for name, value in locals().items() if name != "self"}
         yield from self._post(self.completions_v1_url, body)
 
+    def chat_interactive_v1(
+        self,
+        prompt: Messages,
+        image_url: str | list[str] | None = None,
+        session_id: int = -1,
+        interactive_mode: bool = False,
+        stream: bool = False,
+        stop: str | list[str] | None = None,
+        request_output_len: int | None = None,
+        top_p: float = 0.8,
+        top_k: int = 40,
+        temperature: float = 0.8,
+        repetition_penalty: float = 1.0,
+        ignore_eos: bool = False,
+        skip_special_tokens: bool | None = True,
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Any]:
+        """The answer to one turn, or with `stream` its pieces, as dicts. With `interactive_mode` the server keeps the session."""
+        body = {name: value for name, value in locals().items() if name != "self"}
+        yield from self._post(self.chat_intractive_v1_url, body)
+
+    def chat(
+        self,
+        prompt: str,
+        session_id: int,
+        image_url: str | list[str] | None = None,
+        request_output_len: int = 512,
+        stream: bool = False,
+        top_p: float = 0.8,
+        top_k: int = 40,
+        temperature: float = 0.8,
+        repetition_penalty: float = 1.0,
+        ignore_eos: bool = False,
+    ) -> Iterator[tuple[str, int, str | None]]:
+        """A turn of a session that the server keeps: (text, tokens, finish reason), of the whole answer or of its pieces.
+
+        What the server refuses is a text with the finish reason `error`.
+        """
+        assert session_id != -1, "a session needs a number of its own"
+        body = {name: value for name, value in locals().items() if name != "self"}
+        for item in self._post(self.chat_intractive_v1_url, {**body, "interactive_mode": True}):
+            if "error" in item:
+                yield item["error"]["message"], item.get("tokens", 0), "error"
+            else:
+                yield item["text"], item["tokens"], item["finish_reason"]
+
+    def end_session(self, session_id: int) -> None:
+        """Ends a session, after its running turn."""
+        for _ in self.chat_interactive_v1(prompt="", session_id=session_id, interactive_mode=False, request_output_len=0):
+            pass
+
     def _post(self, url: str, body: dict[str, Any]) -> Iterator[Any]:
         response = requests.post(url, headers=self.headers, json=body, stream=bool(body["stream"]), timeout=None)
         if not body["stream"]:
             yield json_loads(response.content)
             return
         with response:
-            yield from _events(response)
+            yield from events(response)
 
 
-def _events(response: requests.Response) -> Iterator[Any]:
+def events(response: requests.Response) -> Iterator[Any]:
     """The decoded lines of an event stream without its `[DONE]`; an error's body is one undecorated line."""
     for line in response.iter_lines(delimiter=b"\n"):
         data = line.removeprefix(b"data:").strip()

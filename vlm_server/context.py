@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 
@@ -11,16 +11,19 @@ from engine.request import EngineDeadError, EngineInfo, Prompt
 from vlm_server.answer_formats import AnswerFormats
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
-from vlm_server.detokenizer import TextDecoder
+from vlm_server.detokenizer import StopWords, TextDecoder
+from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import ApiError
 from vlm_server.field_rules import check_fields
 from vlm_server.generation import Generation
+from vlm_server.interactive_protocol import InteractiveRequest, TurnFields
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import request_facts
 from vlm_server.parsing.answer import AnswerParser
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest
 from vlm_server.sampling import SamplingDefaults, sampling_params
 from vlm_server.token_protocol import TokenRequest
+from vlm_server.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class ServerContext:
     backend: Backend
     defaults: SamplingDefaults
     metrics: Metrics
+    turns: Turns
     formats: AnswerFormats
     created_s: int  # Unix time of the start
 
@@ -39,7 +43,9 @@ class ServerContext:
             raise EngineDeadError("the engine is starting")
         return self.backend.engine.info
 
-    def accept(self, request: Request, body: ChatCompletionRequest | CompletionRequest | TokenRequest) -> list[str]:
+    def accept(
+        self, request: Request, body: ChatCompletionRequest | CompletionRequest | EmbeddingsRequest | InteractiveRequest | TokenRequest
+    ) -> list[str]:
         """The warnings for a request that we can serve. Raises ApiError 404 or 400."""
         name = self.config.model_name if body.model is None else body.model
         request_facts(request.scope)["model"] = name if name == self.config.model_name else "unknown"
@@ -54,22 +60,26 @@ class ServerContext:
 
     def generation(
         self,
-        body: ChatCompletionRequest | CompletionRequest,
+        body: ChatCompletionRequest | CompletionRequest | TurnFields,
         prompts: list[Prompt],
         *,
+        grammar: str | None = None,
         request_id: str,
         decoder: TextDecoder | None = None,
         new_parser: Callable[[], AnswerParser] | None = None,
     ) -> Generation:
         """All answers to the request, not yet begun. For the last two see `Generation`."""
         info = self.engine_info
-        params = sampling_params(body, self.defaults, num_logprobs=body.num_logprobs, vocab_size=info.vocab_size)
+        params = sampling_params(body, self.defaults, num_logprobs=body.num_logprobs, vocab_size=info.vocab_size, grammar=grammar)
+        stop_words = StopWords() if body.ignore_eos else self.backend.stop_words
+        stop_token_ids = (token_id for token_id in stop_words.token_ids if token_id < info.vocab_size)
         return Generation(
             self.backend.engine,
             self.backend.pipeline.tokenizer,
             prompts,
-            params,
+            replace(params, stop_token_ids=(*params.stop_token_ids, *stop_token_ids)),
             body,
+            stop_words=stop_words.strings,
             request_id=request_id,
             metrics=self.metrics,
             decoder=decoder,

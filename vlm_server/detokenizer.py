@@ -5,6 +5,7 @@ Knows nothing of requests or of HTTP.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 _REPLACEMENT = "\ufffd"  # how a decoder shows bytes that are no character, or not yet
@@ -15,6 +16,14 @@ _MAX_INCOMPLETE = 3  # tokens that an unfinished character can reach back
 
 class TextDecoder(Protocol):
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StopWords:
+    """What ends an answer before its limit, beside the model's own end tokens."""
+
+    strings: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()  # of words that are whole tokens, whose text a decoder may leave out
 
 
 class IncrementalDecoder:

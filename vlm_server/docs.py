@@ -35,10 +35,18 @@ _PAGE = """<!doctype html>
 </html>
 """
 _STREAMED = {"/v1/chat/completions": ChatCompletionStreamResponse, "/v1/completions": CompletionStreamResponse}
+_SERVER_TIMING = {
+    "description": "Milliseconds by stage, as in `template;dur=0.4, pictures;dur=31.2, …`: template, pictures (fetched, decoded, "
+    "resized; the slowest of each as picture-fetch, picture-decode, picture-preprocess), tokenize, then in the engine queue, encode "
+    "(pictures) and prefill (to the first token); without `stream` also generate (the rest).",
+    "schema": {"type": "string"},
+}
+_INTERACTIVE = "/v1/chat/interactive"
 _ERRORS = {
     "400": "The request is wrong; `param` names the field.",
     "401": "The API key is missing or unknown.",
     "404": "The model does not exist.",
+    "409": "Another turn of the session is under way.",
     "413": "The body is too large.",
     "429": "Too many requests wait; try again after `Retry-After` seconds.",
     "500": "The server failed.",
@@ -100,9 +108,13 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
         stream_model = _STREAMED[path].__name__
         description = "Events `data: {…}` of the shape " + stream_model + ", then `data: [DONE]`, with `stream: true`."
         stream_schema = {"type": "string", "description": description}
+        responses["200"]["headers"] = {"Server-Timing": _SERVER_TIMING}
         responses["200"]["content"]["text/event-stream"] = {"schema": stream_schema, "x-event-schema": _ref(stream_model)}
-    if "requestBody" in operation:
-        operation["requestBody"]["content"]["application/json"]["examples"] = request_examples(config.model_name)[path]
+    if path == _INTERACTIVE:
+        description = "With `stream: true`, the answer in pieces: one InteractiveResponse per line, nothing before or after it."
+        responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string", "description": description}}
+    if "requestBody" in operation and (examples := request_examples(config.model_name).get(path)):
+        operation["requestBody"]["content"]["application/json"]["examples"] = examples
     for parameter in operation.get("parameters", ()):
         parameter["example"] = config.model_name
     if path == "/metrics":
@@ -115,7 +127,7 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
 def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
     keyed = ["401"] if config.api_keys and path != "/health" else []
     if method == "post":
-        return ["400", *keyed, "404", "413", "429", "500", "503"]
+        return ["400", *keyed, "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
     return [*keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]
 
 

@@ -13,6 +13,8 @@ from starlette.responses import Response
 
 from engine.request import EngineDeadError, InvalidRequestError, PromptTooLongError, QueueFullError
 from vision.image import MediaError
+from vlm_server.sessions.history import SessionBusyError
+from vlm_server.sessions.store import StoreError
 
 RETRY_AFTER_S = 2  # an engine that died is back after about as long
 
@@ -65,6 +67,10 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
             return bad_request("invalid_value", str(error), param=_leading_field(str(error)) or param)
         case QueueFullError():
             return ApiError(429, "queue_full", str(error), headers={"retry-after": str(error.retry_after_s)})
+        case SessionBusyError():
+            return ApiError(409, "session_busy", str(error), param="session_id", headers={"retry-after": str(RETRY_AFTER_S)})
+        case StoreError():
+            return ApiError(503, "session_store_unavailable", str(error), headers={"retry-after": str(RETRY_AFTER_S)})
         case EngineDeadError():
             return ApiError(503, "engine_unavailable", str(error), headers={"retry-after": str(RETRY_AFTER_S)})
         case HTTPException():

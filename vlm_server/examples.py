@@ -46,13 +46,27 @@ _TOOLS = [
 ]
 
 
+_SEEN = {
+    "name": "seen",
+    "schema": {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "green", "blue"]}, "shape": {"enum": ["circle", "square", "star"]}},
+        "required": ["colour", "shape"],
+        "additionalProperties": False,
+    },
+}
+
+
 def request_examples(model: str) -> dict[str, dict[str, dict[str, Any]]]:
     """Path → name → OpenAPI example of the request's body."""
     return {
         "/v1/chat/completions": _chat(model),
         "/v1/completions": _completions(model),
+        "/v1/embeddings": _embeddings(),
+        "/v1/chat/interactive": _interactive(),
         "/tokenize": _tokenize(),
         "/detokenize": {"tokens": _example("Token ids", {"tokens": [33, 34, 35]})},
+        "/get_ppl": {"text": _example("A text", {"input": "The sun rises in the east."})},
         "/v1/encode": {"text": _example("A text", {"input": "two steps to build a house:"})},
     }
 
@@ -64,7 +78,17 @@ def _chat(model: str) -> dict[str, dict[str, Any]]:
         "text": _example("Text", {"model": model, "messages": text, "max_tokens": 64}),
         "image": _example("A picture as a data: URL", image),
         "tools": _example("A function that may be called", {"model": model, "messages": _WEATHER_CHAT, "tools": _TOOLS, "max_tokens": 64}),
+        "json": _example("An answer in JSON", {**image, "response_format": {"type": "json_schema", "json_schema": _SEEN}}),
         "stream": _example("Streamed, with the usage at the end", {**image, "stream": True, "stream_options": {"include_usage": True}}),
+    }
+
+
+def _interactive() -> dict[str, dict[str, Any]]:
+    turn = {"prompt": "Hello! How are you?", "session_id": 1, "interactive_mode": True, "request_output_len": 64}
+    return {
+        "turn": _example("A turn that the server keeps", turn),
+        "image": _example("A turn with a picture, streamed", {**turn, "prompt": "Describe it", "image_url": RED_CIRCLE, "stream": True}),
+        "end": _example("The end of the session", {"prompt": "", "session_id": 1, "interactive_mode": False, "request_output_len": 0}),
     }
 
 
@@ -73,6 +97,13 @@ def _completions(model: str) -> dict[str, dict[str, Any]]:
     return {
         "string": _example("One prompt", {"model": model, "prompt": prompt, "max_tokens": 32}),
         "list": _example("Several prompts", {"model": model, "prompt": [prompt, "The capital of China is"], "max_tokens": 16}),
+    }
+
+
+def _embeddings() -> dict[str, dict[str, Any]]:
+    return {
+        "text": _example("A text", {"input": "The weather is really nice today"}),
+        "image": _example("A picture and a text as one vector", {"input": _PICTURE_CHAT[0]["content"]}),
     }
 
 

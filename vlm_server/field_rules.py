@@ -8,10 +8,13 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel
 
+from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import bad_request
+from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, NamedJsonSchema, RegexFormat, StructuredOutputs, TextFormat
+from vlm_server.interactive_protocol import InteractiveRequest
 from vlm_server.message_schema import CalledFunction, ChatMessage, ImagePart, ImageUrl, TextPart, ToolCall
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
-from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest
+from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, PerplexityRequest, PoolingRequest, TokenizeRequest
 from vlm_server.tool_schema import AllowedTools, AllowedToolsChoice, FunctionDefinition, FunctionReference, NamedTool, Tool
 
 NO_OPS = frozenset({"kwargs", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
@@ -22,14 +25,15 @@ _UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
     "spaces_between_special_tokens": (True,),
     "repetition_ngram_size": (0,),
     "repetition_ngram_threshold": (0,),
-    "num_beams": (1,),
-    "do_sample": (True,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
     "adapter_name": (),
     "prompt_cache_retention": (),
-    "response_format": ({"type": "text"},),
+    "guided_json": (),  # vLLM's older names of what structured_outputs holds
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
     "migration_request": (),
     "with_cache": (False,),
     "preserve_cache": (False,),
@@ -52,6 +56,23 @@ _UNSUPPORTED_IN_CHAT: dict[str, tuple[object, ...]] = {
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
 }
+# What the other routes have under this name, or under another one.
+_UNSUPPORTED_IN_TURN: dict[str, tuple[object, ...]] = {
+    "max_tokens": (),
+    "max_completion_tokens": (),
+    "min_tokens": (0,),
+    "n": (1,),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "stream_options": (),
+    "chat_template_kwargs": ({},),
+    "enable_thinking": (),
+}
 # Fields of our own and of OpenAI's answers, that clients send back with the history.
 _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "function_call": (),
@@ -63,11 +84,27 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
 _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     ChatCompletionRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT,
     CompletionRequest: _UNSUPPORTED_ANYWHERE,
+    InteractiveRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT | _UNSUPPORTED_IN_TURN,
     ChatMessage: _UNSUPPORTED_IN_MESSAGE,
+    EmbeddingsRequest: {"truncate_prompt_tokens": (), "normalize": (True,), "add_special_tokens": (True,), "messages": ()},
     EncodeRequest: {},
+    PerplexityRequest: {},
+    PoolingRequest: {"encoding_format": ("float",), "dimensions": ()},
     TokenizeRequest: {"mm_processor_kwargs": ({},)},
     DetokenizeRequest: {},
     StreamOptions: {"include_obfuscation": (False,)},
+    TextFormat: {},
+    JsonObjectFormat: {},
+    JsonSchemaFormat: {},
+    NamedJsonSchema: {},
+    RegexFormat: {},
+    StructuredOutputs: {
+        "disable_fallback": (False,),
+        "disable_any_whitespace": (True, False),
+        "disable_additional_properties": (False,),
+        "whitespace_pattern": (),
+        "structural_tag": (),
+    },
     ImageUrl: {"min_pixels": (), "max_pixels": (), "file_id": ()},
     ImagePart: {"uuid": ()},
     TextPart: {},

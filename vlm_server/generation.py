@@ -72,7 +72,7 @@ class Answer:
         self.index = index
         self.params = params
         self.finish_reason: FinishReason | None = None
-        self.num_tokens = 0  # end token included
+        self.token_ids: list[int] = []  # end token included
         self.num_cached_tokens = 0
         self._detokenizer = detokenizer
         self._includes_stop = includes_stop
@@ -85,6 +85,10 @@ class Answer:
         """Tokens that begin between the markers of the reasoning."""
         parser = self._parser
         return sum(map(parser.is_reasoning_at, self._starts)) if parser is not None and parser.counts_reasoning else None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
     def take(self, step: StepOutput) -> Delta | None:
         """What the step adds; None while nothing can be released. Raises ApiError where the engine reports an error."""
@@ -125,7 +129,7 @@ class Answer:
     def _add(self, step: StepOutput, place: int) -> str:
         if self._is_over:
             return ""
-        self.num_tokens += 1
+        self.token_ids.append(step.token_ids[place])
         is_end_token = step.finish_reason is FinishReason.STOP and place == len(step.token_ids) - 1
         if is_end_token and not self._includes_stop:
             return ""
@@ -182,18 +186,23 @@ class Generation:
         params: SamplingParams,
         request: GenerationFields,
         *,
+        stop_words: Sequence[str] = (),
         request_id: str,
         metrics: Metrics,
         decoder: TextDecoder | None = None,
         new_parser: Callable[[], AnswerParser] | None = None,
     ) -> None:
-        """decoder: in place of the tokenizer. new_parser: makes what reads one answer's text; None for answers that are text alone."""
+        """stop_words: strings that end an answer beside the request's own. decoder: in place of the tokenizer.
+
+        new_parser: makes what reads one answer's text; None for answers that are text alone.
+        """
         self._engine = engine
         self._prompts = prompts
         self._num_choices = request.num_choices
         self._input_field = request.input_field
         self._request_id = request_id
         self._metrics = metrics
+        self.timings_s: dict[str, float] = {}  # of the answer that began first: queue, encode, prefill; once collected also generate
         includes_stop = bool(request.include_stop_str_in_output)
         self._answers = [
             Answer(
@@ -201,7 +210,7 @@ class Generation:
                 for_choice(params, index % request.num_choices),
                 Detokenizer(
                     decoder or tokenizer,
-                    stops=request.stop or (),
+                    stops=(*(request.stop or ()), *stop_words),
                     includes_stop=includes_stop,
                     skip_special_tokens=request.skip_special_tokens is not False,
                     min_tokens=params.min_tokens,
@@ -215,6 +224,11 @@ class Generation:
     @property
     def num_answers(self) -> int:
         return len(self._answers)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the first answer so far, its end token included."""
+        return self._answers[0].token_ids
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Every answer's pieces as they come. Closing it aborts what is still running."""
@@ -233,14 +247,17 @@ class Generation:
     async def collect(self) -> list[FinishedAnswer]:
         """The finished answers, by index."""
         finished = [FinishedAnswer() for _ in self._answers]
+        first_s: float | None = None
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
+                first_s = first_s or time.monotonic()
                 answer = finished[delta.index]
                 answer.pieces.append(delta.text)
                 answer.events += delta.events
                 if delta.logprobs is not None:
                     answer.logprobs = [*(answer.logprobs or ()), *delta.logprobs]
                 answer.finish_reason = delta.finish_reason
+        self.timings_s["generate"] = time.monotonic() - first_s if first_s else 0.0
         return finished
 
     def usage(self) -> Usage:
@@ -260,6 +277,7 @@ class Generation:
         async with aclosing(steps):
             try:
                 async for step in steps:
+                    self.timings_s = self.timings_s or step.timings_s or {}
                     delta = answer.take(step)
                     if delta is not None:
                         yield delta

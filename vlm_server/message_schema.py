@@ -52,6 +52,9 @@ class TextPart(BaseModel):
     type: Literal["text"]
     text: UnicodeText
 
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
+
 
 def _is_string(value: object) -> str:
     return "<string>" if isinstance(value, str) else "<other>"
@@ -62,6 +65,13 @@ class ImagePart(BaseModel):
 
     type: Literal["image_url"]
     image_url: Annotated[Annotated[UnicodeText, Tag("<string>")] | Annotated[ImageUrl, Tag("<other>")], Discriminator(_is_string)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the client sent; a bare string as `image_url` is written out as an object."""
+        part = self.model_dump(exclude_unset=True)
+        if isinstance(part["image_url"], str):
+            part["image_url"] = {"url": part["image_url"]}
+        return part
 
 
 def _known_part(value: object) -> object:
@@ -159,11 +169,10 @@ class ChatMessage(BaseModel):
         return value
 
     def as_dict(self) -> dict[str, Any]:
-        """What the client sent, for the chat template; a bare string as `image_url` is written out as an object."""
+        """What the client sent, for the chat template."""
         message = self.model_dump(exclude_unset=True, include=set(ChatMessage.model_fields) - {"tool_calls"})
-        for part in message["content"] if isinstance(message.get("content"), list) else ():
-            if isinstance(part.get("image_url"), str):
-                part["image_url"] = {"url": part["image_url"]}
+        if isinstance(self.content, list):
+            message["content"] = [part.as_dict() for part in self.content]
         return message | ({"tool_calls": [call.as_dict() for call in self.tool_calls]} if self.tool_calls else {})
 
 

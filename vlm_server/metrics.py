@@ -96,9 +96,12 @@ class Metrics:
     def next_token(self, latency_s: float) -> None:
         self._inter_token.observe(latency_s)
 
-    def page(self, engine: EngineStats | None, vision: VisionStats, *, num_restarts: int) -> bytes:
-        """The Prometheus text. `engine` is None while the engine does not answer."""
+    def page(
+        self, engine: EngineStats | None, vision: VisionStats, *, num_restarts: int, num_sessions: int | None, num_turns: int
+    ) -> bytes:
+        """The Prometheus text. `engine` is None while the engine does not answer, `num_sessions` while their store does not."""
         self._backend.engine, self._backend.vision, self._backend.num_restarts = engine, vision, num_restarts
+        self._backend.num_sessions, self._backend.num_turns = num_sessions, num_turns
         return generate_latest(self._registry)
 
 
@@ -109,11 +112,16 @@ class _BackendCollector:
         self.engine: EngineStats | None = None
         self.vision = VisionStats()
         self.num_restarts = 0
+        self.num_sessions: int | None = None
+        self.num_turns = 0
 
     def collect(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("vlm:engine_up", "1 while the engine answers.", value=float(self.engine is not None))
         yield up
         yield CounterMetricFamily("vlm:engine_restarts", "Times that the engine process was started again.", value=self.num_restarts)
+        yield GaugeMetricFamily("vlm:session_turns_active", "Turns of interactive sessions under way.", value=self.num_turns)
+        if self.num_sessions is not None:
+            yield GaugeMetricFamily("vlm:sessions", "Sessions in the store, those of other servers too.", value=self.num_sessions)
         if self.engine is not None:
             yield from _families(self.engine, _ENGINE_GAUGES, GaugeMetricFamily)
             yield from _families(self.engine, _ENGINE_COUNTERS, CounterMetricFamily)

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlm_server.errors import ApiError, to_api_error
 from vlm_server.metrics import Metrics
+from vlm_server.stage_timings import StageTimings
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ _QUIET_PATHS = frozenset({"/health", "/metrics"})  # asked for every few seconds
 class RequestLog:
     """Gives each request its `X-Request-Id`, logs it in one line when it ends, and answers what nobody else caught.
 
-    Routes may put numbers for the line into `request_facts(scope)`; never a prompt, a picture or a key.
+    Routes may put numbers for the line into `request_facts(scope)`; never a prompt, a picture or a key. What they measured into
+    `request_timings(scope)` before the answer begins becomes its `Server-Timing`.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
@@ -36,6 +38,7 @@ class RequestLog:
             return
         request_id = _request_id(Headers(scope=scope).get("x-request-id"))
         scope["request_facts"] = facts = {"id": request_id}
+        scope["request_timings"] = timings = StageTimings()
         status = 0
         started_s = time.monotonic()
 
@@ -43,7 +46,10 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if timings.seconds:
+                    headers["server-timing"] = timings.header()
             await send(message)
 
         self._metrics.request_started()
@@ -63,6 +69,12 @@ def request_facts(scope: Scope) -> MutableMapping[str, Any]:
     """What the request's log line says beside path, status and time."""
     facts: MutableMapping[str, Any] = scope["request_facts"]
     return facts
+
+
+def request_timings(scope: Scope) -> StageTimings:
+    """The stages of the request so far."""
+    timings: StageTimings = scope["request_timings"]
+    return timings
 
 
 def _request_id(given: str | None) -> str:

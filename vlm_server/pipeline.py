@@ -6,16 +6,22 @@ does, and says which slots take which rows of which picture. Knows nothing of HT
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys
 from vision.families import Family, load_family
 from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
-from vlm_server.chat_template import ChatTemplate, Message, TemplateError, load_chat_template
+from vlm_server.chat_template import Message, TemplateError
+from vlm_server.detokenizer import StopWords
+from vlm_server.jinja_process import JinjaProcess
+from vlm_server.stage_timings import StageTimings
+from vlm_server.template_choice import PromptTemplate, load_chat_template
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
+from vlm_server.transcript import CutText, Segment, Transcript, TurnPrompt, answer_segment, num_leading
 
 NUM_THREADS = 2  # a very long text occupies one; the event loop none
 
@@ -37,6 +43,11 @@ class ImageLoader(Protocol):
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]: ...
 
+    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]: ...
+
+
+_NOTHING_KNOWN = Transcript()
+
 
 class Pipeline:
     """One model's way from messages to prompts. `close()` ends its threads.
@@ -47,7 +58,7 @@ class Pipeline:
     def __init__(
         self,
         tokenizer: TextTokenizer,
-        template: ChatTemplate,
+        template: PromptTemplate,
         *,
         family: Family | None = None,
         images: ImageLoader | None = None,
@@ -65,25 +76,41 @@ class Pipeline:
         cls,
         model_folder: str | Path,
         *,
+        tokenizer_folder: str | None = None,
         images: ImageLoader | None = None,
         chat_template: str | None = None,
+        chat_template_args: str | None = None,
         meta_instruction: str | None = None,
         trust_remote_code: bool = False,
+        jinja: JinjaProcess | None = None,
     ) -> "Pipeline":
         """The pipeline of the checkpoint in `model_folder`; blocks while its tokenizer is read.
 
-        chat_template: a Jinja file in place of the model's own template.
+        tokenizer_folder: of another tokenizer. chat_template, chat_template_args, meta_instruction: see `load_chat_template`.
+        jinja: where templates run, closed by the caller; None: in a process that ends with the pipeline.
         """
-        tokenizer = load_tokenizer(model_folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(tokenizer_folder or model_folder, trust_remote_code=trust_remote_code)
         family = load_family(model_folder)
         template = load_chat_template(
             model_folder,
             tokenizer,
-            placeholder=family.placeholder if family else "",
-            file=chat_template,
+            placeholder=family.framed_placeholder if family else "",
+            picture_gap=family.rules.gap if family else "",
+            chat_template=chat_template,
+            chat_template_args=chat_template_args,
             meta_instruction=meta_instruction,
+            process=jinja,
         )
         return cls(TextTokenizer(tokenizer), template, family=family, images=images)
+
+    @property
+    def stop_words(self) -> StopWords:
+        """What the chat template ends every answer at: whole tokens where the tokenizer has them, else strings."""
+        words = {word: self.tokenizer.added_token_id(word) for word in self.template.stop_words}
+        return StopWords(
+            strings=tuple(word for word, token_id in words.items() if token_id is None),
+            token_ids=tuple(token_id for token_id in words.values() if token_id is not None),
+        )
 
     async def chat_prompt(
         self,
@@ -94,27 +121,59 @@ class Pipeline:
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        timings: StageTimings | None = None,
     ) -> Prompt:
         """The prompt for a conversation whose shape is already checked.
 
+        timings: is given the stages template, pictures (and within it picture-fetch, -decode, -preprocess) and tokenize.
         Raises TemplateError, ImagesNotSupportedError, or the vision service's MediaError, each naming the field.
         """
         marker = _new_marker()
-        refs, text = await self._rendered(
-            messages,
-            marker,
-            tools=tools,
-            template_kwargs=template_kwargs,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-        )
-        loaded = await self._images.load(refs, tenant=tenant) if refs and self._images is not None else []
-        try:
-            return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant))
-        except BaseException:
-            for array in (array for image in loaded for array in image.arrays.values()):
-                array.close()
-            raise
+        timings = timings or StageTimings()
+        with timings.stage("template"):
+            refs, text = await self._rendered(
+                messages,
+                marker,
+                tools=tools,
+                template_kwargs=template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        return (await self._loaded_prompt(refs, text, marker, tenant, timings)).prompt
+
+    async def turn_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        known: Transcript = _NOTHING_KNOWN,
+        pictures: Mapping[str, bytes] | None = None,
+        names: Mapping[str, str] | None = None,
+        tenant: str = "",
+    ) -> TurnPrompt:
+        """The prompt for a further turn: begins with the tokens of `known`, as far as the template still writes their text.
+
+        pictures: files that were fetched before, by the URL that the messages name them with. names: `messages[0].content[1].image_url`
+        to the field that the client knows. Raises as `chat_prompt`.
+        """
+        marker = _new_marker()
+        refs, text = await self._rendered(messages, marker, names=names)
+        held = [replace(ref, data=(pictures or {}).get(ref.url)) for ref in refs]
+        fingerprint = await self._in_thread(lambda: self.tokenizer.fingerprint)
+        segments = known.segments if known.tokenizer == fingerprint else ()
+        turn = await self._loaded_prompt(held, text, marker, tenant, StageTimings(), segments)
+        return replace(turn, transcript=Transcript(turn.transcript.segments, fingerprint))
+
+    async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
+        """The files of pictures that are to be kept, at most `limit_bytes` together. Raises ImagesNotSupportedError or MediaError."""
+        if not refs:
+            return []
+        if self.family is None or self._images is None:
+            raise ImagesNotSupportedError(refs[0].param)
+        return await self._images.fetch(refs, limit_bytes=limit_bytes, tenant=tenant)
+
+    def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
+        """The transcript with the answer that followed, for a later `turn_prompt`; without it where its tokens are no whole text."""
+        return replace(transcript, segments=(*transcript.segments, *self._answer_segments(token_ids)))
 
     async def chat_tokens(
         self,
@@ -138,6 +197,17 @@ class Pipeline:
         )
         measured = await self._images.measure(refs, tenant=tenant) if refs and self._images is not None else []
         return await self._in_thread(lambda: self._chat_tokens(text, measured, marker))
+
+    async def parts_prompt(self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "") -> Prompt:
+        """The prompt for texts and pictures one after the other, without a template. `param` names their list. Raises as `chat_prompt`."""
+        marker = _new_marker()
+        refs: list[ImageRef] = []
+        plain = [_plain_part(part, f"{param}[{index}]", refs) for index, part in enumerate(parts)]
+        if refs and (self.family is None or self._images is None):
+            raise ImagesNotSupportedError(refs[0].param)
+        placeholder = self.family.placeholder if self.family else ""
+        text = "".join(self._guarded(part["text"], marker) if part["type"] == "text" else placeholder for part in plain)
+        return (await self._loaded_prompt(refs, text, marker, tenant, StageTimings())).prompt
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
         """The prompt for a text, or for token ids, without a template. Blocks while a text is tokenized; may be called in any thread.
@@ -163,13 +233,14 @@ class Pipeline:
         messages: Sequence[Message],
         marker: str,
         *,
-        tools: list[dict[str, Any]] | None,
-        template_kwargs: dict[str, Any] | None,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        names: Mapping[str, str] | None = None,
     ) -> tuple[list[ImageRef], str]:
         """The pictures in order, and the template's text with a placeholder for each."""
-        refs, plain = _split_images(messages)
+        refs, plain = _split_images(messages, names or {})
         if refs and (self.family is None or self._images is None):
             raise ImagesNotSupportedError(refs[0].param)
         text = await self._in_thread(
@@ -182,6 +253,28 @@ class Pipeline:
             )
         )
         return refs, text
+
+    async def _loaded_prompt(
+        self, refs: Sequence[ImageRef], text: str, marker: str, tenant: str, timings: StageTimings, known: Sequence[Segment] = ()
+    ) -> TurnPrompt:
+        """The prompt for a text with a placeholder for each picture."""
+        loaded = await self._loaded(refs, tenant, timings)
+        try:
+            with timings.stage("tokenize"):
+                return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant, known))
+        except BaseException:
+            for array in (array for image in loaded for array in image.arrays.values()):
+                array.close()
+            raise
+
+    async def _loaded(self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings) -> list[ProcessedImage]:
+        if not refs or self._images is None:
+            return []
+        with timings.stage("pictures"):
+            loaded = await self._images.load(refs, tenant=tenant)
+        for image in loaded:
+            timings.add_slowest("picture", image.timings_s)
+        return loaded
 
     def _token_prompt(self, token_ids: tuple[int, ...], tenant: str) -> Prompt:
         if not token_ids:
@@ -202,22 +295,50 @@ class Pipeline:
             return {self._guarded(key, marker): self._guarded(item, marker) for key, item in value.items()}
         return value
 
-    def _prompt(self, text: str, images: Sequence[ProcessedImage], marker: str, tenant: str) -> Prompt:
-        token_ids = tuple(self._chat_tokens(text, images, marker))
+    def _prompt(self, text: str, images: Sequence[ProcessedImage], marker: str, tenant: str, known: Sequence[Segment]) -> TurnPrompt:
+        segments, num_kept = self._segments(text, images, marker, known)
+        transcript = Transcript(segments)
+        token_ids = transcript.token_ids
         inputs = tuple(ImageInput(image.content_hash, image.num_tokens, image.arrays) for image in images)
         spans = self._spans(token_ids, inputs)
         positions, delta = self._positions(len(token_ids), spans, images)
         keys = make_cache_keys(token_ids, inputs, spans, salt=tenant)
-        return Prompt(token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta)
+        prompt = Prompt(token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta)
+        return TurnPrompt(prompt, transcript, sum(len(segment.token_ids) for segment in segments[:num_kept]))
+
+    def _segments(
+        self, text: str, images: Sequence[ProcessedImage], marker: str, known: Sequence[Segment]
+    ) -> tuple[tuple[Segment, ...], int]:
+        """The known segments that the text begins with, then one for the rest of it; and how many are known."""
+        whole = CutText.joined(self._expanded(text, images).split(marker))
+        num_kept, end = num_leading(known, whole)
+        kept = tuple(known[:num_kept])
+        before = next((segment.token_ids[-1] for segment in reversed(kept) if segment.token_ids), None)
+        if before is not None:
+            first, *pieces = whole.pieces(end)
+            token_ids = self.tokenizer.encode_after(before, first) + self._tokenize_cut_off(pieces)
+            rest = whole.between(end, len(whole.text))
+            if self.tokenizer.spells(token_ids, rest.text):  # not where a tokenizer changes the beginning of what it is given
+                return (*kept, Segment(rest.text, tuple(token_ids), rest.cuts)), num_kept
+        token_ids = self._tokenize(whole.pieces(), add_special_tokens=self._adds_special_tokens(text))
+        return (Segment(whole.text, tuple(token_ids), whole.cuts),), 0
+
+    def _answer_segments(self, token_ids: Sequence[int]) -> tuple[Segment, ...]:
+        """The end token stands alone: a template may write another one."""
+        has_end = bool(token_ids) and self.tokenizer.is_special(token_ids[-1])
+        parts = (token_ids[:-1], token_ids[-1:]) if has_end else (token_ids,)
+        segments = [answer_segment(part, [self.tokenizer.token_bytes(token_id) for token_id in part]) for part in parts]
+        return tuple(segment for segment in segments if segment is not None) if segments[0] is not None else ()
 
     def _chat_tokens(self, text: str, images: Sequence[ProcessedImage | MeasuredImage], marker: str) -> list[int]:
         pieces = self._expanded(text, images).split(marker)
         return self._tokenize(pieces, add_special_tokens=self._adds_special_tokens(text))
 
     def _adds_special_tokens(self, text: str) -> bool:
-        """As the reference: a tokenizer's template brings its own; a processor adds them unless the text begins with the first."""
+        """As the reference: a tokenizer's Jinja template brings its own; a processor adds them unless the text begins with the first."""
         bos = self.tokenizer.reference.bos_token
-        return self.family is not None and not (bos is not None and text.startswith(str(bos)))
+        is_left_to_us = self.family is not None or not self.template.brings_special_tokens
+        return is_left_to_us and not (bos is not None and text.startswith(str(bos)))
 
     def _expanded(self, text: str, images: Sequence[ProcessedImage | MeasuredImage]) -> str:
         if self.family is None:
@@ -233,8 +354,12 @@ class Pipeline:
 
     def _tokenize(self, pieces: Sequence[str], *, add_special_tokens: bool) -> list[int]:
         """The pieces' tokens, one after the other; no token reaches over a cut."""
-        token_ids = self.tokenizer.encode(pieces[0], add_special_tokens=add_special_tokens)
-        for piece in pieces[1:]:
+        return self.tokenizer.encode(pieces[0], add_special_tokens=add_special_tokens) + self._tokenize_cut_off(pieces[1:])
+
+    def _tokenize_cut_off(self, pieces: Sequence[str]) -> list[int]:
+        """The tokens of pieces behind a cut."""
+        token_ids: list[int] = []
+        for piece in pieces:
             assert self.family is not None  # only its words are cut
             token_ids += self.tokenizer.encode(self.family.image_token + piece)[1:]  # behind a token, no space is put before the piece
         return token_ids
@@ -262,24 +387,25 @@ class Pipeline:
         return self.family.positions(num_slots, [(start, image.layout) for start, image in zip(starts, images, strict=True)])
 
 
-def _split_images(messages: Sequence[Message]) -> tuple[list[ImageRef], list[Message]]:
+def _split_images(messages: Sequence[Message], names: Mapping[str, str]) -> tuple[list[ImageRef], list[Message]]:
     """The pictures in order, and the messages with a part `{"type": "image"}` in place of each."""
     refs: list[ImageRef] = []
     plain: list[Message] = []
     for number, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, list):
-            content = [_plain_part(part, f"messages[{number}].content[{index}]", refs) for index, part in enumerate(content)]
+            paths = (f"messages[{number}].content[{index}].image_url" for index in range(len(content)))
+            content = [_plain_part(part, names.get(path, path), refs) for part, path in zip(content, paths, strict=True)]
         plain.append({**message, "content": content})
     return refs, plain
 
 
-def _plain_part(part: dict[str, Any], path: str, refs: list[ImageRef]) -> dict[str, Any]:
+def _plain_part(part: dict[str, Any], param: str, refs: list[ImageRef]) -> dict[str, Any]:
     if part["type"] != "image_url":
         return {"type": "text", "text": part["text"]}
     image = part["image_url"]
     options = ImageOptions(detail=image.get("detail") or "auto", min_pixels=image.get("min_pixels"), max_pixels=image.get("max_pixels"))
-    refs.append(ImageRef(url=image["url"], param=f"{path}.image_url", options=options))
+    refs.append(ImageRef(url=image["url"], param=param, options=options))
     return {"type": "image"}
 
 

@@ -20,11 +20,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from vlm_server.format_protocol import ResponseFormat, StructuredOutputs
 from vlm_server.message_schema import ChatMessage, TextPart, UnicodeText, check_ending
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
 from vlm_server.tool_schema import NamedTool, Tool, ToolChoice, Tools, forces_a_call, may_be_called, names_in
 
 MAX_CHOICES = 128
+MAX_BEAMS = 32
 _MAX_INT64 = 2**63 - 1
 
 
@@ -74,6 +76,13 @@ class GenerationFields(BaseModel):
     min_tokens: int | None = Field(None, ge=0, lt=2**31, description="No end before as many new tokens.")
     min_new_tokens: int | None = Field(None, ge=0, lt=2**31, description="Another name for min_tokens.")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="How many answers. With a seed, answer i has seed + i.")
+    do_sample: bool | None = Field(None, description="False: greedy, or with num_beams the best beam, whatever the other fields say.")
+    num_beams: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_BEAMS,
+        description="Beam search, sampled where temperature, top_p, top_k or min_p are given; sent when it is done.",
+    )
     stop: StopStrings = Field(None, description="End before any of these strings, of any length.")
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1024)] | None = Field(
         None, description="End at these tokens."
@@ -81,6 +90,8 @@ class GenerationFields(BaseModel):
     ignore_eos: bool | None = Field(None, description="Go on to max_tokens: end tokens cannot be chosen.")
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = Field(None, description="Default true.")
+    response_format: ResponseFormat | None = Field(None, description="Text, any JSON object, JSON by a schema, or a regular expression.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="The same in vLLM's words, and choices and grammars.")
     stream: bool | None = Field(None, description="Answer as server-sent events.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted, without effect.")
@@ -92,6 +103,13 @@ class GenerationFields(BaseModel):
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @field_validator("num_beams")
+    @classmethod
+    def _one_choice(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if (value or 1) > 1 and (info.data.get("n") or 1) > 1:
+            raise PydanticCustomError("api:invalid_value", "only 1 is allowed with n above 1")
+        return value
 
     @field_validator("min_new_tokens")
     @classmethod

@@ -163,6 +163,27 @@ class CompletionStreamResponse(BaseModel):
     warnings: list[str] = Field(default_factory=list)
 
 
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str = Field(description="A stable string.")
+
+
+class InteractiveResponse(BaseModel):
+    """The answer to one turn; streamed, one of its pieces."""
+
+    text: str = Field(description="The answer; streamed, what this piece adds to it.")
+    tokens: int = Field(description="Tokens of the answer so far, its end token included.")
+    input_tokens: int = Field(description="Tokens that this turn adds to the prompt, those of its pictures included.")
+    history_tokens: int = Field(description="Tokens of earlier turns that the prompt begins with.")
+    finish_reason: Literal["stop", "length", "abort", "error"] | None = Field(
+        description="length: the window or request_output_len is full; abort: the turn was cancelled. Streamed, null but in the last piece."
+    )
+    error: ErrorDetail | None = Field(None, description="With finish_reason error, which only a stream has; absent otherwise.")
+    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+
+
 class ModelPermission(BaseModel):
     id: str
     object: Literal["model_permission"]
@@ -199,11 +220,8 @@ class HealthResponse(BaseModel):
     message: str
 
 
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str = Field(description="A stable string.")
+class IsSleepingResponse(BaseModel):
+    is_sleeping: bool
 
 
 class ErrorResponse(BaseModel):
@@ -217,11 +235,35 @@ class ErrorResponse(BaseModel):
     object: Literal["error"]
 
 
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str = Field(description="Of length 1; with encoding_format base64 as text.")
+
+
+class EmbeddingsUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsResponse(BaseModel):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingsUsage
+    warnings: list[str] = Field(default_factory=list)
+
+
 class TokenizeResponse(BaseModel):
     count: int
     max_model_len: int = Field(description="The window: tokens of prompt and answer together.")
     tokens: list[int]
     token_strs: list[str] | None = None
+    warnings: list[str] = Field(default_factory=list)
+
+
+class PerplexityResponse(BaseModel):
+    ppl: float = Field(description="The mean negative log-probability of a token, in nats.")
     warnings: list[str] = Field(default_factory=list)
 
 

@@ -56,13 +56,15 @@ def _number(values: dict[str, object], name: str, default: float) -> float:
     return value if isinstance(value, int | float) else default
 
 
-def sampling_params(request: GenerationFields, defaults: SamplingDefaults, *, num_logprobs: int | None, vocab_size: int) -> SamplingParams:
+def sampling_params(
+    request: GenerationFields, defaults: SamplingDefaults, *, num_logprobs: int | None, vocab_size: int, grammar: str | None = None
+) -> SamplingParams:
     """The parameters of the request's first answer. Raises ApiError 400."""
     try:
         return SamplingParams(
             max_tokens=_max_tokens(request),
             min_tokens=request.min_tokens or request.min_new_tokens or 0,
-            temperature=_given(request.temperature, defaults.temperature),
+            temperature=_given(request.temperature, defaults.temperature) if _is_sampled(request) else 0.0,
             top_p=_given(request.top_p, defaults.top_p),
             top_k=max(0, int(_given(request.top_k, defaults.top_k))),
             min_p=_given(request.min_p, defaults.min_p),
@@ -73,7 +75,9 @@ def sampling_params(request: GenerationFields, defaults: SamplingDefaults, *, nu
             seed=request.seed,
             stop_token_ids=_stop_token_ids(request.stop_token_ids or [], vocab_size),
             ignore_eos=bool(request.ignore_eos),
+            num_beams=request.num_beams or 1,
             logprobs=num_logprobs,
+            grammar=grammar,
         )
     except InvalidRequestError as error:  # a checkpoint's generation config out of bounds
         raise bad_request("invalid_value", str(error), param=str(error).split(":")[0]) from error
@@ -82,6 +86,13 @@ def sampling_params(request: GenerationFields, defaults: SamplingDefaults, *, nu
 def for_choice(params: SamplingParams, index: int) -> SamplingParams:
     """Answer `index` of n: the seed moves on by one each."""
     return params if params.seed is None or index == 0 else replace(params, seed=(params.seed + index) & _MAX_SEED)
+
+
+def _is_sampled(request: GenerationFields) -> bool:
+    """Beams are sampled only on demand, as the reference's; what else is asked for is, unless its temperature says otherwise."""
+    if request.do_sample is not None or (request.num_beams or 1) == 1:
+        return request.do_sample is not False
+    return any(value is not None for value in (request.temperature, request.top_p, request.top_k, request.min_p))
 
 
 def _given(value: float | None, default: float) -> float:

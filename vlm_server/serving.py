@@ -14,6 +14,8 @@ from engine.request import EngineError
 from vlm_server.app import create_app
 from vlm_server.backend import Backend, open_backend
 from vlm_server.config import ServerConfig
+from vlm_server.sessions.opening import open_store
+from vlm_server.sessions.store import RecordStore, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -44,27 +46,41 @@ async def _run(config: ServerConfig, listener: socket.socket) -> None:
     try:
         async with contextlib.AsyncExitStack() as stack:
             try:
+                store = await stack.enter_async_context(open_store(config.session_store))
                 backend = await stack.enter_async_context(open_backend(config, on_progress=progress.show))
+            except StoreError as error:
+                raise ServingError(f"--session-store: {error}") from error
             except (EngineError, OSError, ValueError) as error:
                 raise ServingError(f"{config.model_root} cannot be served: {error}") from error
             finally:
                 progress.close()
             url = _url(listener)
-            ready = f"Ready in {time.monotonic() - started_s:.0f} s: {config.model_name} at {url} (API at {url}/v1, docs at {url}/)"
-            await _Server(config, backend, ready).serve(sockets=[listener])
+            ready = f"Ready in {time.monotonic() - started_s:.0f} s: {config.model_name} at {url} ({_places(config, url)})"
+            await _Server(config, backend, store, ready).serve(sockets=[listener])
     finally:
         progress.close()
+
+
+def _places(config: ServerConfig, url: str) -> str:
+    """What a user opens next."""
+    chat = f"chat at {url}/ui, " if config.enable_ui else ""
+    docs = f", docs at {url}/" if config.enable_docs else ""
+    return f"{chat}API at {url}/v1{docs}"
 
 
 class _Server(uvicorn.Server):
     """uvicorn's, which prints `ready` once it takes requests."""
 
-    def __init__(self, config: ServerConfig, backend: Backend, ready: str) -> None:
+    def __init__(self, config: ServerConfig, backend: Backend, store: RecordStore, ready: str) -> None:
         @contextlib.asynccontextmanager
         async def opened(config: ServerConfig) -> AsyncIterator[Backend]:
             yield backend
 
-        app = create_app(config, open_backend=opened)
+        @contextlib.asynccontextmanager
+        async def opened_store(where: str) -> AsyncIterator[RecordStore]:
+            yield store
+
+        app = create_app(config, open_backend=opened, open_store=opened_store)
         super().__init__(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S, server_header=False))
         self._ready = ready
 

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from vlm_server.errors import ApiError, to_api_error
 from vlm_server.generation import Delta, FinishedAnswer, Generation, Usage
-from vlm_server.middleware import request_facts
+from vlm_server.middleware import request_facts, request_timings
 from vlm_server.protocol import GenerationFields
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ async def respond(request: Request, generation: Generation, shape: Shape) -> Res
         answers = await unless_client_leaves(request, generation.collect())
     finally:
         _note_usage(request, generation)
+    request_timings(request.scope).seconds.update(generation.timings_s)
     return Response(_encode(shape.response(answers, generation.usage())), media_type="application/json")
 
 
@@ -68,24 +69,25 @@ async def stream(request: Request, generation: Generation, shape: Shape, *, incl
         await deltas.aclose()
         _note_usage(request, generation)
         raise
+    request_timings(request.scope).seconds.update(generation.timings_s)
     events = _events(request, generation, shape, first, deltas, includes_usage)
-    return _EventStream(events, deltas, ping_s=ping_s)
+    return EventStream(events, deltas, ping_s=ping_s)
 
 
-class _EventStream(EventSourceResponse):
-    """sse-starlette's response with `\\n` line ends; closes the generation even if the stream never began."""
+class EventStream(EventSourceResponse):
+    """sse-starlette's response with `\\n` line ends; closes the events and what they come from even if the stream never began."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None], deltas: AsyncGenerator[Delta, None], *, ping_s: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None], *, ping_s: float) -> None:
         super().__init__(events, sep="\n", ping=ping_s)
         self._events = events
-        self._deltas = deltas
+        self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()
-            await self._deltas.aclose()
+            await self._source.aclose()
 
 
 async def _events(
@@ -113,7 +115,11 @@ def _event(chunk: dict[str, Any]) -> bytes:
 
 
 def _note_usage(request: Request, generation: Generation) -> None:
-    usage = generation.usage()
+    note_usage(request, generation.usage())
+
+
+def note_usage(request: Request, usage: Usage) -> None:
+    """For the request's line in the log."""
     request_facts(request.scope).update(
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,

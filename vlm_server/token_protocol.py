@@ -1,6 +1,6 @@
 """The requests of the routes that turn text into tokens and back. `model` may be left out: a server has one."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -63,3 +63,14 @@ class TokenizeRequest(TokenRequest):
 class DetokenizeRequest(TokenRequest):
     tokens: TokenIds
     skip_special_tokens: bool = False
+
+
+class PerplexityRequest(TokenRequest):
+    input: Annotated[
+        Annotated[UnicodeText, Tag("<string>")] | Annotated[TokenIds, Tag("<tokens>")],
+        Discriminator(lambda value: "<tokens>" if isinstance(value, list) else "<string>"),
+    ] = Field(description="A text, or its token ids: at least 2.")
+
+
+class PoolingRequest(TokenRequest):
+    input: Any = Field(None, description="Texts or token ids.")

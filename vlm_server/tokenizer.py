@@ -7,6 +7,8 @@ InternLM2 and 2.5 name a tokenizer class of their own; here their sentencepiece 
 import vision  # noqa: F401  first: it makes torchvision, and so transformers, importable
 
 # isort: split
+import functools
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -33,6 +35,24 @@ class TextTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return list(self.reference(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
+    def encode_after(self, token_id: int, text: str) -> list[int]:
+        """The tokens of a text that stands behind `token_id`: as in the middle of a text, no space or first token is put before it."""
+        before = self._added.get(token_id, b"").decode() or str(self.reference.eos_token or self.reference.bos_token or "")
+        token_ids = self.encode(before + text)
+        is_apart = bool(token_ids) and self.token_id(before) == token_ids[0]
+        return token_ids[1:] if is_apart else self.encode(text)
+
+    def spells(self, token_ids: Sequence[int], text: str) -> bool:
+        """Whether the tokens are exactly the text, byte for byte."""
+        return b"".join(self.token_bytes(token_id) for token_id in token_ids) == text.encode()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Differs from another tokenizer's: token ids that were kept under the same one still mean what they meant. Takes a moment once."""
+        backend = getattr(self.reference, "backend_tokenizer", None)
+        rules = backend.to_str() if backend is not None else json.dumps(self.reference.get_vocab(), sort_keys=True)
+        return hashlib.blake2b(rules.encode(), digest_size=16).hexdigest()
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text = self.reference.decode(list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
@@ -48,6 +68,14 @@ class TextTokenizer:
         token_id = self.reference.get_vocab().get(token)
         return None if token_id is None else int(token_id)
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether it stands beside the text, as the ends of messages do."""
+        return token_id in self.reference.all_special_ids
+
+    def added_token_id(self, token: str) -> int | None:
+        """The id of a token that is never cut, such as <|im_end|>; None where it is no such token."""
+        return next((token_id for token_id, content in self._added.items() if content == token.encode()), None)
+
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text; a part of a character, maybe. Empty for ids that the vocabulary only pads."""
         if token_id in self._added:
@@ -60,6 +88,11 @@ class TextTokenizer:
         if match := _BYTE_PIECE.fullmatch(token):
             return bytes.fromhex(match[1])
         return token.replace("▁", " ").encode()
+
+    def vocabulary(self) -> str | None:
+        """The tokenizer as the tokenizers library writes it, in JSON; None where it is of another library."""
+        backend = getattr(self.reference, "backend_tokenizer", None)
+        return None if backend is None else str(backend.to_str())
 
 
 class ShowingDecoder:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from engine.layers.int8 import quantize
 from engine.layers.packed import linear, pack
 from engine.layers.parallel import ParallelGroup
 
@@ -51,8 +52,11 @@ class ColumnLinear(nn.Module):
         """x: (num_tokens, in_features) → (num_tokens, sum of the parts' rows), parts side by side."""
         return linear(x, self.weight, self.bias)
 
-    def pack(self) -> None:
-        self.weight = pack(self.weight)
+    def pack(self, *, in_8bit: bool) -> None:
+        if in_8bit:
+            quantize(self)
+        else:
+            self.weight = pack(self.weight)
 
     def sources(self, prefix: str) -> list[Source]:
         found, row = [], 0
@@ -84,8 +88,11 @@ class RowLinear(nn.Module):
         out = self.group.all_reduce(linear(x, self.weight))
         return out if self.bias is None else out + self.bias  # once, not once per rank
 
-    def pack(self) -> None:
-        self.weight = pack(self.weight)
+    def pack(self, *, in_8bit: bool) -> None:
+        if in_8bit:
+            quantize(self, group=self.group)
+        else:
+            self.weight = pack(self.weight)
 
     def sources(self, prefix: str) -> list[Source]:
         found = [Source(f"{prefix}.weight", self.weight, slice(None), slice(self.start, self.stop))]

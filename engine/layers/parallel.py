@@ -28,6 +28,12 @@ class ParallelGroup:
             dist.all_reduce(partial)
         return partial
 
+    def all_reduce_max(self, partial: Tensor) -> Tensor:
+        """The largest over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(partial, op=dist.ReduceOp.MAX)
+        return partial
+
     def gather_columns(self, shard: Tensor, num_columns: int) -> Tensor | None:
         """All ranks' columns side by side on rank 0, None elsewhere.
 

@@ -4,8 +4,9 @@ Pre-norm blocks of grouped-query attention with rotary positions and a gated fee
 of many sequences; which tokens see which is the attention backend's affair. Knows nothing of requests, images or files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -42,6 +43,14 @@ class DecoderSpec:
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Parameters of this rank that are filled together, and what is done with them then, e.g. that int8 takes their place."""
+
+    sources: Callable[[], list[Source]]  # made anew each time: to keep them would keep the weights
+    finish: Callable[[], None]
 
 
 class Attention(nn.Module):
@@ -111,6 +120,11 @@ class Layer(nn.Module):
         hidden = hidden + self.attention(self.attention_norm(hidden), cos, sin, attention)
         return hidden + self.mlp(self.mlp_norm(hidden))
 
+    def pack(self, *, in_8bit: bool) -> None:
+        """Lay the loaded weights out for the processor."""
+        for linear in (self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down):
+            linear.pack(in_8bit=in_8bit)
+
     def sources(self, prefix: str) -> list[Source]:
         return (
             self.attention_norm.sources(f"{prefix}input_layernorm")
@@ -157,16 +171,13 @@ class Decoder(nn.Module):
         """hidden: (num_rows, hidden_size) → (num_rows, vocab_size) on rank 0, None elsewhere."""
         return self.head.logits(hidden)
 
-    def pack(self) -> None:
-        """Lay the loaded weights out for the processor."""
-        for layer in self.layers:
-            for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
-                linear.pack()
-        self.head.pack_head(keeps_rows=self.spec.ties_embeddings)
+    def stages(self, *, in_8bit: bool = False) -> list[Stage]:
+        """What to load, one after the other, by the reference's names without their leading `model.`."""
+        layers = [
+            Stage(partial(layer.sources, f"layers.{i}."), partial(layer.pack, in_8bit=in_8bit)) for i, layer in enumerate(self.layers)
+        ]
+        return [*layers, Stage(self._vocabulary_sources, partial(self.head.pack_head, keeps_rows=self.spec.ties_embeddings))]
 
-    def sources(self) -> list[Source]:
-        """Where every parameter of this rank comes from, by the reference's names without their leading `model.`."""
+    def _vocabulary_sources(self) -> list[Source]:
         found = self.embedding.sources("embed_tokens") + self.norm.sources("norm")
-        for i, layer in enumerate(self.layers):
-            found += layer.sources(f"layers.{i}.")
         return found if self.spec.ties_embeddings else found + self.head.sources("lm_head")

@@ -5,7 +5,7 @@ and image-text checkpoints, old layouts and new. Knows nothing of ranks: a calle
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,25 +139,30 @@ def open_checkpoint(model_folder: str, config: PretrainedConfig, *, load_format:
     return SafetensorsCheckpoint(path)
 
 
-def fill(sources: list[Source], checkpoint: Checkpoint, *, on_progress: Callable[[float], None] = lambda fraction: None) -> None:
-    """Copy every source into its target, converting to the target's dtype. Raises UnsupportedModelError naming what is missing."""
+def check_names(sources: list[Source], checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModelError naming what is missing."""
     missing = [source.name for source in sources if source.name not in checkpoint]
     if missing:
         raise UnsupportedModelError(f"the checkpoint lacks {len(missing)} of {len(sources)} tensors, among them {', '.join(missing[:3])}")
-    for done, source in enumerate(sources, 1):
+
+
+def fill(sources: list[Source], checkpoint: Checkpoint) -> None:
+    """Copy every source into its target, converting to the target's dtype. Raises UnsupportedModelError where the shapes differ."""
+    for source in sources:
         piece = checkpoint.read(source.name, source.rows, source.columns)
         if piece.shape != source.target.shape:
             raise UnsupportedModelError(
                 f"{source.name}: the checkpoint gives {tuple(piece.shape)}, its config {tuple(source.target.shape)}"
             )
         source.target.copy_(piece)
-        on_progress(done / len(sources))
 
 
 def fill_module(module: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy every parameter and persistent buffer of one of the reference's modules from the checkpoint."""
     tensors: Iterable[tuple[str, Tensor]] = module.state_dict(keep_vars=True).items()
-    fill([Source(canonical(name), tensor.data, slice(None), None) for name, tensor in tensors], checkpoint)
+    sources = [Source(canonical(name), tensor.data, slice(None), None) for name, tensor in tensors]
+    check_names(sources, checkpoint)
+    fill(sources, checkpoint)
 
 
 def reference_class(config: PretrainedConfig) -> Any:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.request import (
@@ -23,12 +23,18 @@ from engine.request import (
     make_cache_keys,
 )
 from tests.vlm_server.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE, ByteTokenizer
-from vision.image import MediaError
+from vision.image import ImageRef, MediaError
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
+from vlm_server.detokenizer import StopWords
+from vlm_server.stage_timings import StageTimings
+from vlm_server.transcript import Segment, Transcript, TurnPrompt
 
 SESSION_LEN = 512
 TOKENS_PER_IMAGE = 4
+HIDDEN_SIZE = 8
+PREPARATION_S = {"template": 0.001, "tokenize": 0.002}  # what the server is told that its stages took
+FIRST_TOKEN_S = {"queue": 0.003, "encode": 0.5, "prefill": 0.125}
 DEFAULT_REPLY = "Hello! 你好，世界 🌍. This is a test."
 
 Script = Callable[[Prompt, SamplingParams], Sequence[int]]
@@ -91,6 +97,7 @@ class FakeEngine:
     def __init__(self, activity: Activity) -> None:
         self.activity = activity
         self.state = "ready"
+        self.failure: str | None = None
         self.num_restarts = 0
         self.script: Script = reply_to
         self.group = 1
@@ -107,7 +114,7 @@ class FakeEngine:
             block_size=16,
             num_blocks=64,
             vocab_size=VOCAB_SIZE,
-            hidden_size=8,
+            hidden_size=HIDDEN_SIZE,
             eos_token_ids=(EOS,),
             load_time_s=0.0,
         )
@@ -131,6 +138,12 @@ class FakeEngine:
         return EngineStats(num_running=len(self.activity), max_batched_requests=3, num_cached_prompt_tokens=7, num_embedding_cache_hits=2)
 
     def _outputs(self, prompt: Prompt, params: SamplingParams, request_id: str) -> list[StepOutput]:
+        if params.prompt_logprobs is not None and params.max_tokens == 0:
+            scored = [_logprobs(token_id, 0) for token_id in prompt.token_ids[1:]]
+            return [StepOutput(request_id=request_id, finish_reason=FinishReason.LENGTH, prompt_logprobs=scored)]
+        if params.pools:
+            embedding = [float(token_id) for token_id in (*prompt.token_ids, *[0] * HIDDEN_SIZE)[:HIDDEN_SIZE]]
+            return [StepOutput(request_id=request_id, finish_reason=FinishReason.LENGTH, embedding=embedding)]
         token_ids = list(self.script(prompt, params))
         if params.ignore_eos:
             token_ids = [token_id for token_id in token_ids if token_id != EOS] * (1 + (params.max_tokens or 0))
@@ -147,6 +160,7 @@ class FakeEngine:
                 logprobs=None if params.logprobs is None else [_logprobs(token_id, params.logprobs) for token_id in group],
                 finish_reason=reason if number == len(groups) - 1 else None,
                 num_cached_tokens=2,
+                timings_s=dict(FIRST_TOKEN_S) if number == 0 else None,
             )
             for number, group in enumerate(groups)
         ]
@@ -175,6 +189,7 @@ class FakePipeline:
         self.tokenizer = ByteTokenizer()
         self.template = FakeTemplate()
         self.template_kwargs: dict[str, Any] | None = None
+        self.turns: list[tuple[list[dict[str, Any]], dict[str, bytes]]] = []  # messages and files of every `turn_prompt`
 
     async def chat_prompt(
         self,
@@ -185,6 +200,7 @@ class FakePipeline:
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        timings: StageTimings | None = None,
     ) -> Prompt:
         self.template_kwargs = template_kwargs
         token_ids, images, spans = [BOS], [], []
@@ -204,6 +220,8 @@ class FakePipeline:
                 token_ids += [IMAGE] * TOKENS_PER_IMAGE
             token_ids += b"\n" if message is not messages[-1] or not continue_final_message else b""
         token_ids += self.template.generation_prompt.encode() if add_generation_prompt else b""
+        if timings is not None:
+            timings.seconds.update(PREPARATION_S | ({"pictures": 0.25} if images else {}))
         keys = make_cache_keys(token_ids, images, spans, salt=tenant)
         return Prompt(token_ids=tuple(token_ids), cache_keys=keys, images=tuple(images), spans=tuple(spans))
 
@@ -227,6 +245,48 @@ class FakePipeline:
         )
         return list(prompt.token_ids)
 
+    async def parts_prompt(self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "") -> Prompt:
+        token_ids: list[int] = []
+        for index, part in enumerate(parts):
+            if part["type"] == "image_url":
+                await self._load(part["image_url"]["url"], f"{param}[{index}].image_url")
+            token_ids += part["text"].encode() if part["type"] == "text" else [IMAGE] * TOKENS_PER_IMAGE
+        return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
+
+    async def turn_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        known: Transcript,
+        pictures: Mapping[str, bytes],
+        names: Mapping[str, str],
+        tenant: str = "",
+    ) -> TurnPrompt:
+        """The known tokens, and the last messages behind them: those since the last answer."""
+        self.turns.append((messages, dict(pictures)))
+        try:
+            whole = await self.chat_prompt(messages, tenant=tenant)
+        except MediaError as error:
+            raise MediaError(error.code, "not a picture", param=names.get(str(error.param), error.param)) from None
+        if not known.segments:
+            return TurnPrompt(whole, Transcript((Segment("", whole.token_ids),)), 0)
+        num_new = next(number for number, message in enumerate(reversed(messages)) if message["role"] == "assistant")
+        new = (await self.chat_prompt(messages[len(messages) - num_new :])).token_ids[1:]
+        transcript = Transcript((*known.segments, Segment("", new)))
+        keys = make_cache_keys(transcript.token_ids, (), (), salt=tenant)
+        return TurnPrompt(Prompt(token_ids=transcript.token_ids, cache_keys=keys), transcript, len(known.token_ids))
+
+    async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
+        for ref in refs:
+            await self._load(ref.url, ref.param)
+        files = [ref.url.encode() for ref in refs]
+        if sum(map(len, files)) > limit_bytes:
+            raise MediaError("image_too_large", f"more than the {limit_bytes} bytes", param=refs[0].param)
+        return files
+
+    def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
+        return Transcript((*transcript.segments, Segment("", tuple(token_ids))))
+
     def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
@@ -249,6 +309,7 @@ class FakeBackend:
         self.activity = Activity()
         self.engine = FakeEngine(self.activity)
         self.pipeline = FakePipeline(self.activity)
+        self.stop_words = StopWords()
 
     def reset(self) -> None:
         """As new, for the next test on the same server."""
@@ -259,4 +320,4 @@ class FakeBackend:
 
     @contextlib.asynccontextmanager
     async def open(self, config: ServerConfig) -> AsyncIterator[Backend]:
-        yield Backend(self.engine, self.pipeline)
+        yield Backend(self.engine, self.pipeline, stop_words=self.stop_words)

@@ -38,6 +38,7 @@ class RunningServer:
 
 def fake_config(**overrides: object) -> ServerConfig:
     fields = {"engine": EngineConfig(model_folder="/no/such/folder"), "model_name": MODEL, "model_root": "/models/tiny-vlm"}
+    fields["session_store"] = "memory"
     return ServerConfig(**{**fields, **overrides})  # type: ignore[arg-type]
 
 

@@ -3,17 +3,20 @@
 import asyncio
 import json
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from llguidance import LLMatcher
 
 import engine.client
 from engine.client import EngineClient, EngineState
 from engine.config import EngineConfig
 from engine.request import EngineDeadError, InvalidRequestError, Prompt, PromptTooLongError, SamplingParams, make_cache_keys
 from tests.tiny_models import write_tiny
+from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
 WAIT_S = 60
 
@@ -88,6 +91,25 @@ async def test_requests_are_answered_refused_aborted_and_survive_a_crash(client)
     await until(lambda: client.state is EngineState.READY)
     assert await ask(client, "after the crash") == together[0]
     assert client.num_restarts == 1
+
+
+async def test_grammars_are_followed_before_and_after_a_crash(client, config):
+    tokenizer = TextTokenizer(load_tokenizer(config.model_folder))
+    params = SamplingParams(max_tokens=60, seed=1, grammar=LLMatcher.grammar_from_regex("(yes|no), [0-9]{4}"))
+
+    async def guided(name: str) -> str:
+        outputs = [output async for output in client.generate(prompt(5, 6, 7), params, request_id=name)]
+        return tokenizer.decode([token_id for output in outputs for token_id in output.token_ids])
+
+    with pytest.raises(InvalidRequestError, match="vocabulary"):
+        await guided("too early")
+    await client.set_vocabulary(tokenizer.vocabulary())
+    before = await guided("before")
+    os.kill(client.process_id, signal.SIGKILL)
+    await until(lambda: client.num_restarts == 1 and client.state is EngineState.READY)
+
+    assert re.fullmatch("(yes|no), [0-9]{4}", before)
+    assert await guided("after") == before
 
 
 async def test_an_engine_that_does_not_answer_is_killed_and_started_again(client, monkeypatch):

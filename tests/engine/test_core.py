@@ -214,6 +214,20 @@ def test_a_picture_seen_before_is_not_encoded_again(seeing):
     assert seeing.stats().num_embedding_cache_hits == 1
 
 
+def test_the_first_output_says_where_the_time_went_and_no_later_one_does(seeing):
+    for name in ("new picture", "seen before"):
+        seeing.add(name, image_prompt(50), SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
+        first, *later = run(seeing)[name]
+        assert list(first.timings_s) == (["queue", "encode", "prefill"] if name == "new picture" else ["queue", "prefill"])
+        assert all(seconds >= 0 for seconds in first.timings_s.values())
+        assert len(later) == 2
+        assert all(output.timings_s is None for output in later)
+    seeing.add("aborted", image_prompt(51), SamplingParams())
+    seeing.abort("aborted")
+
+    assert len(seeing.clock) == 0
+
+
 def test_a_forgotten_picture_is_encoded_again(seeing):
     seeing.embeddings.limit_bytes = 0
     for first in (5, 6):  # a prefix of their own, or the prefix cache would have all that the picture gave

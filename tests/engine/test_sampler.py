@@ -3,10 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from engine.request import SamplingParams
@@ -292,21 +296,38 @@ def test_end_tokens_but_not_stop_tokens_are_masked_when_they_are_ignored() -> No
     assert set(draw([0.1, 0.1, 0.1, 0.7], ignore_eos=True)) == {0, 1, 2, 3}  # no end tokens known
 
 
-def test_a_mask_leaves_only_allowed_tokens() -> None:
-    allowed = torch.tensor([[True, False, True], [True, True, True], [False, False, True]])
-    rows = [make_row(temperature=0.0), make_row(temperature=0.0), make_row(temperature=1.0)]
+def bit_words(allowed: list[bool]) -> np.ndarray:
+    """As a grammar gives them, with ones beyond the vocabulary."""
+    return np.packbits([*allowed, *[True] * (-len(allowed) % 32)], bitorder="little").view(np.int32)
 
-    tokens = sample(torch.tensor([[1.0, 9.0, 2.0]] * 3), rows, eos_token_ids=(), allowed=allowed)
+
+def test_a_mask_leaves_only_allowed_tokens() -> None:
+    masks = [bit_words([True, False, True]), None, bit_words([False, False, True])]
+    rows = [replace(make_row(temperature=temperature), mask=mask) for temperature, mask in zip((0.0, 0.0, 1.0), masks, strict=True)]
+
+    tokens = sample(torch.tensor([[1.0, 9.0, 2.0]] * 3), rows, eos_token_ids=())
 
     assert [token.token_id for token in tokens] == [2, 1, 2]
 
 
+@given(allowed=st.lists(st.booleans(), min_size=1, max_size=200).filter(any), seed=st.integers(0, 99))
+def test_a_masked_row_draws_as_if_the_other_tokens_had_no_weight(allowed: list[bool], seed: int) -> None:
+    logits = torch.randn(1, len(allowed), generator=torch.Generator().manual_seed(seed))
+    without = torch.where(torch.tensor([allowed]), logits, -torch.inf)
+    row = make_row(seed=seed)
+
+    [token] = sample(logits.clone(), [replace(row, mask=bit_words(allowed))], eos_token_ids=())
+
+    assert token == sample(without, [row], eos_token_ids=())[0]
+    assert allowed[token.token_id]
+
+
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"top_k": 2}, {"min_p": 0.5}])
 def test_a_row_with_nothing_left_ends(params: dict[str, Any]) -> None:
-    nothing = torch.zeros(1, 5, dtype=torch.bool)
+    row = replace(make_row(**params), mask=bit_words([False] * 5))
 
-    assert sample(torch.randn(1, 5), [make_row(**params)], eos_token_ids=(3,), allowed=nothing)[0].token_id == 3
-    assert sample(torch.randn(1, 5), [make_row(**params)], eos_token_ids=(), allowed=nothing)[0].token_id == 0
+    assert sample(torch.randn(1, 5), [row], eos_token_ids=(3,))[0].token_id == 3
+    assert sample(torch.randn(1, 5), [row], eos_token_ids=())[0].token_id == 0
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"top_k": 2}, {"min_p": 0.5}])

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.layers.linear import Source
 from engine.models.registry import UnsupportedModelError, load_config
-from engine.models.weights import SafetensorsCheckpoint, canonical, fill, fill_module, open_checkpoint
+from engine.models.weights import SafetensorsCheckpoint, canonical, check_names, fill_module, open_checkpoint
 from tests.tiny_models import write_tiny
 from vision.encoder import VisionEncoder
 
@@ -51,7 +51,7 @@ def test_a_missing_tensor_is_named(tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
     with pytest.raises(UnsupportedModelError, match=r"norm\.weight"):
-        fill([Source("norm.weight", torch.empty(64), slice(None), None)], SafetensorsCheckpoint(folder))
+        check_names([Source("norm.weight", torch.empty(64), slice(None), None)], SafetensorsCheckpoint(folder))
 
 
 def test_shards_with_an_index_read_as_one_file_does(tmp_path):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.model_runner import Executed
 from engine.models.registry import load_config
 from engine.request import Plan, Prompt, SamplingParams
 
@@ -89,13 +90,13 @@ class RecordingEngine:
         self.engine.add(request_id, prompt, SamplingParams(max_tokens=num_new_tokens, temperature=0, ignore_eos=True))
         return request_id
 
-    def _record(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> tuple[tuple[str, ...], Tensor | None]:
+    def _record(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> Executed:
         self.plans.append(plan)
-        request_ids, logits = self._execute(plan, embeddings)
-        for row, request_id in enumerate(request_ids):
-            assert logits is not None
-            self._logits[request_id].append(logits[row].clone())
-        return request_ids, logits
+        executed = self._execute(plan, embeddings)
+        for row, request_id in enumerate(executed.sample_ids):
+            assert executed.logits is not None
+            self._logits[request_id].append(executed.logits[row].clone())
+        return executed
 
 
 def assert_equal(answers: Sequence[Answer], references: Sequence[Answer], *, tolerance: float = 1e-4) -> None:

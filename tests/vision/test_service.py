@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -215,3 +216,30 @@ async def test_large_pictures_take_the_same_way(service: VisionService) -> None:
     assert (first.width, first.height, first.content_hash) == (500, 400, second.content_hash)
     assert np.array_equal(first.arrays["pixel_values"].numpy(), noise(500, 400)[::2, ::2])
     close([first, second])
+
+
+async def test_a_file_that_was_fetched_before_is_not_fetched_again(service: VisionService, server: PictureServer) -> None:
+    first = refs(server.url())
+    [data] = await service.fetch(first, limit_bytes=1 << 20)
+    server.requests.clear()
+
+    kept = [replace(ref, url="gone:", data=data) for ref in first]
+    [loaded], [measured] = await service.load(kept), await service.measure(kept)
+
+    assert data == png()
+    assert (loaded.num_tokens, loaded.layout) == (measured.num_tokens, measured.layout)
+    assert server.requests == []
+    assert service.stats().num_pictures == 2, "asked for by load and measure"
+    close([loaded])
+
+
+async def test_files_to_be_kept_are_fetched_up_to_a_limit_for_all_together(service: VisionService) -> None:
+    pictures = refs(data_url(png(seed=1)), data_url(png(seed=2)))
+    num_bytes = len(png(seed=1)) + len(png(seed=2))
+
+    assert len(await service.fetch(pictures, limit_bytes=num_bytes)) == 2
+    with pytest.raises(MediaError, match=f"more than the {num_bytes - 1} bytes") as caught:
+        await service.fetch(pictures, limit_bytes=num_bytes - 1)
+
+    assert caught.value.code == "image_too_large"
+    assert caught.value.param in {ref.param for ref in pictures}

@@ -8,8 +8,11 @@ import pytest
 from tests.image_fixtures import tiny_folder
 from tests.tiny_models import make_tokenizer
 from vlm_server.answer_formats import AnswerFormats
-from vlm_server.chat_template import ChatTemplate, TemplateError, load_chat_template
+from vlm_server.chat_template import ChatTemplate, TemplateError
+from vlm_server.jinja_process import JinjaProcess
+from vlm_server.jinja_worker import RenderLimits
 from vlm_server.parsing.tool_formats import TOOL_FORMATS
+from vlm_server.template_choice import load_chat_template
 from vlm_server.tokenizer import load_tokenizer
 
 TEXT_ONLY = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -25,8 +28,11 @@ STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the first me
 PARTS = [{"type": "text", "text": "See"}, {"type": "image"}, {"type": "text", "text": "How many?"}]
 
 
+JINJA = JinjaProcess()  # one for all tests: it takes a second to start
+
+
 def template(source: Any, **options: Any) -> ChatTemplate:
-    return ChatTemplate(load_tokenizer(tiny_folder("llama")), source, placeholder="<image>", **options)
+    return ChatTemplate(load_tokenizer(tiny_folder("llama")), source, placeholder="<image>", process=JINJA, **options)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,9 @@ def test_a_broken_template_is_no_crash() -> None:
 
 
 def test_a_model_without_a_template_says_what_to_pass() -> None:
-    with pytest.raises(TemplateError, match=r"no chat template; start the server with --chat-template FILE, or use /v1/completions"):
+    with pytest.raises(
+        TemplateError, match=r"no chat template; start the server with --chat-template FILE or NAME, or use /v1/completions"
+    ):
         template(None).render([{"role": "user", "content": "hi"}])
 
 
@@ -247,13 +255,11 @@ def test_a_file_takes_the_place_of_the_models_template(tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("mine: {{ messages[0]['content'] }}", encoding="utf-8")
     tokenizer = load_tokenizer(tiny_folder("llama"))
 
-    rendered = load_chat_template(tiny_folder("llama"), tokenizer, file=str(tmp_path / "mine.jinja")).render(
+    rendered = load_chat_template(tiny_folder("llama"), tokenizer, chat_template=str(tmp_path / "mine.jinja"), process=JINJA).render(
         [{"role": "user", "content": "你好"}]
     )
 
     assert rendered == "mine: 你好"
-    with pytest.raises(OSError):
-        load_chat_template(tiny_folder("llama"), tokenizer, file=str(tmp_path / "missing.jinja"))
 
 
 @pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
@@ -261,3 +267,48 @@ def test_an_older_processors_template_is_found(name: str, tmp_path: Path) -> Non
     (tmp_path / name).write_text(json.dumps({"chat_template": "older"}))
 
     assert load_chat_template(tmp_path, load_tokenizer(tiny_folder("llama"))).render([{"role": "user", "content": "hi"}]) == "older"
+
+
+def test_a_template_that_never_ends_is_stopped_when_it_is_loaded() -> None:
+    forever = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    hasty = JinjaProcess(RenderLimits(cpu_s=0.2))
+
+    with pytest.raises(
+        TemplateError, match=r"messages: the model's chat template was stopped: it took longer than 0.2 s of processor time"
+    ):
+        ChatTemplate(load_tokenizer(tiny_folder("llama")), forever, process=hasty)
+
+
+def test_a_template_that_never_ends_for_some_messages_costs_these_only() -> None:
+    trap = "{% if messages | length > 1 %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}" + BOTH
+    guarded = ChatTemplate(load_tokenizer(tiny_folder("llama")), trap, process=JinjaProcess(RenderLimits(cpu_s=0.2)))
+    one = [{"role": "user", "content": "hi"}]
+
+    with pytest.raises(TemplateError, match="was stopped"):
+        guarded.render(one * 2)
+
+    assert guarded.render(one) == "[user]hi"
+
+
+@pytest.mark.parametrize("content", ["hi", PARTS])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "llava", "smolvlm", "qwen2_vl", "gemma3"])
+def test_a_rendering_equals_the_reference_librarys_own(name: str, content: Any) -> None:
+    tokenizer = load_tokenizer(tiny_folder(name))
+    ours = load_chat_template(tiny_folder(name), tokenizer, process=JINJA)
+    assert isinstance(ours, ChatTemplate)
+    if not ours._takes_parts:
+        content = "hi"
+    messages = [
+        {"role": "user", "content": content, "name": None},
+        {"role": "assistant", "content": content},
+        {"role": "user", "content": content},
+    ]
+
+    rendered = ours.render(messages)
+
+    assert rendered == tokenizer.apply_chat_template(
+        [ours._prepared(message, ours._choose(None)) for message in messages],
+        chat_template=ours._choose(None),
+        tokenize=False,
+        add_generation_prompt=True,
+    )

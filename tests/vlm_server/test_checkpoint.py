@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.vlm_server.small_hub import COMMIT, SmallHub, small_hub
-from vlm_server.checkpoint import Checkpoint, CheckpointError, find_checkpoint
+from vlm_server.checkpoint import Checkpoint, CheckpointError, find_adapter, find_checkpoint, find_tokenizer
 
 TWIN = "llava-hf/llava-v1.6-vicuna-7b-hf"
 FILES = {
@@ -20,10 +20,12 @@ FILES = {
     "pytorch_model.bin": b"pickle",
 }
 
+LORA_FILES = {"adapter_config.json": b"{}", "adapter_model.bin": b"weights", "tokenizer.model": b"pieces", "optimizer.pt": b"pickle"}
+
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[SmallHub]:
-    with small_hub({TWIN: FILES, "org/plain": FILES}, token="the-token") as hub:
+    with small_hub({TWIN: FILES, "org/plain": FILES, "org/lora": LORA_FILES}, token="the-token") as hub:
         yield hub
 
 
@@ -50,6 +52,38 @@ def test_a_hub_id_is_downloaded_with_the_token_and_without_code_or_pickles(hub: 
     assert (found["root"], found["name"]) == ("org/plain", "org/plain")
     assert sorted(file.name for file in Path(found["path"]).iterdir()) == ["config.json", "model.safetensors"]
     assert "the-token" not in done.stderr
+
+
+def test_an_adapter_is_downloaded_without_what_it_was_trained_with(hub: SmallHub, tmp_path: Path) -> None:
+    code = "Checkpoint(find_adapter('org/lora'), '', '')"
+
+    done = download(hub, tmp_path, code, HF_TOKEN="the-token")
+
+    folder = Path(json.loads(done.stdout)["path"])
+    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.bin", "tokenizer.model"]
+
+
+def test_an_adapter_is_a_folder_that_holds_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        find_adapter(str(tmp_path))
+    with pytest.raises(CheckpointError, match="no such folder"):
+        find_adapter("./nowhere")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert find_adapter(str(tmp_path)) == str(tmp_path)
+
+
+def test_the_tokenizer_is_the_given_one_else_the_adapters_else_the_checkpoints(tmp_path: Path) -> None:
+    adapter, other = tmp_path / "adapter", tmp_path / "other"
+    for folder in (adapter, other):
+        folder.mkdir()
+
+    assert find_tokenizer(None, adapter=None) is None
+    assert find_tokenizer(None, adapter=str(adapter)) is None
+    (adapter / "tokenizer.model").touch()
+    assert find_tokenizer(None, adapter=str(adapter)) == str(adapter)
+    assert find_tokenizer(str(other), adapter=str(adapter)) == str(other)
+    with pytest.raises(CheckpointError, match="--tokenizer-path"):
+        find_tokenizer(str(tmp_path / "nowhere"), adapter=None)
 
 
 def test_llavas_original_layout_is_served_from_its_twin_with_a_log_line(hub: SmallHub, tmp_path: Path) -> None:

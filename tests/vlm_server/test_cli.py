@@ -55,6 +55,12 @@ def test_the_documented_flags_are_read(folder: str) -> None:
     assert (found.api_keys, found.log_level) == (("a", "b"), "WARNING")
 
 
+def test_the_chat_template_and_its_words_are_read(folder: str) -> None:
+    found = config("serve", folder, "--chat-template", "qwen", "--chat_template_args", '{"stop_words": ["a_b"]}')
+
+    assert (found.chat_template, found.chat_template_args) == ("qwen", '{"stop_words": ["a_b"]}')
+
+
 @pytest.mark.parametrize("word", ["--session-len", "--session_len"])
 @pytest.mark.parametrize("joined", [True, False])
 def test_underscores_and_hyphens_are_alike(folder: str, word: str, joined: bool) -> None:
@@ -97,10 +103,26 @@ def test_vision_flags_are_read(folder: str) -> None:
     assert found.vision.allowed_local_media_path == folder
 
 
-def test_lmdeploys_switches_that_say_no_work(folder: str) -> None:
-    found = config("serve", folder, "--disable-metrics", "--disable_fastapi_docs")
+def test_switches_that_say_no_work_as_lmdeploys_users_type_them(folder: str) -> None:
+    found = config("serve", folder, "--disable-metrics", "--disable_fastapi_docs", "--disable_ui")
 
-    assert (found.enable_metrics, found.enable_docs) == (False, False)
+    assert (found.enable_metrics, found.enable_docs, found.enable_ui) == (False, False, False)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--chat-template", "nope"],
+        ["--chat-template", "deepseek-v4"],
+        ["--chat-template-args", "{}"],
+        ["--chat-template", "/proc/self/mem"],
+    ],
+)
+def test_a_wrong_chat_template_ends_with_one_line_before_anything_is_loaded(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "/no/such/folder", *words]) == 1
+
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"vlm-server: {words[0].removeprefix('--').replace('-', '_')}: ")
 
 
 @pytest.mark.parametrize("words", [["--tp", "0"], ["--allow-private-media", "x"], ["--server-port", "70000"], ["--root-path", "x/"]])

@@ -31,7 +31,6 @@ def sampled_with(server: RunningServer) -> SamplingParams:
 UNSUPPORTED_IN_CHAT = {
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
-    "response_format": {"type": "json_object"},
     "verbosity": "low",
     "modalities": ["text", "audio"],
     "audio": {"voice": "alloy", "format": "wav"},
@@ -54,8 +53,6 @@ UNSUPPORTED_ANYWHERE = {
     "spaces_between_special_tokens": False,
     "repetition_ngram_size": 2,
     "repetition_ngram_threshold": 2,
-    "num_beams": 4,
-    "do_sample": False,
     "best_of": 2,
     "echo": True,
     "suffix": "x",
@@ -127,13 +124,13 @@ def test_a_listed_no_op_is_accepted_without_a_warning(server: RunningServer, fie
 def test_a_field_that_no_api_documents_gives_a_warning(server: RunningServer) -> None:
     message = {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {}}]}
 
-    warnings = post_chat(server, guided_choice=["a"], messages=[message]).json()["warnings"]
+    warnings = post_chat(server, favourite_colour=["a"], messages=[message]).json()["warnings"]
 
-    assert [warning.split(":")[0] for warning in warnings] == ["guided_choice", "messages[0].content[0].cache_control"]
+    assert [warning.split(":")[0] for warning in warnings] == ["favourite_colour", "messages[0].content[0].cache_control"]
 
 
 def test_the_warnings_are_in_the_last_chunk_of_a_stream(server: RunningServer) -> None:
-    text = post_chat(server, guided_choice=["a"], stream=True).text
+    text = post_chat(server, favourite_colour=["a"], stream=True).text
 
     events = [line for line in text.splitlines() if line]
     assert "warnings" in events[-2]
@@ -142,10 +139,10 @@ def test_the_warnings_are_in_the_last_chunk_of_a_stream(server: RunningServer) -
 
 def test_strict_fields_refuse_what_no_api_documents() -> None:
     with running_server(fake_config(strict_fields=True)) as server:
-        response = post_chat(server, guided_choice=["a"])
+        response = post_chat(server, favourite_colour=["a"])
 
         assert response.status_code == 400
-        assert response.json()["error"]["param"] == "guided_choice"
+        assert response.json()["error"]["param"] == "favourite_colour"
         assert response.json()["error"]["code"] == "unknown_parameter"
         assert post_chat(server, user="me").status_code == 200
 
@@ -416,3 +413,33 @@ def test_tokens_of_a_stop_string_have_no_log_probabilities(server: RunningServer
     content = post_chat(server, logprobs=True, stop="STOP").json()["choices"][0]["logprobs"]["content"]
 
     assert "".join(entry["token"] for entry in content) == "one "
+
+
+@pytest.mark.parametrize(
+    ("fields", "temperature", "num_beams"),
+    [
+        ({}, 1.0, 1),
+        ({"do_sample": False, "temperature": 0.7}, 0.0, 1),
+        ({"do_sample": True}, 1.0, 1),
+        ({"num_beams": 1}, 1.0, 1),
+        ({"num_beams": 4}, 0.0, 4),
+        ({"num_beams": 4, "do_sample": True}, 1.0, 4),
+        ({"num_beams": 4, "temperature": 0.7, "top_k": 40}, 0.7, 4),
+        ({"num_beams": 4, "top_p": 0.9}, 1.0, 4),
+        ({"num_beams": 4, "temperature": 0}, 0.0, 4),
+        ({"num_beams": 4, "temperature": 0.7, "do_sample": False}, 0.0, 4),
+    ],
+)
+def test_beams_are_sampled_only_on_demand(server: RunningServer, fields: dict[str, Any], temperature: float, num_beams: int) -> None:
+    for post in (post_chat, post_completion):
+        assert post(server, **fields).status_code == 200
+
+        assert (sampled_with(server).temperature, sampled_with(server).num_beams) == (temperature, num_beams)
+
+
+@pytest.mark.parametrize("fields", [{"num_beams": 0}, {"num_beams": 33}, {"num_beams": 2, "n": 2}])
+def test_a_number_of_beams_that_cannot_be_is_refused(server: RunningServer, fields: dict[str, Any]) -> None:
+    response = post_chat(server, **fields)
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "num_beams"

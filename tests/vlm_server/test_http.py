@@ -187,6 +187,12 @@ def test_health_tells_the_engines_state(server: RunningServer, state: str, statu
     assert state in response.json()["message"]
 
 
+def test_health_says_why_the_engine_failed(server: RunningServer) -> None:
+    server.backend.engine.state, server.backend.engine.failure = "failed", "the checkpoint lacks a tensor"
+
+    assert "the checkpoint lacks a tensor" in get(server, "/health").json()["message"]
+
+
 def test_metrics_show_the_engine_and_the_latencies(server: RunningServer) -> None:
     post(server, max_tokens=4)
 
@@ -278,6 +284,7 @@ def test_the_openapi_document_is_whole(server: RunningServer) -> None:
         assert {"200", "400", "404", "429", "503"} <= set(responses)
         assert "422" not in responses
         assert "text/event-stream" in responses["200"]["content"]
+        assert "Server-Timing" in responses["200"]["headers"]
     assert document["info"]["version"] == __version__
 
 

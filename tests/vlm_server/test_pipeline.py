@@ -15,9 +15,13 @@ from tests.image_fixtures import EMBEDDED, SIZES, FakeImages, picture, reference
 from tests.tiny_gguf import write_gguf
 from tests.tiny_models import image_model_names
 from vlm_server.chat_template import TemplateError
+from vlm_server.detokenizer import StopWords
+from vlm_server.jinja_process import JinjaProcess
 from vlm_server.pipeline import ImagesNotSupportedError, Pipeline
+from vlm_server.stage_timings import StageTimings
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
+JINJA = JinjaProcess()  # one for all tests: it takes a second to start
 FAMILIES = image_model_names()
 PICTURES = {name: picture(size, seed) for seed, (name, size) in enumerate(SIZES.items())}
 
@@ -48,7 +52,7 @@ async def pipelines() -> AsyncIterator[Any]:
     opened: dict[str, Pipeline] = {}
 
     def open_pipeline(name: str, **options: Any) -> Pipeline:
-        opened[name] = Pipeline.load(tiny_folder(name), images=FakeImages(name, PICTURES), **options)
+        opened[name] = Pipeline.load(tiny_folder(name), images=FakeImages(name, PICTURES), jinja=JINJA, **options)
         return opened[name]
 
     yield open_pipeline
@@ -106,6 +110,19 @@ async def test_a_conversation_is_counted_by_its_pictures_sizes(
 
     assert tuple(counted) == prompt.token_ids
     assert len(await pipeline.chat_tokens(messages, add_generation_prompt=False)) < len(counted)
+
+
+async def test_the_stages_of_a_prompt_are_timed_and_pictures_only_where_there_are_any(pipelines: Any) -> None:
+    pipeline = pipelines("llava")
+    with_pictures, without = StageTimings(), StageTimings()
+
+    await pipeline.chat_prompt(openai_messages(CONVERSATIONS["three pictures"]), timings=with_pictures)
+    await pipeline.chat_prompt(openai_messages(CONVERSATIONS["no picture"]), timings=without)
+
+    assert list(with_pictures.seconds) == ["template", "pictures", "picture-fetch", "picture-decode", "tokenize"]
+    assert with_pictures.seconds["picture-fetch"] == 0.5
+    assert with_pictures.seconds["picture-decode"] == max(PICTURES[name].size * 1e-6 for name in ("wide", "large", "small"))
+    assert list(without.seconds) == ["template", "tokenize"]
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
@@ -283,7 +300,7 @@ async def test_a_picture_for_a_text_model_is_refused_by_its_part(text_pipeline: 
 
 @pytest.fixture
 async def text_pipeline(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pipeline]:
-    pipeline = Pipeline.load(tiny_folder("llama"))
+    pipeline = Pipeline.load(tiny_folder("llama"), jinja=JINJA)
     yield pipeline
     pipeline.close()
 
@@ -391,3 +408,43 @@ async def test_swapped_pictures_are_other_images_in_equal_places(name: str, pipe
     arrays = [[image.arrays["pixel_values"].numpy() for image in prompt.images] for prompt in (one, two)]
     assert np.array_equal(arrays[0][0], arrays[1][1])
     assert not np.array_equal(arrays[0][0], arrays[1][0])
+
+
+@pytest.mark.parametrize("conversation", ["one picture", "picture last", "picture alone", "three pictures", "several turns", "no picture"])
+async def test_a_built_in_templates_tokens_equal_those_of_the_models_own(conversation: str, pipelines: Any) -> None:
+    """Qwen2-VL's own template is `qwen`, with a frame around each picture."""
+    own, built_in = pipelines("qwen2_vl"), pipelines("qwen2_5_vl", chat_template="qwen")
+    messages = openai_messages(CONVERSATIONS[conversation])
+
+    assert (await built_in.chat_prompt(messages)).token_ids == (await own.chat_prompt(messages)).token_ids
+
+
+async def test_a_built_in_template_leaves_the_first_token_to_the_tokenizer() -> None:
+    pipeline = Pipeline.load(tiny_folder("internlm2"), chat_template="internlm2", jinja=JINJA)
+    bos = pipeline.tokenizer.reference.bos_token_id
+
+    token_ids = (await pipeline.chat_prompt([{"role": "user", "content": "hi"}])).token_ids
+    pipeline.close()
+
+    assert bos is not None
+    assert (token_ids[0], token_ids.count(bos)) == (bos, 1)
+
+
+async def test_a_picture_of_llava_stands_on_a_line_of_its_own(pipelines: Any) -> None:
+    pipeline = pipelines("llava", chat_template="vicuna", meta_instruction="S.")
+
+    prompt = await pipeline.chat_prompt(openai_messages(CONVERSATIONS["one picture"]))
+
+    text = pipeline.tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+    before, _, after = text.partition("<image>")
+    assert before == "S. USER: "
+    assert after.replace("<image>", "") == "\nWhat is in this picture? ASSISTANT:"
+
+
+async def test_stop_words_are_tokens_where_the_tokenizer_has_them_whole(pipelines: Any) -> None:
+    arguments = '{"stop_words": ["<|im_end|>", "Human:", "the", "<|im_end|>x"]}'
+    pipeline = pipelines("qwen2_vl", chat_template="chatml", chat_template_args=arguments)
+
+    assert pipeline.stop_words.token_ids == (pipeline.tokenizer.token_id("<|im_end|>"),)
+    assert pipeline.stop_words.strings == ("Human:", "the", "<|im_end|>x")
+    assert pipelines("llava").stop_words == StopWords()

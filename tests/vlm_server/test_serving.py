@@ -38,7 +38,7 @@ def serve_process(folder: Path, *words: str, **environment: str) -> Iterator["su
     """`vlm-server serve` over the scripted engine, in its own process."""
     (folder / "config.json").write_text('{"max_position_embeddings": 512}')
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPTED, "serve", str(folder), "--server-port", "0", *words],
+        [sys.executable, "-c", SCRIPTED, "serve", str(folder), "--server-port", "0", "--session-store", "memory", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -60,6 +60,7 @@ def test_one_line_says_when_it_is_ready_and_where(tmp_path: Path) -> None:
         url = next(word for word in line.split() if word.startswith("http"))
         assert "tiny" in line
         assert requests.get(f"{url}/v1/models", timeout=5).json()["data"][0]["id"] == "tiny"
+        assert f"(chat at {url}/ui, API at {url}/v1, docs at {url}/)" in line
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=10)
 
@@ -87,6 +88,17 @@ def test_an_engine_that_cannot_start_ends_the_server_with_one_line(tmp_path: Pat
     assert process.returncode == 1
     assert err.strip().splitlines()[-1] == f"vlm-server: {tmp_path} cannot be served: no weights of lm_head"
     assert "Traceback" not in err
+
+
+def test_a_session_store_that_cannot_be_opened_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    for where, reason in (("/dev/null/sessions", "cannot be opened"), ("redis://127.0.0.1:1", "failed")):
+        with serve_process(tmp_path, "--server-name", "127.0.0.1", "--session-store", where) as process:
+            _, err = process.communicate(timeout=60)
+
+        assert process.returncode == 1
+        assert err.strip().splitlines()[-1].startswith("vlm-server: --session-store: the session store")
+        assert reason in err
+        assert "Loading" not in err
 
 
 def test_a_port_that_is_taken_is_named_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -6,9 +6,12 @@ from starlette.responses import Response
 from engine.request import Prompt
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
+from vlm_server.guided import grammar_of
+from vlm_server.middleware import request_timings
 from vlm_server.protocol import ChatCompletionRequest
 from vlm_server.response_schema import ChatCompletionResponse
 from vlm_server.shapes import ChatShape, new_id
+from vlm_server.stage_timings import StageTimings
 from vlm_server.streaming import answer, unless_client_leaves
 from vlm_server.tools import AnswerPlan, plan_answer
 
@@ -23,8 +26,10 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     context = context_of(request)
     warnings = context.accept(request, body) + _without_effect(context, body)
     plan = plan_answer(body, context.formats)
+    grammar = await grammar_of(body)
     watch = Stopwatch()
-    prompt = await unless_client_leaves(request, _prompt(context, body, plan, tenant_of(request.scope)))
+    timings = request_timings(request.scope)
+    prompt = await unless_client_leaves(request, _prompt(context, body, plan, tenant_of(request.scope), timings))
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("chatcmpl")
     tokenizer = context.backend.pipeline.tokenizer
@@ -33,6 +38,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     generation = context.generation(
         body,
         [prompt],
+        grammar=grammar,
         request_id=response_id,
         decoder=tokenizer.showing(plan.markers) if plan.markers else None,
         new_parser=lambda: plan.parser(in_reasoning=in_reasoning),
@@ -41,15 +47,17 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     return await answer(request, body, generation, shape, ping_s=context.config.sse_ping_s)
 
 
-async def _prompt(context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str) -> Prompt:
+async def _prompt(context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str, timings: StageTimings) -> Prompt:
     if isinstance(body.messages, str):
-        return await context.text_prompt(body.messages, tenant=tenant)
+        with timings.stage("tokenize"):
+            return await context.text_prompt(body.messages, tenant=tenant)
     messages = [message.as_dict() for message in body.messages]
     return await context.backend.pipeline.chat_prompt(
         messages,
         tools=plan.template_tools(),
         template_kwargs=body.template_kwargs() or None,
         tenant=tenant,
+        timings=timings,
         add_generation_prompt=body.adds_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
     )

@@ -6,6 +6,8 @@ from starlette.responses import Response
 from engine.request import Prompt
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
+from vlm_server.guided import grammar_of
+from vlm_server.middleware import request_timings
 from vlm_server.protocol import CompletionRequest
 from vlm_server.response_schema import CompletionResponse
 from vlm_server.shapes import CompletionShape, new_id
@@ -19,11 +21,13 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Text or token ids in, text out, without a chat template. Answers to several prompts are numbered in the prompts' order."""
     context = context_of(request)
     warnings = context.accept(request, body)
+    grammar = await grammar_of(body)
     watch = Stopwatch()
-    prompts = await unless_client_leaves(request, _prompts(context, body, tenant_of(request.scope)))
+    with request_timings(request.scope).stage("tokenize"):
+        prompts = await unless_client_leaves(request, _prompts(context, body, tenant_of(request.scope)))
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("cmpl")
-    generation = context.generation(body, prompts, request_id=response_id)
+    generation = context.generation(body, prompts, grammar=grammar, request_id=response_id)
     shape = CompletionShape(body, context.backend.pipeline.tokenizer, response_id=response_id, warnings=warnings)
     return await answer(request, body, generation, shape, ping_s=context.config.sse_ping_s)
 

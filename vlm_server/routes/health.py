@@ -9,6 +9,7 @@ from vlm_server.context import context_of
 from vlm_server.errors import RETRY_AFTER_S
 from vlm_server.metrics import CONTENT_TYPE
 from vlm_server.response_schema import HealthResponse
+from vlm_server.sessions.store import StoreError
 
 health_router = APIRouter(tags=["operation"])
 metrics_router = APIRouter(tags=["operation"])
@@ -18,9 +19,10 @@ _STATUS = {"ready": "healthy", "starting": "initializing"}
 
 @health_router.get("/health", response_model=HealthResponse, summary="200 while the engine can take requests, else 503")
 async def health(request: Request) -> Response:
-    state = context_of(request).backend.engine.state
-    status = _STATUS.get(str(state), "unhealthy")
-    content = msgspec.json.encode({"status": status, "message": f"the engine is {state!s}"})
+    engine = context_of(request).backend.engine
+    status = _STATUS.get(str(engine.state), "unhealthy")
+    message = f"the engine is {engine.state!s}" + (f": {engine.failure}" if engine.failure else "")
+    content = msgspec.json.encode({"status": status, "message": message})
     if status == "healthy":
         return Response(content, media_type="application/json")
     return Response(content, 503, {"retry-after": str(RETRY_AFTER_S)}, media_type="application/json")
@@ -33,5 +35,15 @@ async def metrics(request: Request) -> Response:
         stats = await context.backend.engine.stats()
     except (EngineError, TimeoutError):
         stats = None
-    page = context.metrics.page(stats, context.backend.vision_stats(), num_restarts=context.backend.engine.num_restarts)
+    try:
+        num_sessions = await context.turns.sessions.count()
+    except StoreError:
+        num_sessions = None
+    page = context.metrics.page(
+        stats,
+        context.backend.vision_stats(),
+        num_restarts=context.backend.engine.num_restarts,
+        num_sessions=num_sessions,
+        num_turns=context.turns.num_running,
+    )
     return Response(page, media_type=CONTENT_TYPE)

@@ -1,0 +1,215 @@
+"""Grammars in the engine: every answer follows its own, alone, batched or preempted, and a bad one ends its own request only."""
+
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+from llguidance import LLMatcher
+
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.guided import MAX_COMPILED, MAX_GRAMMAR_BYTES, GrammarError, Guides, check_grammar
+from engine.request import FinishReason, InvalidRequestError, Prompt, SamplingParams, make_cache_keys
+from tests.tiny_models import write_tiny
+from vlm_server.tokenizer import TextTokenizer, load_tokenizer
+
+WORD = LLMatcher.grammar_from_regex("[a-z]{3,8}")
+LONG = LLMatcher.grammar_from_regex("[a-z]{60}")
+NUMBERS = LLMatcher.grammar_from_json_schema(
+    {"type": "array", "items": {"type": "integer", "minimum": 10, "maximum": 99}, "minItems": 2, "maxItems": 4},
+    overrides={"whitespace_flexible": False},
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder) -> TextTokenizer:
+    return TextTokenizer(load_tokenizer(folder))
+
+
+@pytest.fixture
+def engine(folder, tokenizer) -> Iterator[Engine]:
+    engine = make_engine(folder, tokenizer)
+    yield engine
+    engine.scheduler.check()
+    assert len(engine.guides) == 0, "a grammar outlived its request"
+    engine.close()
+
+
+def make_engine(folder, tokenizer, **settings) -> Engine:
+    config = EngineConfig(model_folder=str(folder), device="cpu", session_len=256, **{"max_batch_size": 16, **settings})
+    engine = Engine(config.resolve(json.loads((folder / "config.json").read_text())))
+    engine.set_vocabulary(tokenizer.vocabulary())
+    return engine
+
+
+def text_prompt(*token_ids: int) -> Prompt:
+    return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), ()))
+
+
+def run(engine: Engine) -> dict[str, list]:
+    """All outputs by request until nothing is left to do."""
+    outputs: dict[str, list] = {}
+    while engine.has_work:
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+    return outputs
+
+
+def text_of(tokenizer: TextTokenizer, outputs: list) -> str:
+    return tokenizer.decode([token_id for output in outputs for token_id in output.token_ids])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_row_of_a_batch_follows_its_own_grammar_and_free_rows_none(engine, tokenizer, temperature):
+    alone = SamplingParams(temperature=temperature, max_tokens=12, seed=7)
+    engine.add("free before", text_prompt(5, 6, 7), alone)
+    [before] = run(engine).values()
+
+    engine.add("free", text_prompt(5, 6, 7), alone)
+    for index in range(6):
+        grammar = WORD if index % 2 else NUMBERS
+        params = SamplingParams(temperature=temperature, max_tokens=60, seed=index, grammar=grammar)
+        engine.add(f"guided {index}", text_prompt(5, 6, 7 + index), params)
+    outputs = run(engine)
+
+    assert text_of(tokenizer, outputs["free"]) == text_of(tokenizer, before)
+    for index in range(6):
+        text = text_of(tokenizer, outputs[f"guided {index}"])
+        assert outputs[f"guided {index}"][-1].finish_reason is FinishReason.STOP
+        if index % 2:
+            assert re.fullmatch("[a-z]{3,8}", text)
+        else:
+            assert 2 <= len(json.loads(text)) <= 4
+            assert all(10 <= number <= 99 for number in json.loads(text))
+
+
+def test_a_preempted_row_goes_on_where_it_was_in_its_grammar(folder, tokenizer):
+    """Eight blocks for three rows that need four or five each."""
+    engine = make_engine(folder, tokenizer, cache_max_entry_count=8, cache_block_seq_len=16, max_prefill_token_num=64)
+    for index in range(3):
+        engine.add(str(index), text_prompt(*range(20 + index, 40 + index)), SamplingParams(max_tokens=64, seed=index, grammar=LONG))
+
+    outputs = run(engine)
+
+    assert engine.scheduler.num_preemptions > 0
+    for index in range(3):
+        assert re.fullmatch("[a-z]{60}", text_of(tokenizer, outputs[str(index)]))
+    engine.close()
+
+
+def test_an_answer_that_is_cut_off_is_the_beginning_of_one(engine, tokenizer):
+    engine.add("cut", text_prompt(5, 6, 7), SamplingParams(max_tokens=3, seed=1, grammar=LONG))
+
+    outputs = run(engine)["cut"]
+
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    assert re.fullmatch("[a-z]{3,60}", text_of(tokenizer, outputs))
+
+
+def test_an_abort_while_the_grammar_is_compiled_leaves_nothing(engine, monkeypatch):
+    never: Future[None] = Future()
+    begin = engine.guides.begin
+    monkeypatch.setattr(engine.guides, "begin", lambda request_id, grammar: begin(request_id, grammar) and never)
+    engine.add("held", text_prompt(5, 6, 7), SamplingParams(grammar=WORD))
+
+    assert engine.step() == []  # it is held, and the step waits a moment only
+    assert engine.abort("held").finish_reason is FinishReason.ABORT
+    assert not engine.has_work
+
+
+def test_a_grammar_that_cannot_be_compiled_ends_its_request_only(engine, tokenizer):
+    engine.add("bad", text_prompt(5, 6, 7), SamplingParams(max_tokens=60, grammar="start: /(/"))
+    engine.add("good", text_prompt(5, 6, 7), SamplingParams(max_tokens=60, grammar=WORD))
+
+    outputs = run(engine)
+
+    assert outputs["bad"][-1].finish_reason is FinishReason.ERROR
+    assert "grammar" in outputs["bad"][-1].error
+    assert "regex" in outputs["bad"][-1].error
+    assert re.fullmatch("[a-z]{3,8}", text_of(tokenizer, outputs["good"]))
+
+
+def test_without_a_vocabulary_a_grammar_is_refused_and_the_request_is_gone(folder, tokenizer):
+    engine = make_engine(folder, tokenizer)
+    engine.guides.vocabulary = None
+
+    with pytest.raises(InvalidRequestError, match="vocabulary"):
+        engine.add("request", text_prompt(5), SamplingParams(grammar=WORD))
+
+    assert not engine.has_work
+    engine.close()
+
+
+def test_special_tokens_are_never_part_of_a_text(tokenizer):
+    """Only the bytes of ordinary tokens count."""
+    guides = Guides(vocab_size=400, eos_token_ids=[tokenizer.token_id("<|im_end|>")])
+    guides.vocabulary = tokenizer.vocabulary()
+    guides.begin("request", LLMatcher.grammar_from_regex("[^a]+a"))
+
+    masks, errors = guides.masks(["request"])
+
+    allowed = np.unpackbits(masks["request"].view(np.uint8), bitorder="little")
+    assert errors == {}
+    assert allowed[tokenizer.token_id("<")]
+    assert not any(allowed[tokenizer.token_id(token)] for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    guides.close()
+
+
+def test_a_vocabulary_shorter_than_the_logits_allows_none_of_the_padding(tokenizer):
+    guides = Guides(vocab_size=500, eos_token_ids=[2, 1000])
+    guides.vocabulary = tokenizer.vocabulary()
+    guides.begin("request", LLMatcher.grammar_from_regex("(?s:.*)"))
+
+    masks, errors = guides.masks(["request"])
+
+    allowed = np.unpackbits(masks["request"].view(np.uint8), bitorder="little")
+    assert errors == {}
+    assert allowed[2]
+    assert allowed[:400].sum() > 250
+    assert not allowed[400:].any()
+    guides.close()
+
+
+def test_a_tokenizer_of_an_unknown_kind_ends_guided_requests_only(engine, tokenizer):
+    engine.set_vocabulary("{}")
+    engine.add("guided", text_prompt(5, 6, 7), SamplingParams(max_tokens=3, grammar=WORD))
+    engine.add("free", text_prompt(5, 6, 7), SamplingParams(max_tokens=3))
+
+    outputs = run(engine)
+
+    assert outputs["guided"][-1].finish_reason is FinishReason.ERROR
+    assert "tokenizer" in outputs["guided"][-1].error
+    assert outputs["free"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_the_last_few_grammars_are_compiled_once(tokenizer):
+    guides = Guides(vocab_size=400, eos_token_ids=[2])
+    guides.vocabulary = tokenizer.vocabulary()
+    for index in range(3 * MAX_COMPILED):
+        guides.begin(str(index), LLMatcher.grammar_from_regex(f"a{{{index + 1}}}")).result()
+
+    assert len(guides._compiled) == MAX_COMPILED
+    guides.close()
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        ("start: /(/", "unclosed group"),
+        ("x" * (MAX_GRAMMAR_BYTES + 1), "at most 262144"),
+        (LLMatcher.grammar_from_json_schema({"not": {}}), "not"),
+        (LLMatcher.grammar_from_json_schema({"$ref": "#/nowhere"}), "nowhere"),
+    ],
+)
+def test_what_is_wrong_with_a_grammar_is_said(grammar, message):
+    with pytest.raises(GrammarError, match=message):
+        check_grammar(grammar)
+    check_grammar(WORD)

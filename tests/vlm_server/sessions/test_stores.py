@@ -1,0 +1,299 @@
+"""Every kind of store keeps the same promises."""
+
+import asyncio
+import itertools
+import sqlite3
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_server.sessions.opening import default_path, open_store
+from vlm_server.sessions.redis_store import RedisStore
+from vlm_server.sessions.sqlite_store import SqliteStore
+from vlm_server.sessions.store import LeaseLostError, Limits, RecordId, RecordStore, StoreError
+
+PLENTY = Limits(ttl_s=3600, max_records=100)
+A_MOMENT = Limits(ttl_s=0.001, max_records=100)
+
+
+def a_record(key: str = "1", *, tenant: str | None = None) -> RecordId:
+    """Of a tenant that no other test has."""
+    return RecordId("test", tenant or uuid.uuid4().hex, key)
+
+
+async def becomes(value: Any, read: Callable[[], Awaitable[Any]]) -> bool:
+    deadline_s = time.monotonic() + 5
+    while await read() != value:
+        assert time.monotonic() < deadline_s
+        await asyncio.sleep(0.001)
+    return True
+
+
+async def test_a_record_is_read_as_it_was_written(store: RecordStore) -> None:
+    record = a_record()
+    assert await store.get(record) is None
+
+    await store.put(record, b"one", parts={"a": b"\0\r\n", "b": b""}, limits=PLENTY)
+    await store.put(record, b"two", parts={"a": b"other", "c": b"C"}, limits=PLENTY)
+
+    assert await store.get(record) == b"two"
+    assert await store.get_parts(record, ["a", "b", "c", "d"]) == {"a": b"\0\r\n", "b": b"", "c": b"C"}
+    assert await store.get_parts(record, []) == {}
+
+
+async def test_a_deleted_record_is_gone_with_its_parts(store: RecordStore) -> None:
+    record = a_record()
+    await store.put(record, b"x", parts={"a": b"A"}, limits=PLENTY)
+
+    await store.delete(record)
+    await store.delete(record)
+
+    assert await store.get(record) is None
+    assert await store.get_parts(record, ["a"]) == {}
+
+
+async def test_tenants_namespaces_and_keys_do_not_see_each_other(store: RecordStore) -> None:
+    mine = a_record()
+    others = [RecordId("test", mine.tenant + "x", "1"), RecordId("other", mine.tenant, "1"), RecordId("test", mine.tenant, "2")]
+    await store.put(mine, b"mine", parts={"a": b"A"}, limits=PLENTY)
+
+    assert [await store.get(other) for other in others] == [None] * 3
+    assert [await store.get_parts(other, ["a"]) for other in others] == [{}] * 3
+    assert [await store.acquire(record, "t", lifetime_s=60) for record in (mine, *others)] == [True] * 4
+
+
+async def test_a_record_ends_a_time_after_its_last_write(store: RecordStore) -> None:
+    record = a_record()
+    await store.put(record, b"x", parts={"a": b"old"}, limits=A_MOMENT)
+    assert await becomes(None, lambda: store.get(record))
+
+    await store.put(record, b"y", parts={"a": b"new"}, limits=PLENTY)
+
+    assert await store.get_parts(record, ["a"]) == {"a": b"new"}
+
+
+async def test_the_tenants_longest_unwritten_records_make_room(store: RecordStore) -> None:
+    tenant, neighbour = uuid.uuid4().hex, a_record()
+    limits = Limits(ttl_s=3600, max_records=3)
+    await store.put(neighbour, b"x", parts={}, limits=limits)
+    for key in ("1", "2", "3", "1", "4"):
+        await store.put(a_record(key, tenant=tenant), key.encode(), parts={"a": b"A"}, limits=limits)
+        await asyncio.sleep(0.002)  # records of one millisecond have no order
+
+    kept = [key for key in "1234" if await store.get(a_record(key, tenant=tenant)) is not None]
+
+    assert kept == ["1", "3", "4"]
+    assert await store.get_parts(a_record("2", tenant=tenant), ["a"]) == {}
+    assert await store.get(neighbour) == b"x"
+
+
+async def test_records_are_counted_over_all_tenants_until_they_end(store: RecordStore) -> None:
+    namespace = uuid.uuid4().hex
+    for tenant, key, limits in (("a", "1", PLENTY), ("b", "1", PLENTY), ("b", "2", A_MOMENT), ("b", "1", PLENTY)):
+        await store.put(RecordId(namespace, tenant, key), b"x", parts={}, limits=limits)
+
+    assert await becomes(2, lambda: store.count(namespace))
+    assert await store.count(uuid.uuid4().hex) == 0
+
+
+async def test_one_has_the_lease_until_it_is_given_back(store: RecordStore) -> None:
+    record = a_record()
+    assert await store.acquire(record, "mine", lifetime_s=60)
+
+    assert not await store.acquire(record, "yours", lifetime_s=60)
+    await store.release(record, "yours")
+    assert not await store.renew(record, "yours", lifetime_s=60)
+    assert await store.renew(record, "mine", lifetime_s=60)
+    await store.release(record, "mine")
+
+    assert await store.acquire(record, "yours", lifetime_s=60)
+
+
+async def test_a_lease_that_nobody_renews_ends(store: RecordStore) -> None:
+    record = a_record()
+    assert await store.acquire(record, "dead", lifetime_s=0.001)
+
+    assert await becomes(True, lambda: store.acquire(record, "next", lifetime_s=60))
+    assert not await store.renew(record, "dead", lifetime_s=60)
+
+
+async def test_nothing_is_written_under_a_lease_that_is_lost(store: RecordStore) -> None:
+    record = a_record()
+    await store.acquire(record, "mine", lifetime_s=60)
+    await store.put(record, b"before", parts={}, limits=PLENTY, token="mine")
+    await store.revoke(record)
+
+    for attempt in (store.put(record, b"after", parts={"a": b"A"}, limits=PLENTY, token="mine"), store.delete(record, token="mine")):
+        with pytest.raises(LeaseLostError):
+            await attempt
+
+    assert await store.get(record) == b"before"
+    assert await store.get_parts(record, ["a"]) == {}
+
+
+async def test_of_many_at_once_one_gets_the_lease(store: RecordStore) -> None:
+    record = a_record()
+
+    results = await asyncio.gather(*(store.acquire(record, str(number), lifetime_s=60) for number in range(20)))
+
+    assert sum(results) == 1
+
+
+async def test_writes_at_once_are_all_done(store: RecordStore) -> None:
+    tenant = uuid.uuid4().hex
+
+    await asyncio.gather(*(store.put(a_record(str(n), tenant=tenant), b"%d" % n, parts={}, limits=PLENTY) for n in range(20)))
+
+    assert [await store.get(a_record(str(n), tenant=tenant)) for n in range(20)] == [b"%d" % n for n in range(20)]
+
+
+SHORT = st.binary(max_size=3)
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("put"), st.sampled_from("abc"), st.binary(max_size=3), st.dictionaries(st.sampled_from("xy"), st.binary(max_size=3))
+        ),
+        st.tuples(st.just("delete"), st.sampled_from("abc")),
+        st.tuples(st.just("wait"), st.floats(0.5, 6)),
+    ),
+    max_size=12,
+)
+
+
+@given(OPERATIONS)
+@settings(max_examples=60, deadline=None)
+def test_any_sequence_of_writes_leaves_what_a_plain_dictionary_would_hold(operations: list[Any]) -> None:
+    asyncio.run(_compare_with_a_dictionary(operations))
+
+
+async def _compare_with_a_dictionary(operations: list[Any]) -> None:
+    """Two records at most, each for ten seconds of a clock that the test moves."""
+    now_s = 1000.0
+    expected: dict[str, tuple[float, bytes, dict[str, bytes]]] = {}
+    store = await SqliteStore.open(":memory:", clock=lambda: now_s)
+    for operation, *rest in operations:
+        if operation == "wait":
+            now_s += rest[0]
+        elif operation == "delete":
+            await store.delete(a_record(rest[0], tenant="t"))
+            expected.pop(rest[0], None)
+        else:
+            now_s += 0.001
+            key, value, parts = rest
+            await store.put(a_record(key, tenant="t"), value, parts=parts, limits=Limits(ttl_s=10, max_records=2))
+            known = expected.pop(key)[2] if key in expected else {}
+            expected[key] = (now_s + 10, value, parts | known)
+            if len(expected) > 2:
+                del expected[min(expected, key=lambda key: expected[key][0])]
+        expected = {key: entry for key, entry in expected.items() if entry[0] > now_s}
+        for key in "abc":
+            end = expected.get(key)
+            assert await store.get(a_record(key, tenant="t")) == (end[1] if end else None)
+            if end:
+                assert await store.get_parts(a_record(key, tenant="t"), "xy") == end[2]
+        assert await store.count("test") == len(expected)
+    await store.close()
+
+
+async def test_the_file_and_its_journals_are_its_owners_alone_and_shrink_again(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "sessions.sqlite3"
+    path.parent.mkdir(mode=0o755)
+    path.touch(mode=0o644)
+
+    async with open_store(str(path)) as store:
+        record = a_record()
+        await store.put(record, b"x", parts={"a": bytes(1 << 20)}, limits=PLENTY)
+        assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o600}
+        await store.delete(record)
+
+    assert path.stat().st_size < 1 << 18
+
+
+async def test_a_file_outlives_its_store_and_is_shared_by_two(tmp_path: Path) -> None:
+    path, record = str(tmp_path / "sessions.sqlite3"), a_record()
+    async with open_store(path) as first, open_store(path) as second:
+        await first.put(record, b"x", parts={"a": b"A"}, limits=PLENTY)
+        assert await second.get(record) == b"x"
+        assert await first.acquire(record, "mine", lifetime_s=60)
+        assert not await second.acquire(record, "yours", lifetime_s=60)
+
+    async with open_store(path) as third:
+        assert await third.get_parts(record, ["a"]) == {"a": b"A"}
+
+
+async def test_two_servers_share_a_redis(redis_url: str) -> None:
+    record = a_record()
+    async with open_store(redis_url) as first, open_store(redis_url) as second:
+        await first.put(record, b"x", parts={"a": b"A"}, limits=PLENTY)
+        assert await first.acquire(record, "mine", lifetime_s=60)
+
+        assert await second.get_parts(record, ["a"]) == {"a": b"A"}
+        assert not await second.acquire(record, "yours", lifetime_s=60)
+
+
+async def test_a_write_that_others_disturb_is_tried_again_and_keeps_its_lease(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reading of the surplus is followed by somebody's renewal, which the transaction must not pass over."""
+    record = a_record()
+    async with open_store(redis_url) as store:
+        assert isinstance(store, RedisStore)
+        await store.acquire(record, "mine", lifetime_s=60)
+        times = itertools.count()
+
+        async def disturbed(*args: Any) -> list[bytes]:
+            if next(times) < 2:
+                await store.renew(record, "mine", lifetime_s=60)
+            return []
+
+        monkeypatch.setattr("vlm_server.sessions.redis_store._surplus", disturbed)
+        await store.put(record, b"x", parts={}, limits=PLENTY, token="mine")
+
+        assert await store.get(record) == b"x"
+        assert next(times) == 3
+
+
+async def test_a_folder_or_another_programs_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no database" * 1000)
+    newer = sqlite3.connect(tmp_path / "newer")
+    newer.execute("PRAGMA user_version = 99")
+    newer.close()
+
+    for name, reason in ((".", "opened"), ("text", "not a database"), ("newer", "version 99")):
+        with pytest.raises(StoreError, match=reason):
+            async with open_store(str(tmp_path / name)):
+                pass
+
+
+async def test_a_redis_that_does_not_answer_is_refused() -> None:
+    with pytest.raises(StoreError, match="failed"):
+        async with open_store("redis://127.0.0.1:1/0"):
+            pass
+
+
+async def test_redis_without_its_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vlm_server.sessions.redis_store", None)
+
+    with pytest.raises(StoreError, match=r"pip install 'vlm-server\[redis\]'"):
+        async with open_store("redis://127.0.0.1/0"):
+            pass
+
+
+async def test_the_default_is_a_file_in_the_state_folder_or_else_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    async with open_store("auto"):
+        assert default_path() == tmp_path / "state" / "vlm-server" / "sessions.sqlite3"
+        assert default_path().is_file()
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
+
+    async with open_store("auto") as store:
+        await store.put(a_record(), b"x", parts={}, limits=PLENTY)
+
+    assert "kept in memory" in caplog.text

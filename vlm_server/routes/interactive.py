@@ -1,0 +1,142 @@
+"""`POST /v1/chat/interactive`: LMDeploy's route for conversations that the server keeps.
+
+A stream is one JSON object per line, without `data: ` and without an end mark, under the media type that LMDeploy gave it.
+"""
+
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from vlm_server.auth import tenant_of
+from vlm_server.context import ServerContext, context_of
+from vlm_server.errors import bad_request, to_api_error
+from vlm_server.interactive_protocol import NO_SESSION, InteractiveRequest
+from vlm_server.middleware import request_facts
+from vlm_server.response_schema import InteractiveResponse
+from vlm_server.sessions.store import RecordId
+from vlm_server.shapes import new_id
+from vlm_server.streaming import EventStream, note_usage, unless_client_leaves
+from vlm_server.turns import Reply, TurnRequest
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter()
+
+_encode = msgspec.json.Encoder().encode
+_NOTHING = Reply(finish_reason="stop")  # what cancelling and ending answer
+
+
+@router.post("/v1/chat/interactive", response_model=InteractiveResponse, tags=["chat"], summary="One turn of a session")
+async def chat_interactive(request: Request, body: InteractiveRequest) -> Response:
+    """The user's turn in, the assistant's out; with `interactive_mode` and a `session_id` the server keeps both for the next turn."""
+    context = context_of(request)
+    warnings = context.accept(request, body) + _check(body)
+    session_id = _session_of(context, request, body)
+    if body.cancel or body.ends_session:
+        if session_id is not None:
+            turns = context.turns
+            await unless_client_leaves(request, turns.cancel(session_id) if body.cancel else turns.end(session_id))
+        return Response(_line(_NOTHING, warnings), media_type="text/event-stream" if body.stream else "application/json")
+    replies = context.turns.replies(_turn_request(context, request, body, session_id))
+    if body.stream:
+        return await _stream(request, replies, warnings)
+    return Response(_line(await _collected(request, replies), warnings), media_type="application/json")
+
+
+def _check(body: InteractiveRequest) -> list[str]:
+    """Warnings. Raises ApiError 400 for what fields ask for together and cannot have."""
+    if body.cancel:
+        if body.session_id == NO_SESSION:
+            raise bad_request("missing_required_parameter", "session_id: it is needed to cancel a request", param="session_id")
+        return []
+    if body.turn is None:
+        raise bad_request("missing_required_parameter", "prompt: it is needed, as a string or as messages", param="prompt")
+    if body.request_output_len == 0 and not body.ends_session:
+        message = "request_output_len: at least 1, or 0 with an empty prompt and without interactive_mode, which ends the session"
+        raise bad_request("invalid_value", message, param="request_output_len")
+    if body.interactive_mode and body.session_id == NO_SESSION:
+        return ["interactive_mode: without a session_id nothing is kept"]
+    return []
+
+
+def _session_of(context: ServerContext, request: Request, body: InteractiveRequest) -> RecordId | None:
+    if body.session_id == NO_SESSION:
+        return None
+    return context.turns.sessions.id_of(tenant_of(request.scope), body.session_id)
+
+
+def _turn_request(context: ServerContext, request: Request, body: InteractiveRequest, session_id: RecordId | None) -> TurnRequest:
+    fields, response_id = body.turn_fields(context.config.model_name), new_id("interactive")
+    return TurnRequest(
+        tenant=tenant_of(request.scope),
+        session_id=session_id,
+        keeps=body.interactive_mode,
+        messages=body.new_messages(),
+        pictures=tuple(body.picture_fields()),
+        generation=lambda prompt: context.generation(fields, [prompt], request_id=response_id),
+        prompt_prepared=context.metrics.prompt_prepared,
+    )
+
+
+async def _collected(request: Request, replies: AsyncGenerator[Reply, None]) -> Reply:
+    """All replies as one. Raises what the turn raises, and ApiError 499 where the client left."""
+
+    async def collect() -> Reply:
+        pieces = []
+        async with aclosing(replies):
+            async for reply in replies:
+                pieces.append(reply.text)
+        return Reply("".join(pieces), reply.usage, reply.history_tokens, reply.finish_reason)
+
+    reply = await unless_client_leaves(request, collect())
+    note_usage(request, reply.usage)
+    return reply
+
+
+async def _stream(request: Request, replies: AsyncGenerator[Reply, None], warnings: list[str]) -> Response:
+    """The answer in lines, begun. Raises what the turn raises before its first piece."""
+    try:
+        first = await unless_client_leaves(request, anext(replies))
+    except BaseException:
+        await replies.aclose()
+        raise
+    return EventStream(_lines(request, first, replies, warnings), replies, ping_s=0)  # a comment would be no JSON
+
+
+async def _lines(request: Request, first: Reply, replies: AsyncGenerator[Reply, None], warnings: list[str]) -> AsyncGenerator[bytes, None]:
+    last = first
+    try:
+        async with aclosing(replies):
+            yield _line(first, warnings)
+            async for last in replies:
+                yield _line(last, warnings)
+    except Exception as error:  # the status is sent already: the error becomes the last line
+        api_error = to_api_error(error)
+        if api_error.code == "internal_error":
+            logger.exception("a stream failed")
+        request_facts(request.scope)["error"] = api_error.code
+        failed = Reply(usage=last.usage, history_tokens=last.history_tokens, finish_reason="error")
+        yield _encode(_as_dict(failed, warnings) | {"error": api_error.body()["error"]}) + b"\n"
+    finally:
+        note_usage(request, last.usage)
+
+
+def _line(reply: Reply, warnings: list[str]) -> bytes:
+    return _encode(_as_dict(reply, warnings if reply.finish_reason else [])) + b"\n"
+
+
+def _as_dict(reply: Reply, warnings: list[str]) -> dict[str, Any]:
+    """LMDeploy's object."""
+    return {
+        "text": reply.text,
+        "tokens": reply.usage.completion_tokens,
+        "input_tokens": reply.usage.prompt_tokens - reply.history_tokens,
+        "history_tokens": reply.history_tokens,
+        "finish_reason": reply.finish_reason,
+        **({"warnings": warnings} if warnings else {}),
+    }

@@ -1,0 +1,169 @@
+"""A store of records in Redis, for several servers.
+
+A record is one hash (its value, and a field per part) that Redis itself ends in time; a lease is a key with a lifetime; beside them, per
+tenant, a sorted set of its records by their ends. Writes that depend on a lease are transactions that fail where it changes.
+"""
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from redis import asyncio as redis
+from redis.exceptions import RedisError, WatchError
+
+from vlm_server.sessions.store import LeaseLostError, Limits, RecordId, StoreError
+
+TIMEOUT_S = 5.0  # for Redis to be reached, and to answer
+MAX_TRIES = 8  # of a transaction that others disturb
+
+_VALUE = b"value"
+_PART = b"part:"
+
+
+class RedisStore:
+    """See `RecordStore`."""
+
+    def __init__(self, client: "redis.Redis", *, prefix: str = "vlm-server") -> None:
+        self._redis = client
+        self._prefix = prefix
+
+    @classmethod
+    async def open(cls, url: str) -> "RedisStore":
+        """Raises StoreError where `url` leads to no Redis."""
+        try:
+            client = redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+        except (ValueError, RedisError) as error:
+            raise StoreError(f"the session store's address is not valid: {error}") from error
+        store = cls(client)
+        try:
+            async with _translated():
+                await client.ping()
+        except BaseException:
+            await store.close()
+            raise
+        return store
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def get(self, record_id: RecordId) -> bytes | None:
+        async with _translated():
+            value = await self._redis.hget(self._key("record", record_id), _VALUE)
+        return None if value is None else bytes(value)
+
+    async def get_parts(self, record_id: RecordId, names: Collection[str]) -> dict[str, bytes]:
+        if not names:
+            return {}
+        async with _translated():
+            found = await self._redis.hmget(self._key("record", record_id), [_PART + name.encode() for name in names])
+        return {name: bytes(data) for name, data in zip(names, found, strict=True) if data is not None}
+
+    async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
+        record, index = self._key("record", record_id), self._index(record_id)
+        ttl_ms, ends_s = max(1, round(limits.ttl_s * 1000)), time.time() + limits.ttl_s
+
+        async def write(pipe: Any) -> None:
+            await pipe.watch(record)  # not the index, which every write changes: the next one ends what two at once leave too many
+            known = set(await pipe.hkeys(record))
+            new = {name: data for name, data in ((_PART + name.encode(), data) for name, data in parts.items()) if name not in known}
+            surplus = await _surplus(pipe, index, record_id.key.encode(), limits.max_records)
+            pipe.multi()
+            pipe.hset(record, mapping={_VALUE: value, **new})
+            pipe.pexpire(record, ttl_ms)
+            pipe.zadd(index, {record_id.key: ends_s})
+            pipe.pexpire(index, ttl_ms)
+            pipe.sadd(self._tenants(record_id.namespace), record_id.tenant)
+            for key in surplus:
+                pipe.delete(self._key("record", RecordId(record_id.namespace, record_id.tenant, key.decode())))
+                pipe.zrem(index, key)
+
+        await self._transaction(record_id, token, write)
+
+    async def delete(self, record_id: RecordId, *, token: str | None = None) -> None:
+        async def write(pipe: Any) -> None:
+            pipe.multi()
+            pipe.delete(self._key("record", record_id))
+            pipe.zrem(self._index(record_id), record_id.key)
+
+        await self._transaction(record_id, token, write)
+
+    async def count(self, namespace: str) -> int:
+        async with _translated():
+            tenants = await self._redis.smembers(self._tenants(namespace))
+            counts = [
+                await self._redis.zcount(self._index(RecordId(namespace, tenant.decode(), "")), f"({time.time()}", "+inf")
+                for tenant in tenants
+            ]
+        return sum(map(int, counts))
+
+    async def acquire(self, record_id: RecordId, token: str, *, lifetime_s: float) -> bool:
+        async with _translated():
+            return bool(await self._redis.set(self._key("lease", record_id), token, nx=True, px=round(lifetime_s * 1000)))
+
+    async def renew(self, record_id: RecordId, token: str, *, lifetime_s: float) -> bool:
+        async def write(pipe: Any) -> None:
+            pipe.multi()
+            pipe.pexpire(self._key("lease", record_id), round(lifetime_s * 1000))
+
+        return await self._if_held(record_id, token, write)
+
+    async def release(self, record_id: RecordId, token: str) -> None:
+        async def write(pipe: Any) -> None:
+            pipe.multi()
+            pipe.delete(self._key("lease", record_id))
+
+        await self._if_held(record_id, token, write)
+
+    async def revoke(self, record_id: RecordId) -> None:
+        async with _translated():
+            await self._redis.delete(self._key("lease", record_id))
+
+    async def _if_held(self, record_id: RecordId, token: str, write: Callable[[Any], Awaitable[None]]) -> bool:
+        try:
+            await self._transaction(record_id, token, write)
+        except LeaseLostError:
+            return False
+        return True
+
+    async def _transaction(self, record_id: RecordId, token: str | None, write: Callable[[Any], Awaitable[None]]) -> None:
+        """`write` reads, calls `multi()` and queues its commands; nothing is done unless the lease held until the end."""
+        lease = self._key("lease", record_id)
+        async with _translated():
+            for _ in range(MAX_TRIES):
+                async with self._redis.pipeline(transaction=True) as pipe:
+                    await pipe.watch(lease)
+                    if token is not None and await pipe.get(lease) != token.encode():
+                        raise LeaseLostError
+                    await write(pipe)
+                    try:
+                        await pipe.execute()
+                    except WatchError:
+                        continue
+                    return
+        raise StoreError(f"the session store was busy at each of {MAX_TRIES} tries")
+
+    def _key(self, kind: str, record_id: RecordId) -> str:
+        return f"{self._prefix}:{record_id.namespace}:{kind}:{record_id.tenant}:{record_id.key}"
+
+    def _index(self, record_id: RecordId) -> str:
+        return f"{self._prefix}:{record_id.namespace}:index:{record_id.tenant}"
+
+    def _tenants(self, namespace: str) -> str:
+        return f"{self._prefix}:{namespace}:tenants"
+
+
+async def _surplus(pipe: Any, index: str, key: bytes, max_records: int) -> list[bytes]:
+    """The tenant's records that have ended, and its oldest ones beyond the limit once `key` is written."""
+    ended = await pipe.zrangebyscore(index, "-inf", time.time())
+    others = [other for other in await pipe.zrange(index, 0, -1) if other != key]
+    num_surplus = max(0, len(others) + 1 - max_records)
+    return list({*(other for other in ended if other != key), *others[:num_surplus]})
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except RedisError as error:
+        raise StoreError(f"the session store failed: {error}") from error

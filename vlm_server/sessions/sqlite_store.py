@@ -1,0 +1,199 @@
+"""A store of records in one SQLite file, for one machine; in memory alone under the path `:memory:`.
+
+The file holds conversations, so only its owner may read it. All work is done in one thread; several processes may share the file.
+"""
+
+import asyncio
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from vlm_server.sessions.store import LeaseLostError, Limits, RecordId, StoreError
+
+IN_MEMORY = ":memory:"
+BUSY_TIMEOUT_S = 5.0  # for another process's write
+
+_VERSION = 1  # of the tables; a file of another version is left alone
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS records (
+    namespace TEXT NOT NULL, tenant TEXT NOT NULL, key TEXT NOT NULL,
+    value BLOB NOT NULL, written_s REAL NOT NULL, expires_s REAL NOT NULL,
+    PRIMARY KEY (namespace, tenant, key)
+);
+CREATE INDEX IF NOT EXISTS records_by_end ON records (expires_s);
+CREATE TABLE IF NOT EXISTS parts (
+    namespace TEXT NOT NULL, tenant TEXT NOT NULL, key TEXT NOT NULL, name TEXT NOT NULL, data BLOB NOT NULL,
+    PRIMARY KEY (namespace, tenant, key, name),
+    FOREIGN KEY (namespace, tenant, key) REFERENCES records ON DELETE CASCADE
+);
+CREATE TABLE IF NOT EXISTS leases (
+    namespace TEXT NOT NULL, tenant TEXT NOT NULL, key TEXT NOT NULL, token TEXT NOT NULL, expires_s REAL NOT NULL,
+    PRIMARY KEY (namespace, tenant, key)
+);
+"""
+_THIS = "namespace = ? AND tenant = ? AND key = ?"
+
+Result = TypeVar("Result")
+
+
+class SqliteStore:
+    """See `RecordStore`. `clock`: Unix time, which processes that share the file must agree on."""
+
+    def __init__(self, connection: sqlite3.Connection, thread: ThreadPoolExecutor, clock: Callable[[], float]) -> None:
+        self._connection = connection
+        self._thread = thread
+        self._clock = clock
+
+    @classmethod
+    async def open(cls, path: str | Path, *, clock: Callable[[], float] = time.time) -> "SqliteStore":
+        """Makes the file, and its folder, where there is none. Raises StoreError."""
+        thread = ThreadPoolExecutor(1, thread_name_prefix="session-store")
+        try:
+            connection = await asyncio.get_running_loop().run_in_executor(thread, _connect, str(path))
+        except (OSError, sqlite3.Error) as error:
+            thread.shutdown()
+            raise StoreError(f"the session store {path} cannot be opened: {error}") from error
+        except BaseException:
+            thread.shutdown()
+            raise
+        return cls(connection, thread, clock)
+
+    async def close(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._connection.close)
+        self._thread.shutdown()
+
+    async def get(self, record_id: RecordId) -> bytes | None:
+        query = f"SELECT value FROM records WHERE {_THIS} AND expires_s > ?"
+        row = await self._run(lambda db: db.execute(query, (*_row(record_id), self._clock())).fetchone())
+        return None if row is None else bytes(row[0])
+
+    async def get_parts(self, record_id: RecordId, names: Collection[str]) -> dict[str, bytes]:
+        query = f"SELECT data FROM parts WHERE {_THIS} AND name = ?"
+
+        def read(db: sqlite3.Connection) -> dict[str, bytes]:
+            rows = {name: db.execute(query, (*_row(record_id), name)).fetchone() for name in names}
+            return {name: bytes(row[0]) for name, row in rows.items() if row is not None}
+
+        return await self._run(read)
+
+    async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
+        def write(db: sqlite3.Connection) -> None:
+            now_s = self._clock()
+            _require_lease(db, record_id, token, now_s)
+            db.execute("DELETE FROM records WHERE expires_s <= ?", (now_s,))
+            db.execute(
+                "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "
+                "SET value = excluded.value, written_s = excluded.written_s, expires_s = excluded.expires_s",
+                (*_row(record_id), value, now_s, now_s + limits.ttl_s),
+            )
+            rows = ((*_row(record_id), name, data) for name, data in parts.items())
+            db.executemany("INSERT OR IGNORE INTO parts VALUES (?, ?, ?, ?, ?)", rows)
+            _delete_surplus(db, record_id, limits.max_records)
+
+        await self._run(write)
+
+    async def delete(self, record_id: RecordId, *, token: str | None = None) -> None:
+        def write(db: sqlite3.Connection) -> None:
+            _require_lease(db, record_id, token, self._clock())
+            db.execute(f"DELETE FROM records WHERE {_THIS}", _row(record_id))
+
+        await self._run(write)
+
+    async def count(self, namespace: str) -> int:
+        query = "SELECT COUNT(*) FROM records WHERE namespace = ? AND expires_s > ?"
+        (number,) = await self._run(lambda db: db.execute(query, (namespace, self._clock())).fetchone())
+        return int(number)
+
+    async def acquire(self, record_id: RecordId, token: str, *, lifetime_s: float) -> bool:
+        def write(db: sqlite3.Connection) -> bool:
+            now_s = self._clock()
+            db.execute("DELETE FROM leases WHERE expires_s <= ?", (now_s,))
+            row = (*_row(record_id), token, now_s + lifetime_s)
+            return db.execute("INSERT OR IGNORE INTO leases VALUES (?, ?, ?, ?, ?)", row).rowcount == 1
+
+        return await self._run(write)
+
+    async def renew(self, record_id: RecordId, token: str, *, lifetime_s: float) -> bool:
+        query = f"UPDATE leases SET expires_s = ? WHERE {_THIS} AND token = ? AND expires_s > ?"
+
+        def write(db: sqlite3.Connection) -> bool:
+            now_s = self._clock()
+            return db.execute(query, (now_s + lifetime_s, *_row(record_id), token, now_s)).rowcount == 1
+
+        return await self._run(write)
+
+    async def release(self, record_id: RecordId, token: str) -> None:
+        await self._run(lambda db: db.execute(f"DELETE FROM leases WHERE {_THIS} AND token = ?", (*_row(record_id), token)))
+
+    async def revoke(self, record_id: RecordId) -> None:
+        await self._run(lambda db: db.execute(f"DELETE FROM leases WHERE {_THIS}", _row(record_id)))
+
+    async def _run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        """`work` as one transaction, in the store's thread; a caller that is cancelled does not end it."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, _transaction, self._connection, work)
+        except sqlite3.Error as error:
+            raise StoreError(f"the session store failed: {error}") from error
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    if path != IN_MEMORY:
+        path = os.path.expanduser(path)
+        Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchmod(descriptor, 0o600)  # also a file that was there; SQLite gives its journals the same mode
+        finally:
+            os.close(descriptor)
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+    try:
+        _prepare(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version not in (0, _VERSION):
+        raise sqlite3.DatabaseError(f"it has version {version} of the tables, this server writes version {_VERSION}")
+    connection.execute("PRAGMA auto_vacuum = FULL")  # before anything is written, else it has no effect
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    if version == 0:
+        connection.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
+
+
+def _transaction(connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], Result]) -> Result:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        result = work(connection)
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    return result
+
+
+def _row(record_id: RecordId) -> tuple[str, str, str]:
+    return record_id.namespace, record_id.tenant, record_id.key
+
+
+def _require_lease(connection: sqlite3.Connection, record_id: RecordId, token: str | None, now_s: float) -> None:
+    query = f"SELECT 1 FROM leases WHERE {_THIS} AND token = ? AND expires_s > ?"
+    if token is not None and connection.execute(query, (*_row(record_id), token, now_s)).fetchone() is None:
+        raise LeaseLostError
+
+
+def _delete_surplus(connection: sqlite3.Connection, record_id: RecordId, max_records: int) -> None:
+    connection.execute(
+        "DELETE FROM records WHERE rowid IN "
+        "(SELECT rowid FROM records WHERE namespace = ? AND tenant = ? ORDER BY written_s DESC, rowid DESC LIMIT -1 OFFSET ?)",
+        (record_id.namespace, record_id.tenant, max_records),
+    )

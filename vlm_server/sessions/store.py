@@ -1,0 +1,69 @@
+"""What a store of records promises, whatever keeps it.
+
+A record is one value and named parts, all bytes, under a namespace, a tenant and a key. It ends after a time without a write, or when its
+tenant has too many in its namespace. A lease on a record lets one writer at a time work on it, on whichever server; a lease that is
+not renewed ends by itself. Knows nothing of what the bytes mean.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class StoreError(Exception):
+    """The store cannot be opened, reached, read or written."""
+
+
+class LeaseLostError(Exception):
+    """The lease ended before the write: it was revoked, or not renewed in time. Nothing was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordId:
+    namespace: str
+    tenant: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a record stays after its last write, and how many of them one tenant has in one namespace."""
+
+    ttl_s: float
+    max_records: int
+
+
+class RecordStore(Protocol):
+    """Every method may raise StoreError, none waits without a limit."""
+
+    async def get(self, record_id: RecordId) -> bytes | None:
+        """The value of a record that has not ended."""
+
+    async def get_parts(self, record_id: RecordId, names: Collection[str]) -> dict[str, bytes]:
+        """Those of the named parts that the record has."""
+
+    async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
+        """Write the value, and the parts that the record does not have yet, all or nothing; then end the tenant's oldest surplus records.
+
+        token: of the lease that must hold, else LeaseLostError.
+        """
+
+    async def delete(self, record_id: RecordId, *, token: str | None = None) -> None:
+        """End the record, if there is one. `token` as for `put`."""
+
+    async def count(self, namespace: str) -> int:
+        """Records of all tenants."""
+
+    async def acquire(self, record_id: RecordId, token: str, *, lifetime_s: float) -> bool:
+        """Take the lease on a record, which need not exist; False where another token has it."""
+
+    async def renew(self, record_id: RecordId, token: str, *, lifetime_s: float) -> bool:
+        """Let the lease last `lifetime_s` from now; False where it is lost."""
+
+    async def release(self, record_id: RecordId, token: str) -> None:
+        """Give the lease back, if it is still this token's."""
+
+    async def revoke(self, record_id: RecordId) -> None:
+        """End the lease, whoever has it."""
+
+    async def close(self) -> None: ...
