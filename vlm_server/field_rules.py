@@ -58,6 +58,15 @@ _UNSUPPORTED_IN_CHAT: dict[str, tuple[object, ...]] = {
 }
 # What the other routes have under this name, or under another one.
 _UNSUPPORTED_IN_TURN: dict[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "reasoning_effort": (),
+    "continue_final_message": (False,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "num_beams": (1,),
+    "do_sample": (True,),
     "max_tokens": (),
     "max_completion_tokens": (),
     "min_tokens": (0,),

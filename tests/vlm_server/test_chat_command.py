@@ -79,7 +79,7 @@ def test_the_first_ctrl_c_stops_the_answer_and_the_second_one_leaves(server: Run
     assert stopped
     assert status == 0
     prompt, _ = server.backend.engine.requests[-1]
-    assert bytes(token_id for token_id in prompt.token_ids if token_id < 256).decode() == "user: 你好\n"
+    assert bytes(token_id for token_id in prompt.token_ids if token_id < 256).decode() == "user: 你好\nassistant: "
 
 
 def test_a_question_through_a_pipe_is_answered(server: RunningServer) -> None:
@@ -91,7 +91,7 @@ def test_a_question_through_a_pipe_is_answered(server: RunningServer) -> None:
     assert done.stdout.decode().endswith(f"\n{DEFAULT_REPLY}\n")
     assert done.stderr == b""
     prompt, _ = server.backend.engine.requests[-1]
-    assert bytes(token_id for token_id in prompt.token_ids if token_id < 256).decode() == "system: S\nuser: 写一首诗歌\n"
+    assert bytes(token_id for token_id in prompt.token_ids if token_id < 256).decode() == "system: S\nuser: 写一首诗歌\nassistant: "
 
 
 def test_a_terminal_of_few_characters_ends_nothing(server: RunningServer) -> None:

@@ -114,7 +114,7 @@ def test_a_later_turn_is_put_behind_all_that_was_said(server: RunningServer, num
         answers.append(turn(server, words, number))
         said = [*before, *DEFAULT_REPLY.encode(), EOS] if before else []
         assert asked(server)[: len(said)] == said
-        assert bytes(asked(server)[len(said) or 1 :]) == f"user: {words}\n".encode()
+        assert bytes(asked(server)[len(said) or 1 :]) == f"user: {words}\nassistant: ".encode()
 
     for earlier, later in itertools.pairwise(answers):
         assert later["history_tokens"] == total(earlier)
@@ -464,6 +464,13 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "n": 2}, "n"),
     ({"prompt": "x", "presence_penalty": 1.0}, "presence_penalty"),
     ({"prompt": "x", "tools": [{}]}, "tools"),
+    ({"prompt": "x", "tool_choice": "required"}, "tool_choice"),
+    ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
+    ({"prompt": "x", "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ({"prompt": "x", "num_beams": 2}, "num_beams"),
+    ({"prompt": "x", "do_sample": False}, "do_sample"),
+    ({"prompt": "x", "reasoning_effort": "low"}, "reasoning_effort"),
+    ({"prompt": "x", "continue_final_message": True}, "continue_final_message"),
 ]
 
 
