@@ -59,13 +59,13 @@ class Figure:
         return self.threshold is None or self.share >= self.threshold
 
 
-def items(num_scenes: int) -> list[Item]:
+def items(num_scenes: int, first_seed: int = FIRST_SEED) -> list[Item]:
     """The questions about `num_scenes` scenes per kind of scene taken in turn, alternating between the renderers."""
     plain, printed = {"with_text": False}, {"with_text": True}
     kinds = ({"num_things": 1} | plain, {"num_things": 2} | plain, plain, printed, printed)
     chosen: list[Item] = []
     for i in range(num_scenes):
-        scene = sample_scene(FIRST_SEED + i, **kinds[i // 2 % len(kinds)])
+        scene = sample_scene(first_seed + i, **kinds[i // 2 % len(kinds)])
         renderer = ("first", "second")[i % 2]
         questions = questions_about(scene, random.Random(scene.seed), is_evaluation=True)
         chosen += [Item(measure, renderer, scene, question) for measure, question in _measured(scene, questions)]
@@ -193,11 +193,14 @@ def _main() -> int:
     where.add_argument("--folder", type=Path, help="a model folder, run through the reference library")
     parser.add_argument("--model", help="the served model's name (default: the first that the server lists)")
     parser.add_argument("--scenes", type=int, default=1000)
+    parser.add_argument(
+        "--first-seed", type=int, default=FIRST_SEED, help=f"of the scenes; other held-out ones with another (default: {FIRST_SEED})"
+    )
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--text", type=Path, help="with --folder: the text file of the training, for the perplexity of its held-out part")
     parser.add_argument("--json", type=Path, help="write the figures and every wrong answer here")
     options = parser.parse_args()
-    chosen = items(options.scenes)
+    chosen = items(options.scenes, options.first_seed)
     if options.url:
         answers = asyncio.run(ask_server(options.url, options.model, chosen, options.concurrency))
     else:

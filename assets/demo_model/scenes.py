@@ -9,9 +9,12 @@ Knows nothing of questions, tokens or models.
 import io
 import math
 import random
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -42,7 +45,11 @@ COLOUR_BOXES = {
     "black": ((0, 360), (0, 30), (0, 13)),
     "white": ((0, 360), (0, 3), (94, 100)),
 }
-FONT_PACKAGES = ("font-roboto", "font-source-sans-pro", "font-source-serif-pro", "font-manrope", "font-hanken-grotesk")
+FONT_PACKAGES = (
+    *("font-roboto", "font-source-sans-pro", "font-source-serif-pro", "font-manrope", "font-hanken-grotesk"),
+    *("font-caladea", "font-fredoka-one", "font-lato"),
+)
+PYMUPDF_FONTS = ("figo", "figbo", "notos", "notosbo", "ubuntu", "ubuntubo", "ubuntm", "ubuntmbo")
 FONT_WEIGHTS = ("Regular", "Medium", "Semibold", "SemiBold", "Bold", "ExtraBold", "Black")
 SIDES_PX = (224, 224, 224, 288, 384)
 
@@ -52,6 +59,7 @@ MAX_TEXTS = 5
 
 # Two characters must not share one patch (1/8 of the side) of the vision tower.
 MIN_ADVANCE = 0.15
+STRETCHES, SLANTS, STROKES_PX = (0.75, 1.3), (-0.1, 0.3), (0, 0, 1, 2)
 PLACE_MARGIN = 0.03
 MIN_CONTRAST = 190.0
 MAX_TILT = 25.0  # a square stays a square, not a diamond
@@ -341,25 +349,40 @@ def _paint_edge(
 
 
 def _paint_text(canvas: Image.Image, rng: random.Random, text: Text, paint: tuple[int, int, int]) -> None:
-    """Set each character at its own place on a strip of twice the size, turn the strip, and paint through it."""
+    """Set each character at its own place on a strip of twice the size, slant and turn the strip, and paint through it.
+
+    Every second text is stretched, slanted and thickened at random: characters are to be learned, not the glyphs of these fonts.
+    """
     scale = 2 * canvas.width
-    font = _font(rng.choice(font_files() or (None,)), round(text.height * scale))
+    font = _font(rng.randrange(len(fonts())), round(text.height * scale))
+    stretch, slant, stroke_px = 1.0, 0.0, 0
+    if rng.random() < 0.5:
+        stretch, slant, stroke_px = rng.uniform(*STRETCHES), rng.uniform(*SLANTS), rng.choice(STROKES_PX)
     width, height = (2 * round(canvas.width * side) for side in (len(text.string) * text.advance + 0.1, 1.6 * text.height))
     mask = Image.new("L", (width, height))
-    pen = ImageDraw.Draw(mask)
     corner = [round(text.x * canvas.width) - width // 4, round(text.y * canvas.width) - height // 4]
+    baseline = (text.y + 0.36 * text.height) * scale - 2 * corner[1]
     for i, character in enumerate(text.string):
         x = (text.x + (i - (len(text.string) - 1) / 2) * text.advance) * scale - 2 * corner[0]
-        left, _, right, _ = font.getbbox(character, anchor="ls")
-        baseline = (text.y + 0.36 * text.height) * scale - 2 * corner[1]
-        pen.text((x - (left + right) / 2, baseline), character, fill=255, font=font, anchor="ls")
+        glyph = _glyph(font, character, stroke_px, height, baseline)
+        glyph = glyph.resize((max(1, round(min(glyph.width * stretch, 0.95 * text.advance * scale))), height))
+        mask.paste(255, (round(x - glyph.width / 2), 0), glyph)
+    mask = mask.transform(mask.size, Image.Transform.AFFINE, (1, slant, -slant * height / 2, 0, 1, 0), Image.Resampling.BILINEAR)
     canvas.paste(paint, tuple(corner), mask.rotate(-text.angle, Image.Resampling.BILINEAR).reduce(2))
 
 
+def _glyph(font: ImageFont.FreeTypeFont, character: str, stroke_px: int, height: int, baseline: float) -> Image.Image:
+    """A mask as wide as the character."""
+    left, _, right, _ = font.getbbox(character, anchor="ls", stroke_width=stroke_px)
+    glyph = Image.new("L", (max(1, math.ceil(right - left)), height))
+    ImageDraw.Draw(glyph).text((-left, baseline), character, fill=255, font=font, anchor="ls", stroke_width=stroke_px)
+    return glyph
+
+
 @cache
-def font_files() -> tuple[str, ...]:
-    """Upright fonts of the installed font packages, in a fixed order; empty if there is none (then Pillow's own font is used)."""
-    found: list[str] = []
+def fonts() -> tuple[Path | bytes | None, ...]:
+    """Upright fonts of the installed font packages (files or their contents), in a fixed order; Pillow's own if there is none."""
+    found: list[Path | bytes] = []
     for package in FONT_PACKAGES:
         try:
             entries = files(package) or []
@@ -367,13 +390,19 @@ def font_files() -> tuple[str, ...]:
             continue
         wanted = [e for e in entries if e.suffix in (".ttf", ".otf") and e.stem.rpartition("-")[2] in FONT_WEIGHTS]
         unique = {e.stem: e for e in sorted(wanted, key=str)}
-        found += [str(unique[stem].locate()) for stem in sorted(unique)]
-    return tuple(found)
+        found += [Path(unique[stem].locate()) for stem in sorted(unique)]
+    with suppress(ModuleNotFoundError):
+        buffers = import_module("pymupdf_fonts").fontbuffers
+        found += [buffers[name]() for name in PYMUPDF_FONTS]
+    return tuple(found) or (None,)
 
 
-@cache
-def _font(path: str | None, size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.truetype(path, size_px) if path else ImageFont.load_default(size_px)
+@lru_cache(maxsize=512)
+def _font(index: int, size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    source = fonts()[index]
+    if source is None:
+        return ImageFont.load_default(size_px)
+    return ImageFont.truetype(io.BytesIO(source) if isinstance(source, bytes) else source, size_px)
 
 
 def _finish(canvas: Image.Image, rng: random.Random) -> Image.Image:

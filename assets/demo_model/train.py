@@ -27,9 +27,9 @@ from assets.demo_model.text_prompts import Exchange, load_or_generate
 from assets.demo_model.tune import Codes, ImageTokens, Pictures, Schedule, load_updates, text_perplexity, tune
 
 # What the shipped weights had altogether; the model card says in which rounds.
-EYE_STEPS = 7300
+EYE_STEPS = 10800
 READER = Schedule(1100, 1.5e-3, decay=0.25)
-ADAPT = Schedule(950, 8e-4, decay=0.8)
+ADAPT = Schedule(1190, 8e-4, decay=0.8)
 
 # Where the parts stand in the shipped file.
 TOWER, PROJECTOR, LANGUAGE = "vision_tower.", "multi_modal_projector.", "language_model."
