@@ -84,6 +84,7 @@ def assert_each_follows_the_last(answers: list[dict[str, Any]]) -> None:
         assert later["history_tokens"] == earlier["history_tokens"] + earlier["input_tokens"] + earlier["tokens"]
 
 
+@pytest.mark.full
 def test_a_session_with_a_picture_survives_a_restart_and_a_move_and_prefills_its_own_text_alone(tmp_path, redis_url) -> None:
     """In a file, with a restart after turn 2; in Redis, with a move to a second server after turn 3. Both talk as an unbroken one does."""
     file = str(tmp_path / "sessions.sqlite3")
