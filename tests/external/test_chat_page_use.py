@@ -71,7 +71,7 @@ def test_the_whole_way_by_keyboard(chat: ChatPage, scripted: RunningServer) -> N
     height = chat.message.bounding_box()["height"]
     keyboard.press("Enter")
     chat.answered()
-    assert bytes(scripted.backend.engine.requests[0][0].token_ids[1:]) == b"user: First line\nsecond line\n"
+    assert bytes(scripted.backend.engine.requests[0][0].token_ids[1:]) == b"user: First line\nsecond line\nassistant: "
     expect(chat.message).to_be_focused()
     assert chat.message.bounding_box()["height"] < height  # it grew and is small again
 

@@ -151,12 +151,12 @@ def test_a_dropped_picture_is_asked_about_and_the_answer_is_stopped_in_the_middl
     assert server.backend.activity.was_left_within(10)
     prompt, _ = server.backend.engine.requests[-1]
     assert [image.content_hash for image in prompt.images] == [RED_CIRCLE.encode()]
-    assert text_of(server) == "user: What is this?\n"
+    assert text_of(server) == "user: What is this?\nassistant: "
     browser.expect_idle()
     server.backend.engine.hangs_after = None
     browser.ask("Sure?")
     browser.expect_answer("It is a red circle.")
-    assert text_of(server) == "user: What is this?\nassistant: It is a red\nuser: Sure?\n"
+    assert text_of(server) == "user: What is this?\nassistant: It is a red\nuser: Sure?\nassistant: "
     assert len(server.backend.engine.requests[-1][0].images) == 1
     browser.expect_idle()
     browser.page.screenshot(path=tmp_path / "wide.png")
@@ -181,7 +181,7 @@ def test_an_answer_of_html_stays_text(browser: Browser, server: RunningServer) -
     browser.ask("Again.")
     browser.expect_idle()
     expect(browser.page.get_by_test_id("bot")).to_have_count(2, timeout=LIMIT_MS)
-    assert text_of(server) == f"user: Paint.\nassistant: {HTML}\nuser: Again.\n"
+    assert text_of(server) == f"user: Paint.\nassistant: {HTML}\nuser: Again.\nassistant: "
 
 
 def test_settings_reach_the_engine_and_a_failed_turn_is_told_and_forgotten(browser: Browser, server: RunningServer, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_settings_reach_the_engine_and_a_failed_turn_is_told_and_forgotten(brows
 
     params = server.backend.engine.requests[-1][1]
     assert (params.temperature, params.top_p, params.max_tokens) == (0.25, 0.5, 5)
-    assert text_of(server) == "system: Be brief.\nuser: Three?\n"
+    assert text_of(server) == "system: Be brief.\nuser: Three?\nassistant: "
 
 
 def posted(page_url: str, number: int, data: list[object]) -> bytes:

@@ -33,10 +33,15 @@ export function closeOnBackdrop() {
   }
 }
 
-function answered(dialog) {
-  return new Promise((resolve) => {
+const lastAnswers = new WeakMap();
+
+async function answered(dialog) {
+  await lastAnswers.get(dialog); // a dialog's close event comes a moment after it closed: it must not answer the next question
+  const answer = new Promise((resolve) => {
     dialog.returnValue = "";
     dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true });
     dialog.showModal();
   });
+  lastAnswers.set(dialog, answer);
+  return answer;
 }
