@@ -148,6 +148,7 @@ def test_a_dropped_picture_is_asked_about_and_the_answer_is_stopped_in_the_middl
     browser.page.screenshot(path=tmp_path / "streaming.png")
     browser.page.get_by_label("Stop", exact=True).click()
 
+    browser.expect_idle()  # also lets the page's requests through, which wait for this thread
     assert server.backend.activity.was_left_within(10)
     prompt, _ = server.backend.engine.requests[-1]
     assert [image.content_hash for image in prompt.images] == [RED_CIRCLE.encode()]
