@@ -140,7 +140,7 @@ class Guides:
 
 def _error_of(guide: _Guide) -> str:
     try:
-        guide.work.result(WAIT_S)
+        failure = guide.work.exception(WAIT_S)  # not `result`: what the library breaks at ends requests, not the engine
     except FutureTimeoutError:
         return f"its mask took longer than {WAIT_S:.0f} s"
-    return guide.error
+    return guide.error if failure is None else f"it cannot be followed: {failure!r}"

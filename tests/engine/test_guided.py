@@ -137,6 +137,21 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_request_only(engine, tokeniz
     assert re.fullmatch("[a-z]{3,8}", text_of(tokenizer, outputs["good"]))
 
 
+def test_a_grammar_that_breaks_its_library_ends_guided_requests_only(engine, tokenizer, monkeypatch):
+    def panic(guide, grammar, vocabulary):
+        raise BaseException("a panic")  # as an extension's are
+
+    monkeypatch.setattr(engine.guides, "_compile", panic)
+    engine.add("guided", text_prompt(5, 6, 7), SamplingParams(max_tokens=3, grammar=WORD))
+    engine.add("free", text_prompt(5, 6, 7), SamplingParams(max_tokens=3))
+
+    outputs = run(engine)
+
+    assert outputs["guided"][-1].finish_reason is FinishReason.ERROR
+    assert "a panic" in outputs["guided"][-1].error
+    assert outputs["free"][-1].finish_reason is not FinishReason.ERROR
+
+
 def test_without_a_vocabulary_a_grammar_is_refused_and_the_request_is_gone(folder, tokenizer):
     engine = make_engine(folder, tokenizer)
     engine.guides.vocabulary = None
