@@ -81,6 +81,7 @@ MAY_IMPORT = {
     "vision.single_flight": "",
     "vision.workers": ".frames",
     "vlm_server": "",
+    "vlm_server.answer_grammar": ".errors .tools engine.guided",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.app": (
         ".answer_formats .auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling "
@@ -145,7 +146,8 @@ MAY_IMPORT = {
     "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
     "vlm_server.routes.chat": (
-        ".auth .context .guided .middleware .protocol .response_schema .shapes .stage_timings .streaming .tools engine.request"
+        ".answer_grammar .auth .context .guided .middleware .protocol .response_schema "
+        ".shapes .stage_timings .streaming .tools engine.request"
     ),
     "vlm_server.routes.completions": ".auth .context .guided .middleware .protocol .response_schema .shapes .streaming engine.request",
     "vlm_server.routes.control": ".context .errors .response_schema",

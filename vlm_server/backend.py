@@ -46,6 +46,8 @@ class Tokenizer(TextDecoder, Protocol):
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
+    def added_token_id(self, token: str) -> int | None: ...
+
 
 class Template(Protocol):
     """See `vlm_server.chat_template.ChatTemplate`."""

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from vlm_server.format_protocol import ResponseFormat, StructuredOutputs
+from vlm_server.format_protocol import ResponseFormat, StructuredOutputs, TextFormat
 from vlm_server.message_schema import ChatMessage, TextPart, UnicodeText, check_ending
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
 from vlm_server.tool_schema import NamedTool, Tool, ToolChoice, Tools, forces_a_call, may_be_called, names_in
@@ -220,6 +220,11 @@ class ChatCompletionRequest(GenerationFields):
     @property
     def must_call(self) -> bool:
         return forces_a_call(self.tool_choice)
+
+    @property
+    def has_fixed_form(self) -> bool:
+        """Whether an answer without calls has to follow a grammar."""
+        return not isinstance(self.response_format, TextFormat | None) or self.structured_outputs is not None
 
     @property
     def names_one_tool(self) -> bool:

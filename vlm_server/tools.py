@@ -40,14 +40,20 @@ class CallStructure:
     closing: str
     max_calls: int | None
 
+    def trigger(self, markers: Sequence[str]) -> str | None:
+        """The marker with which every call begins; None where calls look like any text."""
+        begins = [self.opening] if self.opening else [tag.begin for tag in self.tags]
+        return next((marker for marker in markers if all(begin.startswith(marker) for begin in begins)), None)
+
 
 def call_structure(request: ChatCompletionRequest, format: ToolFormat) -> CallStructure | None:
     """What the answer to a request must follow in the format of the model; None where no grammar is needed.
 
-    Needed for `tool_choice` required or a named function, and for tools that are `strict`; others take any object as arguments.
+    Needed for `tool_choice` required or a named function, for tools that are `strict` (others take any object as arguments), and where
+    an answer without calls has a fixed form.
     """
     tools = request.callable_tools()
-    if not request.must_call and not any(tool.function.strict for tool in tools):
+    if not (request.must_call or request.has_fixed_form or any(tool.function.strict for tool in tools)):
         return None
     return CallStructure(
         is_forced=request.must_call,
@@ -73,6 +79,7 @@ class AnswerPlan:
     format: ToolFormat | None
     reasoning: ReasoningFormat | None
     one_call: bool
+    structure: CallStructure | None = None  # what a grammar must enforce
 
     @property
     def is_plain(self) -> bool:
@@ -104,13 +111,16 @@ class AnswerPlan:
 
 def plan_answer(request: ChatCompletionRequest, formats: AnswerFormats) -> AnswerPlan:
     """Raises ApiError 400 for tools, or a choice among them, that this model or this server cannot serve."""
-    tools = request.callable_tools()
+    tools, structure = request.callable_tools(), None
     if tools:
         check_tools(formats)
         assert formats.tools is not None
-        refuse_unenforced(request, call_structure(request, formats.tools))
+        structure = call_structure(request, formats.tools)
+        if structure is not None:
+            _check_enforceable(request, structure, formats.tools)
     one_call = request.parallel_tool_calls is False
-    return AnswerPlan(tools=tools, format=formats.tools if tools else None, reasoning=formats.reasoning, one_call=one_call)
+    format = formats.tools if tools else None
+    return AnswerPlan(tools=tools, format=format, reasoning=formats.reasoning, one_call=one_call, structure=structure)
 
 
 def check_tools(formats: AnswerFormats) -> None:
@@ -123,13 +133,14 @@ def check_tools(formats: AnswerFormats) -> None:
         raise bad_request("tools_not_supported", message, param="tools")
 
 
-def refuse_unenforced(request: ChatCompletionRequest, structure: CallStructure | None) -> None:
-    """Raises ApiError 400 for what only a grammar can enforce."""
-    if structure is None:
+def _check_enforceable(request: ChatCompletionRequest, structure: CallStructure, format: ToolFormat) -> None:
+    """Raises ApiError 400 for what no grammar can enforce in this model's format."""
+    if request.ignore_eos:
+        message = "ignore_eos: a grammar says where the answer ends; only false is allowed with forced calls and strict tools"
+        raise bad_request("invalid_value", message, param="ignore_eos")
+    if structure.is_forced or request.has_fixed_form or structure.trigger(format.markers) is not None:
         return
-    if structure.is_forced:
-        message = "tool_choice: a call cannot be forced yet, only none, auto and allowed_tools with mode auto are supported"
-        raise bad_request("unsupported_parameter", message, param="tool_choice")
     index = next(index for index, tool in enumerate(request.tools or ()) if tool.function.strict)
     path = f"tools[{index}].function.strict"
-    raise bad_request("unsupported_parameter", f"{path}: not supported yet, only null or false", param=path)
+    message = f"{path}: this model's calls look like any text; strict is possible with tool_choice required only"
+    raise bad_request("unsupported_parameter", message, param=path)

@@ -123,13 +123,6 @@ class GetWeather(BaseModel):
     city: Literal["杭州"]
 
 
-@pytest.fixture
-def enforced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a grammar enforced what is asked for."""
-    monkeypatch.setattr("vlm_server.tools.refuse_unenforced", lambda request, structure: None)
-
-
-@pytest.mark.usefixtures("enforced")
 def test_the_parse_helper_makes_arguments_a_model(client: OpenAI, says: Any) -> None:
     says(CALL.replace("get_weather", "GetWeather"))
 
@@ -139,7 +132,6 @@ def test_the_parse_helper_makes_arguments_a_model(client: OpenAI, says: Any) -> 
     assert call.function.parsed_arguments == GetWeather(city="杭州")
 
 
-@pytest.mark.usefixtures("enforced")
 def test_the_stream_helper_parses_arguments_while_they_come(client: OpenAI, says: Any) -> None:
     says(CALL.replace("get_weather", "GetWeather"))
 
@@ -149,10 +141,3 @@ def test_the_stream_helper_parses_arguments_while_they_come(client: OpenAI, says
 
     [call] = completion.choices[0].message.tool_calls or ()
     assert call.function.parsed_arguments == GetWeather(city="杭州")
-
-
-def test_a_choice_that_cannot_be_enforced_is_named(client: OpenAI) -> None:
-    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
-        with pytest.raises(openai.BadRequestError) as caught:
-            ask(client, tool_choice=choice)
-        assert caught.value.param == "tool_choice"

@@ -24,6 +24,10 @@ class ByteTokenizer:
         """None of the words is a special token here."""
         return self
 
+    def added_token_id(self, token: str) -> int | None:
+        """No marker is a token of its own."""
+        return None
+
     def token_bytes(self, token_id: int) -> bytes:
         if token_id < 256:
             return bytes([token_id])

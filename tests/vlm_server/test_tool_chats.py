@@ -9,6 +9,8 @@ import requests
 
 from tests.contract.running import RunningServer, fake_config, running_server
 from tests.vlm_server.byte_tokenizer import EOS
+from tests.vlm_server.test_fields import sampled_with
+from tests.vlm_server.test_guided import accepts
 from vlm_server.examples import RED_CIRCLE
 
 ASK = [{"role": "user", "content": "How is the weather?"}]
@@ -227,25 +229,74 @@ def test_results_of_tools_reach_the_model_with_their_pictures(server: RunningSer
     assert b"tool: It looks so:" in prompt
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}, "allowed"])
-def test_a_forced_call_is_refused_until_a_grammar_enforces_it(server: RunningServer, choice: Any) -> None:
-    if choice == "allowed":
-        allowed = [{"type": "function", "function": {"name": "look"}}]
-        choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": allowed}}
+NAMED = {"type": "function", "function": {"name": "look"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}
 
-    response = post(server, tool_choice=choice)
+
+@pytest.mark.parametrize(
+    ("forced", "right", "wrong"),
+    [
+        ("required", (CALL, SECOND, f"{CALL}\n{SECOND}"), ("hello", f"hello {CALL}", CALL + "hello")),
+        (NAMED, (SECOND,), (CALL, f"{SECOND}\n{SECOND}")),
+        (ALLOWED, (SECOND, f"{SECOND}\n{SECOND}"), (CALL,)),
+    ],
+    ids=["required", "named", "allowed"],
+)
+def test_a_forced_call_is_all_that_the_grammar_leaves(server: RunningServer, forced: Any, right: Any, wrong: Any) -> None:
+    assert post(server, tool_choice=forced).status_code == 200
+
+    grammar = sampled_with(server).grammar
+    assert [text for text in right if not accepts(grammar, text)] == []
+    assert [text for text in wrong if accepts(grammar, text)] == []
+
+
+def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(server: RunningServer) -> None:
+    strict = {"name": "look", "strict": True, "parameters": {"type": "object", "properties": {"at": {"enum": ["sky"]}}, "required": ["at"]}}
+    assert post(server, tools=[WEATHER, {"type": "function", "function": strict}]).status_code == 200
+
+    grammar = sampled_with(server).grammar
+    right = ("hello", CALL, 'Let me see. <tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call> So.')
+    assert [text for text in right if not accepts(grammar, text)] == []
+    assert not accepts(grammar, SECOND)
+    assert not accepts(grammar, '<tool_call>\n{"name": "look", "arguments": {"at": "sea"}}\n</tool_call>')
+    assert post(server, tools=[LOOK]).status_code == 200
+    assert sampled_with(server).grammar is None
+
+
+def test_a_fixed_form_leaves_calls_as_the_only_other_answer(server: RunningServer) -> None:
+    assert post(server, response_format={"type": "regex_schema", "regex_schema": "yes|no"}).status_code == 200
+
+    grammar = sampled_with(server).grammar
+    assert all(accepts(grammar, text) for text in ("yes", "no", CALL, f"{CALL}\n{SECOND}"))
+    assert not any(accepts(grammar, text) for text in ("maybe", f"yes {CALL}", ""))
+
+
+@pytest.mark.parametrize("fields", [{"tool_choice": "required"}, {"response_format": {"type": "json_object"}, "tools": None}], ids=str)
+def test_a_model_may_reason_before_what_is_fixed(thinker: RunningServer, fields: dict[str, Any]) -> None:
+    fixed = CALL if "tool_choice" in fields else '{"a": 1}'
+    assert post(thinker, **fields).status_code == 200
+
+    grammar = sampled_with(thinker).grammar
+    assert all(accepts(grammar, text) for text in (fixed, f"<think>\nWell {{.\n</think>\n\n{fixed}"))
+    assert not any(accepts(grammar, text) for text in ("Well", "<think>Well</think>", f"Well {fixed}"))
+
+
+@pytest.mark.parametrize("fields", [{"tool_choice": "required", "ignore_eos": True}], ids=str)
+def test_what_a_forced_call_cannot_be_with_is_refused(server: RunningServer, fields: dict[str, Any]) -> None:
+    response = post(server, **fields)
 
     assert response.status_code == 400
-    assert response.json()["error"]["param"] == "tool_choice"
+    assert response.json()["error"]["param"] == "ignore_eos"
+
+
+def test_parameters_that_no_grammar_can_follow_are_refused(server: RunningServer) -> None:
+    odd = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"a": {"not": {}}}}}}
+
+    response = post(server, tools=[odd], tool_choice="required")
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "tools"
     assert not server.backend.engine.requests
-
-
-def test_a_strict_tool_is_refused_until_a_grammar_enforces_it(server: RunningServer) -> None:
-    response = post(server, tools=[WEATHER, {"type": "function", "function": {"name": "look", "strict": True}}])
-
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "tools[1].function.strict"
-    assert post(server, tools=[{"type": "function", "function": {"name": "look", "strict": False}}]).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])

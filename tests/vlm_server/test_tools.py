@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
-from tests.vlm_server.parsing.texts import FORMATS, events_of, read
+from tests.vlm_server.parsing.texts import FORMATS, events_of, read, written
+from tests.vlm_server.test_guided import accepts
 from vlm_server.answer_formats import AnswerFormats, reasoning_parser_name, tool_parser_name
+from vlm_server.answer_grammar import answer_grammar
 from vlm_server.errors import ApiError
 from vlm_server.parsing.reasoning import REASONING_FORMATS
 from vlm_server.parsing.tool_formats import TOOL_FORMATS
@@ -117,3 +119,40 @@ def test_flags_win_over_the_template(flags: tuple[str, str], template: str, tool
 def test_an_unknown_parser_is_named_with_those_that_exist(name_of: Any) -> None:
     with pytest.raises(ValueError, match=r"'gpt' is no parser; there are auto, none, .*mistral"):
         name_of("gpt")
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("are_tokens", [False, True], ids=["spelled", "tokens"])
+def test_the_grammar_of_a_forced_call_leaves_just_what_the_parser_reads(format_name: str, are_tokens: bool) -> None:
+    format = TOOL_FORMATS[format_name]
+    plan = plan_answer(request(tool_choice="required"), AnswerFormats(format, None, shows_tools=True))
+    ids = {marker: number for number, marker in enumerate(format.markers, 1000)} if are_tokens else {}
+
+    grammar = answer_grammar(plan, None, token_id_of=ids.get, in_reasoning=False)
+
+    assert grammar is not None
+    if are_tokens:
+        assert all(f"<[{ids[marker]}]>" in grammar for marker in format.markers if marker in str(plan.structure))
+        return
+    assert accepts(grammar, written(format_name, [("f", '{"a": 1}')]))
+    assert accepts(grammar, written(format_name, [("f", '{"a": 1}'), ("look-up", '{"a": -2}')]))
+    assert not accepts(grammar, written(format_name, [("g", '{"a": 1}')]))
+    assert not accepts(grammar, written(format_name, [("f", '{"a": "1"}')]))
+    assert not accepts(grammar, "hello")
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_strict_tools_are_refused_where_calls_look_like_any_text(format_name: str) -> None:
+    formats = AnswerFormats(TOOL_FORMATS[format_name], None, shows_tools=True)
+    if format_name == "llama3":
+        with pytest.raises(ApiError, match="required"):
+            plan_answer(request(tools=[tool("f", strict=True)]), formats)
+        return
+
+    plan = plan_answer(request(tools=[tool("f", strict=True)]), formats)
+    grammar = answer_grammar(plan, None, token_id_of=lambda word: None, in_reasoning=False)
+
+    assert grammar is not None
+    for text in ("hello", written(format_name, [("f", '{"a": 1}')]), "so: " + written(format_name, [("f", '{"a": 1}')])):
+        assert accepts(grammar, text), text
+    assert not accepts(grammar, written(format_name, [("f", '{"a": "1"}')]))

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.request import Prompt
+from vlm_server.answer_grammar import answer_grammar, check_calls
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
 from vlm_server.guided import grammar_of
@@ -26,19 +27,20 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     context = context_of(request)
     warnings = context.accept(request, body) + _without_effect(context, body)
     plan = plan_answer(body, context.formats)
-    grammar = await grammar_of(body)
+    form = await grammar_of(body)
+    tokenizer = context.backend.pipeline.tokenizer
+    await check_calls(plan, tokenizer.added_token_id)
     watch = Stopwatch()
     timings = request_timings(request.scope)
     prompt = await unless_client_leaves(request, _prompt(context, body, plan, tenant_of(request.scope), timings))
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("chatcmpl")
-    tokenizer = context.backend.pipeline.tokenizer
     prompt_end = tokenizer.decode(prompt.token_ids[-_NUM_END_TOKENS:], skip_special_tokens=False)
     in_reasoning = plan.begins_in_reasoning(prompt_end, body.continued_text())
     generation = context.generation(
         body,
         [prompt],
-        grammar=grammar,
+        grammar=answer_grammar(plan, form, token_id_of=tokenizer.added_token_id, in_reasoning=in_reasoning),
         request_id=response_id,
         decoder=tokenizer.showing(plan.markers) if plan.markers else None,
         new_parser=lambda: plan.parser(in_reasoning=in_reasoning),
