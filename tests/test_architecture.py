@@ -42,8 +42,8 @@ MAY_IMPORT = {
     "engine.layers.rotary": "",
     "engine.messages": ".config .request",
     "engine.model_runner": (
-        ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .models.decoder "
-        ".models.fallback .models.lora .models.registry .models.weights .reading .request vision.encoder"
+        ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .models.decoder .models.fallback "
+        ".models.lora .models.registry .models.weights .reading .request vision.encoder"
     ),
     "engine.models": "",
     "engine.models.decoder": ".attention.base .layers.embedding .layers.linear .layers.norm .layers.parallel .layers.rotary",
@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "engine.models.lora": ".models.registry .models.weights",
     "engine.models.registry": ".models.decoder",
     "engine.models.weights": ".layers.linear .models.registry",
-    "engine.process": ".channel .core .messages .models.registry .request",
+    "engine.process": ".channel .core .messages .request",
     "engine.reading": ".batch .request .sampler",
     "engine.request": "vision.shared_array",
     "engine.row": ".kv_cache .request",
@@ -81,8 +81,8 @@ MAY_IMPORT = {
     "vision.single_flight": "",
     "vision.workers": ".frames",
     "vlm_server": "",
-    "vlm_server.answer_grammar": ".errors .tools engine.guided",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
+    "vlm_server.answer_grammar": ".errors .tools engine.guided",
     "vlm_server.app": (
         ".answer_formats .auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling "
         ".sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
@@ -95,6 +95,9 @@ MAY_IMPORT = {
     "vlm_server.chat_client": ".client",
     "vlm_server.chat_page": ".config .examples",
     "vlm_server.chat_template": ".internlm_tools .jinja_process engine.request",
+    "vlm_server.chats": (
+        ".answer_grammar .auth .context .generation .guided .middleware .protocol .stage_timings .streaming .tools engine.request"
+    ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
         ".chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal engine.config "
@@ -103,8 +106,8 @@ MAY_IMPORT = {
     "vlm_server.client": "",
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (
-        ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .generation "
-        ".interactive_protocol .metrics .middleware .parsing.answer .protocol .sampling .token_protocol .turns engine.request"
+        ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .generation .interactive_protocol "
+        ".metrics .middleware .parsing.answer .protocol .sampling .token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
     "vlm_server.docs": ".config .examples .response_schema vlm_server",
@@ -138,17 +141,14 @@ MAY_IMPORT = {
     "vlm_server.parsing.scanner": "",
     "vlm_server.parsing.tool_formats": ".parsing.calls .parsing.scanner",
     "vlm_server.pipeline": (
-        ".chat_template .detokenizer .jinja_process .stage_timings .template_choice .tokenizer .transcript engine.request "
-        "vision.families vision.image"
+        ".chat_template .detokenizer .jinja_process .stage_timings .template_choice .tokenizer .transcript engine.request vision.families "
+        "vision.image"
     ),
     "vlm_server.protocol": ".format_protocol .message_schema .nesting .tool_schema",
     "vlm_server.response_schema": "",
     "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
-    "vlm_server.routes.chat": (
-        ".answer_grammar .auth .context .guided .middleware .protocol .response_schema "
-        ".shapes .stage_timings .streaming .tools engine.request"
-    ),
+    "vlm_server.routes.chat": ".chats .context .protocol .response_schema .shapes .streaming",
     "vlm_server.routes.completions": ".auth .context .guided .middleware .protocol .response_schema .shapes .streaming engine.request",
     "vlm_server.routes.control": ".context .errors .response_schema",
     "vlm_server.routes.embeddings": (
@@ -170,9 +170,9 @@ MAY_IMPORT = {
     "vlm_server.sessions.redis_store": ".sessions.store",
     "vlm_server.sessions.sqlite_store": ".sessions.store",
     "vlm_server.sessions.store": "",
-    "vlm_server.shapes": ".backend .generation .logprobs .parsing.events .protocol",
+    "vlm_server.shapes": ".backend .errors .generation .logprobs .parsing.events .protocol .streaming",
     "vlm_server.stage_timings": "",
-    "vlm_server.streaming": ".errors .generation .middleware .protocol",
+    "vlm_server.streaming": ".errors .generation .middleware",
     "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
     "vlm_server.terminal": ".chat_client",
     "vlm_server.token_protocol": ".message_schema .protocol .tool_schema",

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlm_server.backend import Tokenizer
+from vlm_server.errors import ApiError
 from vlm_server.generation import Delta, FinishedAnswer, Usage
 from vlm_server.logprobs import chat_logprobs, completion_logprobs
 from vlm_server.parsing.events import ArgumentPiece, CallBegun, CallEnded, Content, Event, Reasoning
 from vlm_server.protocol import GenerationFields
+from vlm_server.streaming import OPENAI_EVENTS
 
 
 class ChatShape:
@@ -18,6 +20,8 @@ class ChatShape:
 
     is_plain: answers are content alone, which is then never null.
     """
+
+    events = OPENAI_EVENTS
 
     def __init__(
         self, request: GenerationFields, tokenizer: Tokenizer, *, response_id: str, warnings: Sequence[str], is_plain: bool = True
@@ -27,8 +31,9 @@ class ChatShape:
         self._num_calls: Counter[int] = Counter()  # by the answer's index
         self._head = {"id": response_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": request.model}
         self._warnings = {"warnings": list(warnings)} if warnings else {}
+        self._includes_usage = request.includes_usage
 
-    def first_chunks(self, num_answers: int) -> list[dict[str, Any]]:
+    def first_chunks(self, num_answers: int, usage: Usage) -> list[dict[str, Any]]:
         """The role alone, per answer, as OpenAI."""
         return [self._chunk(index, {"role": "assistant", "content": self._nothing}, None, None) for index in range(num_answers)]
 
@@ -45,8 +50,12 @@ class ChatShape:
             chunks[-1] |= self._warnings
         return chunks
 
-    def last_chunk(self, usage: Usage) -> dict[str, Any]:
-        return {**self._head, "choices": [], "usage": usage.as_dict(), **self._warnings}
+    def last_chunks(self, usage: Usage) -> list[dict[str, Any]]:
+        """The usage, without choices, where it is asked for."""
+        return [{**self._head, "choices": [], "usage": usage.as_dict(), **self._warnings}] if self._includes_usage else []
+
+    def error_chunk(self, error: ApiError) -> dict[str, Any]:
+        return error.body()
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
@@ -103,12 +112,15 @@ def _call(name: str, arguments: str) -> dict[str, Any]:
 class CompletionShape:
     """`text_completion`, streamed or whole."""
 
+    events = OPENAI_EVENTS
+
     def __init__(self, request: GenerationFields, tokenizer: Tokenizer, *, response_id: str, warnings: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._head = {"id": response_id, "object": "text_completion", "created": int(time.time()), "model": request.model}
         self._warnings = {"warnings": list(warnings)} if warnings else {}
+        self._includes_usage = request.includes_usage
 
-    def first_chunks(self, num_answers: int) -> list[dict[str, Any]]:
+    def first_chunks(self, num_answers: int, usage: Usage) -> list[dict[str, Any]]:
         return []
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
@@ -117,8 +129,12 @@ class CompletionShape:
         chunk = {**self._head, "choices": [choice], "usage": None}
         return [chunk | self._warnings if delta.finish_reason else chunk]
 
-    def last_chunk(self, usage: Usage) -> dict[str, Any]:
-        return {**self._head, "choices": [], "usage": usage.as_dict(), **self._warnings}
+    def last_chunks(self, usage: Usage) -> list[dict[str, Any]]:
+        """The usage, without choices, where it is asked for."""
+        return [{**self._head, "choices": [], "usage": usage.as_dict(), **self._warnings}] if self._includes_usage else []
+
+    def error_chunk(self, error: ApiError) -> dict[str, Any]:
+        return error.body()
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]

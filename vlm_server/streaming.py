@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -19,34 +20,56 @@ from starlette.types import Receive, Scope, Send
 from vlm_server.errors import ApiError, to_api_error
 from vlm_server.generation import Delta, FinishedAnswer, Generation, Usage
 from vlm_server.middleware import request_facts, request_timings
-from vlm_server.protocol import GenerationFields
 
 logger = logging.getLogger(__name__)
 
 _encode = msgspec.json.Encoder().encode
-_DONE = b"data: [DONE]\n\n"
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class EventStyle:
+    """How one API writes its chunks as server-sent events.
+
+    is_named: each event has a line `event: ` with the chunk's own `type`. closing: what comes after the last one.
+    """
+
+    is_named: bool = False
+    closing: bytes = b"data: [DONE]\n\n"
+
+    def event(self, chunk: dict[str, Any]) -> bytes:
+        name = b"event: " + chunk["type"].encode() + b"\n" if self.is_named else b""
+        return name + b"data: " + _encode(chunk) + b"\n\n"
+
+
+OPENAI_EVENTS = EventStyle()
 
 
 class Shape(Protocol):
     """How one route writes its answers."""
 
-    def first_chunks(self, num_answers: int) -> list[dict[str, Any]]:
+    @property
+    def events(self) -> EventStyle: ...
+
+    def first_chunks(self, num_answers: int, usage: Usage) -> list[dict[str, Any]]:
         """Chunks before any text."""
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]: ...
 
-    def last_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The chunk without choices that carries the usage."""
+    def last_chunks(self, usage: Usage) -> list[dict[str, Any]]:
+        """Chunks after all answers have ended."""
+
+    def error_chunk(self, error: ApiError) -> dict[str, Any]:
+        """The last chunk of a stream that failed."""
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]: ...
 
 
-async def answer(request: Request, body: GenerationFields, generation: Generation, shape: Shape, *, ping_s: float) -> Response:
-    """The generation's answers, whole or streamed as the request asks."""
-    if body.stream:
-        return await stream(request, generation, shape, includes_usage=body.includes_usage, ping_s=ping_s)
+async def answer(request: Request, generation: Generation, shape: Shape, *, streams: bool, ping_s: float) -> Response:
+    """The generation's answers, streamed or whole."""
+    if streams:
+        return await stream(request, generation, shape, ping_s=ping_s)
     return await respond(request, generation, shape)
 
 
@@ -60,7 +83,7 @@ async def respond(request: Request, generation: Generation, shape: Shape) -> Res
     return Response(_encode(shape.response(answers, generation.usage())), media_type="application/json")
 
 
-async def stream(request: Request, generation: Generation, shape: Shape, *, includes_usage: bool, ping_s: float) -> Response:
+async def stream(request: Request, generation: Generation, shape: Shape, *, ping_s: float) -> Response:
     """The answer as events, begun. Raises what the engine raises before the first piece."""
     deltas = generation.deltas()
     try:
@@ -70,7 +93,7 @@ async def stream(request: Request, generation: Generation, shape: Shape, *, incl
         _note_usage(request, generation)
         raise
     request_timings(request.scope).seconds.update(generation.timings_s)
-    events = _events(request, generation, shape, first, deltas, includes_usage)
+    events = _events(request, generation, shape, first, deltas)
     return EventStream(events, deltas, ping_s=ping_s)
 
 
@@ -91,27 +114,24 @@ class EventStream(EventSourceResponse):
 
 
 async def _events(
-    request: Request, generation: Generation, shape: Shape, first: Delta, deltas: AsyncGenerator[Delta, None], includes_usage: bool
+    request: Request, generation: Generation, shape: Shape, first: Delta, deltas: AsyncGenerator[Delta, None]
 ) -> AsyncGenerator[bytes, None]:
+    event, closing = shape.events.event, shape.events.closing
     try:
         async with aclosing(deltas):
-            yield b"".join(_event(chunk) for chunk in [*shape.first_chunks(generation.num_answers), *shape.chunks(first)])
+            beginning = shape.first_chunks(generation.num_answers, generation.usage())
+            yield b"".join(event(chunk) for chunk in [*beginning, *shape.chunks(first)])
             async for delta in deltas:
-                yield b"".join(_event(chunk) for chunk in shape.chunks(delta))
-        last = _event(shape.last_chunk(generation.usage())) if includes_usage else b""
-        yield last + _DONE
+                yield b"".join(event(chunk) for chunk in shape.chunks(delta))
+        yield b"".join(event(chunk) for chunk in shape.last_chunks(generation.usage())) + closing
     except Exception as error:  # the status is sent already: the error becomes the last event
         api_error = to_api_error(error)
         if api_error.code == "internal_error":
             logger.exception("a stream failed")
         request_facts(request.scope)["error"] = api_error.code
-        yield _event(api_error.body()) + _DONE
+        yield event(shape.error_chunk(api_error)) + closing
     finally:
         _note_usage(request, generation)
-
-
-def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + _encode(chunk) + b"\n\n"
 
 
 def _note_usage(request: Request, generation: Generation) -> None:

@@ -29,7 +29,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     response_id = new_id("cmpl")
     generation = context.generation(body, prompts, grammar=grammar, request_id=response_id)
     shape = CompletionShape(body, context.backend.pipeline.tokenizer, response_id=response_id, warnings=warnings)
-    return await answer(request, body, generation, shape, ping_s=context.config.sse_ping_s)
+    return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 
 async def _prompts(context: ServerContext, body: CompletionRequest, tenant: str) -> list[Prompt]:

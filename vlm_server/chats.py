@@ -1,0 +1,79 @@
+"""A chat request on its way from fields to answers, whichever API's route took it.
+
+Checks what fields ask for together, has the prompt made, and hands over answers that are not begun. Routes that speak another API than
+OpenAI's make a `ChatCompletionRequest` of theirs and write these answers in their own shape.
+"""
+
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from engine.request import Prompt
+from vlm_server.answer_grammar import answer_grammar, check_calls
+from vlm_server.auth import tenant_of
+from vlm_server.context import ServerContext, Stopwatch
+from vlm_server.generation import Generation
+from vlm_server.guided import grammar_of
+from vlm_server.middleware import request_timings
+from vlm_server.protocol import ChatCompletionRequest
+from vlm_server.stage_timings import StageTimings
+from vlm_server.streaming import unless_client_leaves
+from vlm_server.tools import AnswerPlan, plan_answer
+
+_NUM_END_TOKENS = 16  # enough for the marker that opens the reasoning, at the prompt's end
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A request's answers, not yet begun. is_plain: they are content alone, without reasoning or calls."""
+
+    generation: Generation
+    warnings: list[str]
+    is_plain: bool
+
+
+async def begin_chat(request: Request, context: ServerContext, body: ChatCompletionRequest, *, response_id: str) -> Chat:
+    """Raises what stands between a request and its answers: ApiError, MediaError or EngineError, each naming the field."""
+    warnings = context.accept(request, body) + _without_effect(context, body)
+    plan = plan_answer(body, context.formats)
+    form = await grammar_of(body)
+    tokenizer = context.backend.pipeline.tokenizer
+    await check_calls(plan, tokenizer.added_token_id)
+    watch = Stopwatch()
+    timings = request_timings(request.scope)
+    prompt = await unless_client_leaves(request, _prompt(context, body, plan, tenant_of(request.scope), timings))
+    context.metrics.prompt_prepared(watch.elapsed_s)
+    prompt_end = tokenizer.decode(prompt.token_ids[-_NUM_END_TOKENS:], skip_special_tokens=False)
+    in_reasoning = plan.begins_in_reasoning(prompt_end, body.continued_text())
+    generation = context.generation(
+        body,
+        [prompt],
+        grammar=answer_grammar(plan, form, token_id_of=tokenizer.added_token_id, in_reasoning=in_reasoning),
+        request_id=response_id,
+        decoder=tokenizer.showing(plan.markers) if plan.markers else None,
+        new_parser=lambda: plan.parser(in_reasoning=in_reasoning),
+    )
+    return Chat(generation, warnings, plan.is_plain)
+
+
+async def _prompt(context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str, timings: StageTimings) -> Prompt:
+    if isinstance(body.messages, str):
+        with timings.stage("tokenize"):
+            return await context.text_prompt(body.messages, tenant=tenant)
+    messages = [message.as_dict() for message in body.messages]
+    return await context.backend.pipeline.chat_prompt(
+        messages,
+        tools=plan.template_tools(),
+        template_kwargs=body.template_kwargs() or None,
+        tenant=tenant,
+        timings=timings,
+        add_generation_prompt=body.adds_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+    )
+
+
+def _without_effect(context: ServerContext, body: ChatCompletionRequest) -> list[str]:
+    """Warnings for short names of template variables that the template does not have."""
+    given = [name for name in ("enable_thinking", "reasoning_effort") if getattr(body, name) is not None]
+    template = context.backend.pipeline.template.text
+    return [f"{name}: the model's chat template has no such variable; it has no effect" for name in given if name not in template]
