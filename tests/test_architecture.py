@@ -83,13 +83,15 @@ MAY_IMPORT = {
     "vlm_server": "",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.answer_grammar": ".errors .tools engine.guided",
+    "vlm_server.api_calls": "",
     "vlm_server.app": (
         ".answer_formats .auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling "
         ".sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
     ),
     "vlm_server.auth": ".errors",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
+        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image "
+        "vision.service"
     ),
     "vlm_server.built_in_templates": ".role_template",
     "vlm_server.chat_client": ".client",
@@ -103,7 +105,7 @@ MAY_IMPORT = {
         ".chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal engine.config "
         "vision.config vlm_server"
     ),
-    "vlm_server.client": "",
+    "vlm_server.client": ".api_calls",
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (
         ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .generation .interactive_protocol "
