@@ -26,7 +26,7 @@ GRADIO_NEEDS = "audioop-lts; python_version >= '3.13'" brotli gradio-client groo
 
 # Waiting threads sleep instead of spinning: several times faster beside other processes.
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
-DEBIAN_PACKAGES = chromium debootstrap
+DEBIAN_PACKAGES = chromium curl debootstrap jq
 
 .PHONY: serve gradio test test-equality test-external check format bench wheel debian-packages clean
 
