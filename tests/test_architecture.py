@@ -60,15 +60,19 @@ MAY_IMPORT = {
     "engine.workers": ".channel .config .layers.parallel .messages .model_runner .request",
     "vision": "",
     "vision.addresses": ".config",
+    "vision.body": ".data_url .image",
     "vision.cache": "",
     "vision.config": "",
     "vision.data_url": ".image",
     "vision.decode": ".frames .image .pixels",
     "vision.decode_pool": ".config .decode .frames .image .shared_array .workers",
+    "vision.download": ".addresses .body .config .host_slots .http_cache .image .urls",
     "vision.encoder": ".families",
     "vision.families": "",
-    "vision.fetcher": ".addresses .config .data_url .image .single_flight",
+    "vision.fetcher": ".addresses .config .data_url .download .http_cache .image .single_flight .urls",
     "vision.frames": ".image .shared_array",
+    "vision.host_slots": "",
+    "vision.http_cache": ".cache",
     "vision.image": ".shared_array",
     "vision.pixels": ".image .shared_array",
     "vision.preprocess": ".frames .image .shared_array",
@@ -79,6 +83,7 @@ MAY_IMPORT = {
     ),
     "vision.shared_array": "",
     "vision.single_flight": "",
+    "vision.urls": ".image",
     "vision.workers": ".frames",
     "vlm_server": "",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
@@ -90,8 +95,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.auth": ".errors",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image "
-        "vision.service"
+        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
     ),
     "vlm_server.built_in_templates": ".role_template",
     "vlm_server.chat_client": ".client",

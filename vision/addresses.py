@@ -57,6 +57,19 @@ class AddressPolicy:
             raise BlockedAddressError(host)
 
 
+class DomainPolicy:
+    """The operator's list of hosts, where there is one: `example.org` is that host, `*.example.org` every host under it."""
+
+    def __init__(self, allowed: Sequence[str] = ()) -> None:
+        """Names in lower case, as DNS has them (`xn--…`)."""
+        self._hosts = frozenset(name for name in allowed if not name.startswith("*."))
+        self._suffixes = tuple(name[1:] for name in allowed if name.startswith("*."))
+
+    def permits(self, host: str) -> bool:
+        host = host.rstrip(".").lower()
+        return not (self._hosts or self._suffixes) or host in self._hosts or host.endswith(self._suffixes)
+
+
 class CheckedResolver(AbstractResolver):
     """Gives aiohttp only addresses that the policy permits, so that a checked address is the one dialled."""
 

@@ -33,8 +33,7 @@ class ByteBoundedCache(Generic[Key, Value]):
 
     def put(self, key: Key, value: Value, num_bytes: int) -> None:
         """Replaces the key's value. A value that is larger than the whole cache is not kept."""
-        if key in self._entries:
-            self.num_bytes -= self._entries.pop(key)[1]
+        self.discard(key)
         if num_bytes > self.capacity_bytes:
             return
         self._entries[key] = (value, num_bytes)
@@ -42,6 +41,11 @@ class ByteBoundedCache(Generic[Key, Value]):
         while self.num_bytes > self.capacity_bytes or (self._max_entries is not None and len(self._entries) > self._max_entries):
             _, (_, freed_bytes) = self._entries.popitem(last=False)
             self.num_bytes -= freed_bytes
+
+    def discard(self, key: Key) -> None:
+        """Forgets the key's value, if there is one."""
+        if key in self._entries:
+            self.num_bytes -= self._entries.pop(key)[1]
 
     def clear(self) -> None:
         self._entries.clear()

@@ -1,6 +1,7 @@
 """The limits of the vision package. Knows nothing of HTTP routes; reads nothing but what it is given."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,13 @@ class VisionConfig:
     connect_timeout_s: float = 5.0  # name look-up, TCP and TLS
     first_byte_timeout_s: float = 10.0  # also the longest pause between two bytes
     fetch_timeout_s: float = 30.0  # all of it, redirects included
+    min_download_bytes_per_s: float = 1024.0  # on average, after a few seconds; slower ones are given up
+    max_downloads_per_host: int = 16  # at once; more wait
+    max_download_retries: int = 2  # of a hop whose failure may pass
+    retry_pause_s: float = 0.1  # before the first of them; then twice as long, each with jitter
+    download_cache_bytes: int = 64 << 20  # pictures that HTTP lets us use again
+    allowed_media_domains: tuple[str, ...] = ()  # the only hosts to fetch from, `*.` before one: all under it; none: all
+    media_proxy: str | None = None  # http://host:port; None: directly, whatever the environment says
     user_agent: str = "vlm-server/0.1 (+picture fetcher)"  # some sites refuse clients that name none
     allowed_local_media_path: str | None = None  # the one folder that file: URLs may name; None: file: is refused
     allow_private_media: tuple[str, ...] = ()  # CIDRs of non-global addresses that may be dialled
@@ -44,6 +52,11 @@ class VisionConfig:
         root = self.allowed_local_media_path
         self._require("allowed_local_media_path", root is None or Path(root).is_dir(), "an existing folder")
         _ = self.private_networks
+        is_name = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]+").fullmatch
+        names = self.allowed_media_domains
+        self._require("allowed_media_domains", all(map(is_name, names)), "host names in lower case, as example.org or *.example.org")
+        proxy = self.media_proxy
+        self._require("media_proxy", proxy is None or bool(re.match(r"https?://[^/@]", proxy)), "http://host:port")
 
     @property
     def private_networks(self) -> tuple[IPNetwork, ...]:
@@ -58,7 +71,14 @@ class VisionConfig:
             raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed, only {allowed}")
 
 
-_AT_LEAST_ONE = ("max_picture_bytes", "max_picture_pixels", "max_pictures_in_flight", "num_decode_workers", "num_preprocess_workers")
+_AT_LEAST_ONE = (
+    "max_picture_bytes",
+    "max_picture_pixels",
+    "max_pictures_in_flight",
+    "max_downloads_per_host",
+    "num_decode_workers",
+    "num_preprocess_workers",
+)
 _ABOVE_ZERO = (
     "connect_timeout_s",
     "first_byte_timeout_s",
@@ -67,4 +87,12 @@ _ABOVE_ZERO = (
     "preprocess_timeout_s",
     "worker_start_timeout_s",
 )
-_NOT_NEGATIVE = ("max_redirects", "processed_cache_bytes", "processed_cache_pictures")
+_NOT_NEGATIVE = (
+    "max_redirects",
+    "min_download_bytes_per_s",
+    "max_download_retries",
+    "retry_pause_s",
+    "download_cache_bytes",
+    "processed_cache_bytes",
+    "processed_cache_pictures",
+)

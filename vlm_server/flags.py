@@ -123,6 +123,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "pictures": (
         Flag("allow-private-media", "vision", "networks (CIDR) that picture URLs may point to although they are not public", list),
+        Flag("allowed-media-domains", "vision", "hosts that picture URLs may name, *.example.org for all under one (default: all)", list),
+        Flag("media-proxy", "vision", "http://host:port of a proxy for pictures; those of the environment are not used"),
         Flag("allowed-local-media-path", "vision", "folder that file: URLs may name (default: none)"),
         Flag("max-picture-bytes", "vision", "largest picture as sent", int),
         Flag("max-picture-pixels", "vision", "largest picture, width × height", int),

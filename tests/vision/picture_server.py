@@ -44,19 +44,26 @@ async def picture(request: web.Request) -> web.StreamResponse:
 
 
 class Gate:
-    """A page that waits until a test opens it; knows how many clients left before."""
+    """A page that waits until a test opens it; knows how many clients left before, and how many were there at once."""
 
     def __init__(self, body: bytes) -> None:
         self.is_open = asyncio.Event()
         self.num_left = 0
+        self.num_waiting = 0
+        self.max_waiting = 0
         self._body = body
 
     async def __call__(self, request: web.Request) -> web.StreamResponse:
+        self.num_waiting += 1
+        self.max_waiting = max(self.max_waiting, self.num_waiting)
         try:
             await self.is_open.wait()
+            await asyncio.sleep(0)  # lets those who were waiting for a turn come, were they let in too early
         except asyncio.CancelledError:
             self.num_left += 1
             raise
+        finally:
+            self.num_waiting -= 1
         return web.Response(body=self._body)
 
 
@@ -70,5 +77,15 @@ def redirect_to(location: str) -> Page:
 def body(data: bytes, **headers: str) -> Page:
     async def page(request: web.Request) -> web.StreamResponse:
         return web.Response(body=data, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+    return page
+
+
+def in_turn(*responses: web.Response) -> Page:
+    """Each answer once."""
+    left = list(responses)
+
+    async def page(request: web.Request) -> web.StreamResponse:
+        return left.pop(0)
 
     return page

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.vision.picture_server import Gate, PictureServer, body, redirect_to
+from tests.vision.picture_server import Gate, PictureServer, body, in_turn, redirect_to
 from tests.vision.pictures import data_url, png
 from tests.vision.processes import num_descriptors, until
 from vision.config import VisionConfig
@@ -39,7 +39,7 @@ def unopened(**limits: Any) -> Fetcher:
     async def look_up(host: str) -> list[str]:
         return ["127.0.0.1"]
 
-    return Fetcher(VisionConfig(**({"allow_private_media": ("127.0.0.0/8",)} | limits)), look_up=look_up)
+    return Fetcher(VisionConfig(**({"allow_private_media": ("127.0.0.0/8",), "retry_pause_s": 0.0} | limits)), look_up=look_up)
 
 
 async def refusal(fetcher: Fetcher, url: str) -> MediaError:
@@ -356,6 +356,172 @@ async def test_a_shared_failure_reaches_every_caller_and_is_not_kept(server: Pic
 
     assert [type(result) for result in results] == [MediaError] * 3
     assert await fetcher.fetch(server.url("/later")) == png()
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+async def test_what_may_pass_is_tried_again(server: PictureServer, fetcher: Fetcher, status: int) -> None:
+    server.pages["/busy"] = in_turn(web.Response(status=status), web.Response(body=png()))
+
+    assert await fetcher.fetch(server.url("/busy")) == png()
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 500, 501])
+async def test_what_will_not_pass_is_asked_once(server: PictureServer, status: int) -> None:
+    server.pages["/gone"] = in_turn(web.Response(status=status))
+
+    assert (await refusal(unopened(), server.url("/gone"))).code == "image_fetch_failed"
+    assert len(server.requests) == 1
+
+
+async def test_attempts_are_bounded(server: PictureServer) -> None:
+    server.pages["/busy"] = in_turn(*(web.Response(status=503) for _ in range(9)))
+
+    error = await refusal(unopened(max_download_retries=2), server.url("/busy"))
+
+    assert (error.code, "503" in error.message, len(server.requests)) == ("image_fetch_failed", True, 3)
+
+
+async def test_a_server_that_wants_a_long_pause_is_not_asked_again(server: PictureServer) -> None:
+    server.pages["/busy"] = in_turn(web.Response(status=503, headers={"Retry-After": "60"}))
+
+    assert (await refusal(unopened(), server.url("/busy"))).code == "image_fetch_failed"
+    assert len(server.requests) == 1
+
+
+async def test_a_connection_that_breaks_is_tried_again() -> None:
+    num_connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_connections
+        num_connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        length = len(png()) if num_connections == 3 else 10_000
+        if num_connections > 1:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + png())
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    fetcher = unopened()
+    await fetcher.open()
+
+    assert await fetcher.fetch(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/") == png()
+
+    await fetcher.close()
+    server.close()
+    await server.wait_closed()
+
+
+async def test_a_picture_is_revalidated_and_not_sent_again(server: PictureServer, fetcher: Fetcher) -> None:
+    server.pages["/tagged"] = in_turn(web.Response(body=png(), headers={"ETag": '"v1"'}), web.Response(status=304))
+
+    first, second = [await fetcher.fetch(server.url("/tagged")) for _ in range(2)]
+
+    assert first == second == png()
+    assert [request.headers.get("If-None-Match") for request in server.requests] == [None, '"v1"']
+
+
+async def test_a_picture_that_changed_is_taken_anew(server: PictureServer, fetcher: Fetcher) -> None:
+    answers = [web.Response(body=data, headers={"ETag": f'"{tag}"'}) for tag, data in (("v1", b"old"), ("v2", b"new"))]
+    server.pages["/tagged"] = in_turn(*answers)
+
+    assert [await fetcher.fetch(server.url("/tagged")) for _ in range(2)] == [b"old", b"new"]
+
+
+async def test_a_fresh_picture_is_not_asked_for(server: PictureServer, fetcher: Fetcher) -> None:
+    server.pages["/fresh"] = body(png(), Cache_Control="max-age=600")
+
+    assert [await fetcher.fetch(server.url("/fresh")) for _ in range(3)] == [png()] * 3
+    assert len(server.requests) == 1
+
+
+async def test_tenants_share_no_kept_picture(server: PictureServer, fetcher: Fetcher) -> None:
+    server.pages["/fresh"] = body(png(), Cache_Control="max-age=600", ETag='"v1"')
+
+    for tenant in ("a", "b"):
+        await fetcher.fetch(server.url("/fresh"), tenant=tenant)
+
+    assert ["If-None-Match" in request.headers for request in server.requests] == [False, False]
+
+
+async def test_one_host_gets_a_few_requests_at_a_time(server: PictureServer) -> None:
+    gate = server.pages["/gate"] = Gate(png())
+    fetcher = unopened(max_downloads_per_host=3)
+    await fetcher.open()
+    fetches = [asyncio.create_task(fetcher.fetch(server.url("/gate"), tenant=str(at))) for at in range(10)]
+    other = await fetcher.fetch(server.url(host="elsewhere.example"))
+
+    await until(lambda: len(server.requests) == 1 + 3)
+    gate.is_open.set()
+
+    assert (other, await asyncio.gather(*fetches)) == (png(), [png()] * 10)
+    assert gate.max_waiting == 3
+    await fetcher.close()
+
+
+async def test_only_allowed_hosts_are_asked(server: PictureServer) -> None:
+    fetcher = unopened(allowed_media_domains=("pictures.example", "*.cdn.example"))
+    await fetcher.open()
+    for host in ("pictures.example", "PICTURES.example.", "a.b.cdn.example"):
+        assert await fetcher.fetch(server.url(host=host)) == png()
+    num_requests = len(server.requests)
+    server.pages["/away"] = redirect_to(server.url(host="other.example"))
+
+    for url in [server.url(host=host) for host in ("other.example", "xpictures.example", "cdn.example", "127.0.0.1")] + [
+        server.url("/away", host="pictures.example")
+    ]:
+        with pytest.raises(MediaError) as caught:
+            await fetcher.fetch(url)
+        assert caught.value.code == "url_blocked"
+
+    assert len(server.requests) == num_requests + 1  # the redirect itself
+    await fetcher.close()
+
+
+async def test_a_slow_drip_is_cut_long_before_the_whole_limit(server: PictureServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vision.body.DRIP_GRACE_S", 0.05)
+
+    async def page(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(b"a")
+            await asyncio.sleep(0.01)
+
+    server.pages["/drip"] = page
+
+    error = await refusal(unopened(), server.url("/drip"))
+
+    assert (error.code, "too slowly" in error.message) == ("image_fetch_timeout", True)
+
+
+async def test_the_operators_proxy_is_asked_for_the_whole_url(server: PictureServer) -> None:
+    """The test's server takes the proxy's part: it is asked for absolute URLs, and dialled although no proxy's address is public."""
+    fetcher = Fetcher(VisionConfig(media_proxy=f"http://127.0.0.1:{server.port}"), look_up=public)
+    await fetcher.open()
+    server.pages["/a.png"] = body(png())
+
+    assert await fetcher.fetch("http://pictures.example/a.png") == png()
+    for url in ("http://127.0.0.1/a.png", "http://169.254.169.254/", "http://2130706433/"):
+        with pytest.raises(MediaError, match="address"):
+            await fetcher.fetch(url)
+
+    assert [request.raw_path for request in server.requests] == ["http://pictures.example/a.png"]
+    await fetcher.close()
+
+
+async def test_a_name_that_is_seen_to_be_private_is_not_asked_of_the_proxy(server: PictureServer) -> None:
+    async def look_up(host: str) -> list[str]:
+        return ["10.0.0.1"]
+
+    fetcher = Fetcher(VisionConfig(media_proxy=f"http://127.0.0.1:{server.port}"), look_up=look_up)
+
+    assert (await refusal(fetcher, "http://intranet.example/")).code == "url_blocked"
+    assert server.requests == []
+
+
+async def public(host: str) -> list[str]:
+    return ["93.184.216.34"]
 
 
 async def test_environment_proxies_are_not_used(server: PictureServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,35 @@
+"""The one parser of picture URLs: that of the client which dials, so that no two parsers can disagree about a host."""
+
+from yarl import URL
+
+from vision.image import MediaError
+
+
+def parse_url(url: str) -> URL:
+    """An http, https or file URL. Raises MediaError url_invalid."""
+    if "\\" in url or any(ord(letter) < 0x20 or letter == "\x7f" for letter in url):
+        raise MediaError("url_invalid", "the picture's URL holds a backslash or a control character")
+    try:
+        parsed = _as_written(url)
+        is_valid = parsed.port != 0 and "\0" not in parsed.path and (parsed.scheme == "file" or bool(parsed.raw_host))
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise MediaError("url_invalid", "the picture's URL is not valid")
+    return parsed
+
+
+def redirected(url: URL, location: str) -> URL:
+    """Where a redirect from `url` leads. Raises MediaError."""
+    try:
+        target = str(url.join(_as_written(location)))
+    except ValueError:
+        raise MediaError("image_fetch_failed", "the picture's server redirects to an invalid URL") from None
+    if not target.startswith(("http://", "https://")):
+        raise MediaError("url_blocked", "the picture's server redirects to something that is not http or https")
+    return parse_url(target)
+
+
+def _as_written(url: str) -> URL:
+    """Without quoting anew what was signed as it is, unless it holds letters that no URL can."""
+    return URL(url, encoded=url.isascii() and " " not in url)
