@@ -111,6 +111,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.client": ".api_calls",
     "vlm_server.config": "engine.config vision.config",
+    "vlm_server.connections": ".config",
     "vlm_server.context": (
         ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .generation .interactive_protocol "
         ".metrics .middleware .parsing.answer .protocol .sampling .token_protocol .turns engine.request"
@@ -168,7 +169,7 @@ MAY_IMPORT = {
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
     "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
-    "vlm_server.serving": ".app .backend .config .sessions.opening .sessions.store engine.request",
+    "vlm_server.serving": ".app .backend .config .connections .sessions.opening .sessions.store engine.request",
     "vlm_server.sessions": "",
     "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
     "vlm_server.sessions.lease": ".sessions.store",

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vlm_server import __version__
-from vlm_server.config import DEFAULT_PORT, ServerConfig
+from vlm_server.config import DEFAULT_PORT, ConnectionLimits, ServerConfig
 from vlm_server.flags import add_serve_flags, normalized, values_for
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
         model_name=parsed.model_name or checkpoint.name,
         model_root=checkpoint.root,
         tokenizer_folder=find_tokenizer(parsed.tokenizer_path, adapter=adapter),
+        connections=ConnectionLimits(**values_for("connections", parsed)),
         **values_for("server", parsed),
     )
 

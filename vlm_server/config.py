@@ -9,6 +9,21 @@ DEFAULT_PORT = 23333
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLimits:
+    """How long a client may hold a connection without getting on, in seconds."""
+
+    head_s: float = 10.0  # from a connection's beginning, or a request's first byte, to the end of its headers
+    body_pause_s: float = 30.0  # between two pieces of a body
+    body_s: float = 600.0  # for all of a body
+    send_s: float = 60.0  # for which a client may leave an answer unread, once the buffers are full
+
+    def __post_init__(self) -> None:
+        for name in ("head_s", "body_pause_s", "body_s", "send_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed, only above 0 seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """One server. What the flags of `vlm-server serve` set."""
 
@@ -38,6 +53,8 @@ class ServerConfig:
     max_sessions: int = 1000  # per API key
     max_session_bytes: int = 64 << 20  # of one session's pictures
     sse_ping_s: float = 0.0  # seconds between the comment lines of a silent stream; 0: none
+    drain_timeout_s: float = 30.0  # for running requests, when the server is told to stop
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     allow_terminate_by_client: bool = False
     enable_metrics: bool = True
     enable_docs: bool = True
@@ -55,6 +72,7 @@ class ServerConfig:
             ("session_ttl_s", self.session_ttl_s > 0, "above 0 seconds"),
             ("max_sessions", self.max_sessions >= 1, "at least 1"),
             ("max_session_bytes", self.max_session_bytes >= 0, "at least 0"),
+            ("drain_timeout_s", self.drain_timeout_s >= 0, "at least 0"),
             ("sse_ping_s", self.sse_ping_s >= 0, "at least 0"),
         ):
             if not is_valid:

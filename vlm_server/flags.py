@@ -11,13 +11,13 @@ from typing import Any
 from engine.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
 from vision.config import VisionConfig
 from vlm_server.answer_formats import reasoning_parser_name, tool_parser_name
-from vlm_server.config import ServerConfig
+from vlm_server.config import ConnectionLimits, ServerConfig
 from vlm_server.parsing.reasoning import REASONING_FORMATS
 from vlm_server.parsing.tool_formats import TOOL_FORMATS
 
 LOG_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 
-_CONFIGS = {"engine": EngineConfig, "vision": VisionConfig, "server": ServerConfig}
+_CONFIGS = {"engine": EngineConfig, "vision": VisionConfig, "server": ServerConfig, "connections": ConnectionLimits}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Flag:
     """`--name` sets `field` of `config`; `kind` is a type, a tuple of choices, bool for on and off, or list for several strings."""
 
     name: str
-    config: str  # engine | vision | server | checkpoint
+    config: str  # engine | vision | server | connections | checkpoint
     help: str
     kind: Callable[[str], Any] | tuple[str, ...] = str
     field: str = ""  # where it is not the name
@@ -100,6 +100,10 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("max-sessions", "server", "sessions kept per API key; those that are unused for longest end first", int),
         Flag("max-session-bytes", "server", "pictures kept per session", int),
         Flag("sse-ping-s", "server", "seconds between comment lines in a silent stream; 0: none", float),
+        Flag("drain-timeout-s", "server", "seconds that running requests have when the server is told to stop", float),
+        Flag("send-timeout-s", "connections", "seconds that a client may leave an answer unread", float, "send_s"),
+        Flag("head-timeout-s", "connections", "seconds for a request's line and headers", float, "head_s"),
+        Flag("body-timeout-s", "connections", "seconds for a request's body", float, "body_s"),
         Flag("allow-terminate-by-client", "server", "let GET /terminate end the server", bool),
         Flag("metrics", "server", "GET /metrics", bool, "enable_metrics"),
         Flag("fastapi-docs", "server", "GET / and /openapi.json", bool, "enable_docs"),

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from types import FrameType
 
 import uvicorn
 
@@ -14,12 +16,11 @@ from engine.request import EngineError
 from vlm_server.app import create_app
 from vlm_server.backend import Backend, open_backend
 from vlm_server.config import ServerConfig
+from vlm_server.connections import limited_protocol
 from vlm_server.sessions.opening import open_store
 from vlm_server.sessions.store import RecordStore, StoreError
 
 logger = logging.getLogger(__name__)
-
-GRACE_S = 5  # for requests that run when the server is told to stop
 
 _ANYWHERE = ("0.0.0.0", "::", "")
 
@@ -81,13 +82,34 @@ class _Server(uvicorn.Server):
             yield store
 
         app = create_app(config, open_backend=opened, open_store=opened_store)
-        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S, server_header=False))
+        settings = uvicorn.Config(
+            app,
+            http=limited_protocol(config.connections),
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(config.drain_timeout_s),
+        )
+        super().__init__(settings)
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started:
             print(self._ready, flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets running requests finish, the second one does not. Neither is an error: the exit code is 0."""
+        if self.should_exit:
+            self.force_exit = True
+            return
+        self.should_exit = True
+        num_requests = len(self.server_state.tasks)
+        if num_requests:
+            limit_s = self.config.timeout_graceful_shutdown
+            message = f"Stopping: {num_requests} running requests have {limit_s} s to finish; a second signal ends them"
+            print(message, file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -120,10 +142,17 @@ def _listener(config: ServerConfig) -> socket.socket:
         address = socket.getaddrinfo(config.server_name or None, config.server_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(address[0], socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _end_unread_connections(listener, config.connections.send_s)
         listener.bind(address[4])
     except OSError as error:
         raise ServingError(f"cannot listen on {config.server_name}:{config.server_port}: {error.strerror or error}") from error
     return listener
+
+
+def _end_unread_connections(listener: socket.socket, limit_s: float) -> None:
+    """Has the kernel end connections whose client takes nothing, also after we closed them; accepted sockets inherit it (Linux)."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(limit_s * 1000))
 
 
 def _url(listener: socket.socket) -> str:

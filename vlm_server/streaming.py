@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _encode = msgspec.json.Encoder().encode
 
+_UNTIL_THE_SERVER_ENDS_IT = 86400.0  # seconds: sse-starlette's own end at a signal; how long requests may finish is the server's to say
+
 Result = TypeVar("Result")
 
 
@@ -101,7 +103,7 @@ class EventStream(EventSourceResponse):
     """sse-starlette's response with `\\n` line ends; closes the events and what they come from even if the stream never began."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None], *, ping_s: float) -> None:
-        super().__init__(events, sep="\n", ping=ping_s)
+        super().__init__(events, sep="\n", ping=ping_s, shutdown_grace_period=_UNTIL_THE_SERVER_ENDS_IT)
         self._events = events
         self._source = source
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engine.request import (
@@ -102,6 +102,7 @@ class FakeEngine:
         self.script: Script = reply_to
         self.group = 1
         self.hangs_after: int | None = None  # steps, then nothing more comes
+        self.gate: Callable[[], Awaitable[None]] | None = None  # awaited after the first step
         self.refusal: EngineError | None = None
         self.fails_after: int | None = None  # steps, then the engine dies
         self.requests: list[tuple[Prompt, SamplingParams]] = []
@@ -131,6 +132,8 @@ class FakeEngine:
                     raise EngineDeadError("the engine process ended")
                 if self.hangs_after is not None and number >= self.hangs_after:
                     await asyncio.Event().wait()
+                if self.gate is not None and number == 1:
+                    await self.gate()
                 await asyncio.sleep(0)
                 yield output
 

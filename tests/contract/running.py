@@ -13,7 +13,8 @@ from fastapi import FastAPI
 from engine.config import EngineConfig
 from tests.contract.fake_engine import FakeBackend
 from vlm_server.app import create_app
-from vlm_server.config import ServerConfig
+from vlm_server.config import ConnectionLimits, ServerConfig
+from vlm_server.connections import limited_protocol
 
 MODEL = "org/tiny-vlm"
 
@@ -43,18 +44,19 @@ def fake_config(**overrides: object) -> ServerConfig:
 
 
 @contextlib.contextmanager
-def running_server(config: ServerConfig | None = None) -> Iterator[RunningServer]:
+def running_server(config: ServerConfig | None = None, *, connections: ConnectionLimits | None = None) -> Iterator[RunningServer]:
     """Serves scripted answers until the block ends. The socket listens before the thread starts, so no client comes too early."""
     backend = FakeBackend()
-    with serving(create_app(config or fake_config(), open_backend=backend.open)) as url:
+    with serving(create_app(config or fake_config(), open_backend=backend.open), connections=connections) as url:
         yield RunningServer(url, MODEL, backend)
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """The URL of an app that is being served."""
+def serving(app: FastAPI, *, connections: ConnectionLimits | None = None) -> Iterator[str]:
+    """The URL of an app that is being served, with the limits that `vlm-server serve` sets unless others are given."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    protocol = limited_protocol(connections or ConnectionLimits())
+    server = uvicorn.Server(uvicorn.Config(app, http=protocol, log_config=None, access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
     try:

@@ -15,7 +15,7 @@ import requests
 from vlm_server.serving import ProgressLine
 
 SCRIPTED = """
-import contextlib, os, sys
+import asyncio, contextlib, os, sys
 import vlm_server.serving as serving
 from engine.request import EngineDeadError
 from tests.contract.fake_engine import FakeBackend
@@ -25,7 +25,16 @@ def open_backend(config, *, on_progress):
     on_progress(1.0)
     if os.environ.get("FAILS"):
         raise EngineDeadError("no weights of lm_head", is_final=True)
-    return FakeBackend().open(config)
+    backend = FakeBackend()
+    if os.environ.get("HANGS"):
+        backend.engine.hangs_after = 1
+    if os.environ.get("WAITS"):  # the engine goes on when a line comes
+        backend.engine.gate = Gate()
+    return backend.open(config)
+
+class Gate:
+    async def __call__(self):
+        await asyncio.to_thread(sys.stdin.readline)
 
 serving.open_backend = open_backend
 from vlm_server.cli import main
@@ -39,6 +48,7 @@ def serve_process(folder: Path, *words: str, **environment: str) -> Iterator["su
     (folder / "config.json").write_text('{"max_position_embeddings": 512}')
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPTED, "serve", str(folder), "--server-port", "0", "--session-store", "memory", *words],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -68,6 +78,75 @@ def test_one_line_says_when_it_is_ready_and_where(tmp_path: Path) -> None:
     assert "100%" in err
     assert "API keys" not in err
     assert "Traceback" not in err
+
+
+def stream_of(process: "subprocess.Popen[str]") -> tuple[str, requests.Response]:
+    """The server's URL, and a stream that has begun."""
+    assert process.stdout
+    url = next(word for word in process.stdout.readline().split() if word.startswith("http"))
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    response = requests.post(f"{url}/v1/chat/completions", json=body, stream=True, timeout=20)
+    return url, response
+
+
+@pytest.mark.parametrize("word", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_running_requests_finish_and_takes_no_new_ones(tmp_path: Path, word: signal.Signals) -> None:
+    with serve_process(tmp_path, "--server-name", "127.0.0.1", "--model-name", "tiny", WAITS="1") as process:
+        assert process.stdin
+        assert process.stderr
+        url, response = stream_of(process)
+        lines = response.iter_lines()
+        first = next(lines)
+
+        process.send_signal(word)
+        while "Stopping" not in process.stderr.readline():
+            pass
+        until_refused(url)
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        rest = [line for line in lines if line]
+        process.wait(timeout=20)
+
+    assert first.startswith(b"data: {")
+    assert rest[-1] == b"data: [DONE]"
+    assert process.returncode == 0
+
+
+def until_refused(url: str) -> None:
+    for _ in range(1000):
+        try:
+            requests.get(f"{url}/health", timeout=20)
+        except requests.ConnectionError:
+            return
+    raise AssertionError("the server still takes requests")
+
+
+def test_requests_that_do_not_finish_are_ended_after_the_drain_timeout(tmp_path: Path) -> None:
+    words = ["--server-name", "127.0.0.1", "--model-name", "tiny", "--drain-timeout-s", "1"]
+    with serve_process(tmp_path, *words, HANGS="1") as process:
+        _, response = stream_of(process)
+
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=20)
+
+        assert process.returncode == 0
+        with pytest.raises(requests.exceptions.ChunkedEncodingError):
+            list(response.iter_content())
+
+
+def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
+    words = ["--server-name", "127.0.0.1", "--model-name", "tiny", "--drain-timeout-s", "600"]
+    with serve_process(tmp_path, *words, HANGS="1") as process:
+        stream_of(process)
+        assert process.stderr
+
+        process.send_signal(signal.SIGTERM)
+        while "Stopping: 1 running requests have 600 s" not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=20)
+
+    assert process.returncode == 0
 
 
 def test_listening_everywhere_without_keys_is_warned_about(tmp_path: Path) -> None:

@@ -1,0 +1,152 @@
+"""Clients that hold a connection without getting on: a raw socket on one side, uvicorn with our limits on the other."""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+import requests
+
+from tests.contract.running import RunningServer, running_server
+from vlm_server.config import ConnectionLimits
+from vlm_server.connections import MAX_HEAD_BYTES
+
+SOON = ConnectionLimits(head_s=0.2, body_pause_s=0.2, body_s=0.5, send_s=0.3)
+LONG_S = 10.0  # no test waits as long unless it fails
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RunningServer]:
+    with running_server(connections=SOON) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: RunningServer) -> RunningServer:
+    shared.backend.reset()
+    return shared
+
+
+@pytest.fixture
+def connection(server: RunningServer) -> Iterator[socket.socket]:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(LONG_S)
+        client.connect((host, int(port)))
+        yield client
+
+
+def is_cut(connection: socket.socket) -> bool:
+    """Whether the server ends the connection without an answer."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def head(length: int) -> bytes:
+    return f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+def chat(server: RunningServer, **fields: object) -> bytes:
+    return json.dumps({"model": server.model, "messages": [{"role": "user", "content": "hi"}], **fields}).encode()
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/chat", b"GET / HTTP/1.1\r\nHost: a\r\nX-Slow: "])
+def test_a_connection_whose_head_does_not_come_is_cut(connection: socket.socket, begun: bytes) -> None:
+    connection.sendall(begun)
+
+    assert is_cut(connection)
+
+
+def test_a_head_that_drips_is_cut_too(connection: socket.socket) -> None:
+    started_s = time.monotonic()
+    connection.settimeout(0.02)
+
+    while time.monotonic() - started_s < LONG_S:
+        try:
+            connection.sendall(b"G" if time.monotonic() - started_s < 0.01 else b"E")
+            if connection.recv(1) == b"":
+                break
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            break
+
+    assert time.monotonic() - started_s < LONG_S
+
+
+def test_a_head_without_end_is_cut(connection: socket.socket) -> None:
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n")
+    num_sent = 0
+
+    while num_sent < 10 * MAX_HEAD_BYTES:
+        try:
+            connection.sendall(f"X-{num_sent}: ".encode() + b"a" * 1000 + b"\r\n")
+        except ConnectionError:
+            break
+        num_sent += 1000
+
+    assert is_cut(connection)
+
+
+def test_a_body_that_stops_coming_is_cut(server: RunningServer, connection: socket.socket) -> None:
+    connection.sendall(head(1000) + b'{"model": ')
+
+    assert is_cut(connection)
+    assert server.backend.engine.requests == []
+
+
+def test_a_body_that_drips_is_cut_at_the_limit_for_all_of_it(server: RunningServer, connection: socket.socket) -> None:
+    body = chat(server)
+    connection.sendall(head(len(body) + 10_000))
+    connection.settimeout(0.05)
+    started_s = time.monotonic()
+
+    while time.monotonic() - started_s < LONG_S:
+        try:
+            connection.sendall(b" ")
+            if connection.recv(1) == b"":
+                break
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            break
+
+    assert SOON.body_s - 0.1 < time.monotonic() - started_s < LONG_S
+
+
+def test_a_client_that_stops_reading_loses_its_connection_and_its_answer(server: RunningServer, connection: socket.socket) -> None:
+    """Many choices: more than the kernel's buffers take of an answer that goes on and on."""
+    body = chat(server, stream=True, n=128, ignore_eos=True, logprobs=True, top_logprobs=2)
+    connection.sendall(head(len(body)) + body)
+
+    assert server.backend.activity.has_begun_within(LONG_S)
+    assert server.backend.activity.was_left_within(LONG_S)
+
+
+def test_an_answer_that_takes_long_is_no_idle_connection(server: RunningServer, connection: socket.socket) -> None:
+    server.backend.engine.hangs_after = 1
+    body = chat(server)
+    connection.sendall(head(len(body)) + body)
+    connection.settimeout(3 * SOON.head_s)
+
+    with pytest.raises(TimeoutError):
+        connection.recv(1)
+
+    assert len(server.backend.activity) == 1
+
+
+def test_a_connection_is_used_again_within_its_limits(server: RunningServer) -> None:
+    with requests.Session() as session:
+        answers = [session.get(f"{server.url}/v1/models", timeout=LONG_S) for _ in range(3)]
+
+    assert [answer.status_code for answer in answers] == [200] * 3
+
+
+@pytest.mark.parametrize("name", ["head_s", "body_pause_s", "body_s", "send_s"])
+def test_a_limit_is_above_zero(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        ConnectionLimits(**{name: 0})

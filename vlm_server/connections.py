@@ -1,0 +1,101 @@
+"""uvicorn's HTTP connections, with limits on how long and how much a client may hold one without getting on.
+
+A request's head and body must arrive in time, an answer must be taken: otherwise the connection is cut, which cancels its request as any
+client that leaves does. Knows nothing of routes or of what is sent.
+"""
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from vlm_server.config import ConnectionLimits
+
+MAX_HEAD_BYTES = 64 << 10  # request line and headers; the parser itself has no limit
+
+
+def limited_protocol(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
+    """What uvicorn makes its connections of."""
+
+    class LimitedProtocol(_LimitedProtocol):
+        _limits = limits
+
+    return LimitedProtocol
+
+
+class _Deadline:
+    """Cuts a connection when it passes; set anew or cleared at any time."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport) -> None:
+        self._loop = loop
+        self._transport = transport
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, after_s: float) -> None:
+        self.clear()
+        self._timer = self._loop.call_later(after_s, self._transport.abort)
+
+    def clear(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class _LimitedProtocol(HttpToolsProtocol):
+    """At any time a connection waits for a head, for a body, or for its own server; and beside that for its answer to be read."""
+
+    _limits: ConnectionLimits
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._num_head_bytes = 0
+        self._in_head = True
+        self._in_body = False
+        self._receiving = _Deadline(self.loop, transport)
+        self._body = _Deadline(self.loop, transport)
+        self._sending = _Deadline(self.loop, transport)
+        self._receiving.set(self._limits.head_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for deadline in (self._receiving, self._body, self._sending):
+            deadline.clear()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_head:
+            self._num_head_bytes += len(data)
+        super().data_received(data)
+        if self._in_head and self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.transport.abort()
+        elif self._in_body:
+            self._receiving.set(self._limits.body_pause_s)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._num_head_bytes = True, 0
+        self._receiving.set(self._limits.head_s)
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._in_body = False, True
+        self._receiving.set(self._limits.body_pause_s)
+        self._body.set(self._limits.body_s)
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._receiving.clear()
+        self._body.clear()
+        super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._sending.set(self._limits.send_s)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._sending.clear()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """An answer that nobody took is not waited for either."""
+        if self.transport.get_write_buffer_size():
+            self._sending.set(self._limits.send_s)
+        super().timeout_keep_alive_handler()
