@@ -44,9 +44,12 @@ class AddressPolicy:
     def check_host(self, host: str) -> None:
         """Refuses hosts that are an address in any spelling unless it is permitted; names are left to `CheckedResolver`.
 
-        Raises BlockedAddressError. Spellings that only C libraries read (decimal, octal, hex, short) are refused whatever they mean.
+        Raises BlockedAddressError. Spellings that only C libraries read (decimal, octal, hex, short) are refused whatever they mean, as
+        are names for this machine (RFC 6761) whatever a resolver makes of them, unless loopback is permitted.
         """
-        host = host.rstrip(".")
+        host = host.rstrip(".").lower()
+        if host.endswith((".localhost", ".localdomain")) or host == "localhost":
+            host = "127.0.0.1"
         try:
             address = ipaddress.ip_address(host)
         except ValueError:

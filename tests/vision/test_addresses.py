@@ -39,9 +39,16 @@ def test_odd_spellings_of_addresses_are_refused_even_where_loopback_is_open(host
         AddressPolicy((ipaddress.ip_network("0.0.0.0/0"),)).check_host(host)
 
 
-@pytest.mark.parametrize("host", ["example.com", "1.2.3.4.example.com", "localhost", "a", "xn--bcher-kva.example"])
+@pytest.mark.parametrize("host", ["example.com", "1.2.3.4.example.com", "localhost.example", "a", "xn--bcher-kva.example"])
 def test_names_are_left_to_the_resolver(host: str) -> None:
     AddressPolicy().check_host(host)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost.", "a.localhost", "localhost.localdomain"])
+def test_names_for_this_machine_are_refused_before_anyone_is_asked(host: str) -> None:
+    with pytest.raises(BlockedAddressError):
+        AddressPolicy().check_host(host)
+    AddressPolicy((ipaddress.ip_network("127.0.0.0/8"),)).check_host(host)
 
 
 def test_a_final_dot_does_not_hide_an_address() -> None:
