@@ -15,10 +15,11 @@ class ConnectionLimits:
     head_s: float = 10.0  # from a connection's beginning, or a request's first byte, to the end of its headers
     body_pause_s: float = 30.0  # between two pieces of a body
     body_s: float = 600.0  # for all of a body
+    keep_alive_s: float = 65.0  # between requests; longer than clients keep theirs, so that none sends into a connection that is closed
     send_s: float = 60.0  # for which a client may leave an answer unread, once the buffers are full
 
     def __post_init__(self) -> None:
-        for name in ("head_s", "body_pause_s", "body_s", "send_s"):
+        for name in ("head_s", "body_pause_s", "body_s", "keep_alive_s", "send_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed, only above 0 seconds")
 

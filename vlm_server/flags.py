@@ -102,6 +102,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("sse-ping-s", "server", "seconds between comment lines in a silent stream; 0: none", float),
         Flag("drain-timeout-s", "server", "seconds that running requests have when the server is told to stop", float),
         Flag("send-timeout-s", "connections", "seconds that a client may leave an answer unread", float, "send_s"),
+        Flag("keep-alive-timeout-s", "connections", "seconds that a connection is kept between requests", float, "keep_alive_s"),
         Flag("head-timeout-s", "connections", "seconds for a request's line and headers", float, "head_s"),
         Flag("body-timeout-s", "connections", "seconds for a request's body", float, "body_s"),
         Flag("allow-terminate-by-client", "server", "let GET /terminate end the server", bool),

@@ -89,6 +89,7 @@ class _Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=math.ceil(config.connections.keep_alive_s),
             timeout_graceful_shutdown=math.ceil(config.drain_timeout_s),
         )
         super().__init__(settings)

@@ -146,7 +146,7 @@ def test_a_connection_is_used_again_within_its_limits(server: RunningServer) -> 
     assert [answer.status_code for answer in answers] == [200] * 3
 
 
-@pytest.mark.parametrize("name", ["head_s", "body_pause_s", "body_s", "send_s"])
+@pytest.mark.parametrize("name", ["head_s", "body_pause_s", "body_s", "keep_alive_s", "send_s"])
 def test_a_limit_is_above_zero(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         ConnectionLimits(**{name: 0})
