@@ -42,8 +42,8 @@ MAY_IMPORT = {
     "engine.layers.rotary": "",
     "engine.messages": ".config .request",
     "engine.model_runner": (
-        ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .models.decoder .models.fallback "
-        ".models.lora .models.registry .models.weights .reading .request vision.encoder"
+        ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .layers.rotary .models.decoder "
+        ".models.fallback .models.lora .models.registry .models.weights .reading .request vision.encoder"
     ),
     "engine.models": "",
     "engine.models.decoder": ".attention.base .layers.embedding .layers.linear .layers.norm .layers.parallel .layers.rotary",

@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def server_config(parsed: argparse.Namespace) -> ServerConfig:
     """The settings that the flags make; finds, downloads or assembles the checkpoint. Raises CheckpointError or ValueError."""
-    from engine.config import EngineConfig
+    from engine.config import AUTO_ALPHA, EngineConfig
     from vision.config import VisionConfig
     from vlm_server.checkpoint import find_adapter, find_checkpoint, find_tokenizer
     from vlm_server.template_choice import read_chosen
@@ -44,8 +44,11 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
     )
     adapter = find_adapter(parsed.lora_model, download_dir=parsed.download_dir) if parsed.lora_model else None
     engine = EngineConfig(model_folder=checkpoint.path, lora_folder=adapter, **values_for("engine", parsed))
+    engine = engine.resolve(checkpoint.text_config(trust_remote_code=parsed.trust_remote_code))
+    if parsed.alpha == AUTO_ALPHA and engine.alpha == 1:
+        logger.warning("--alpha auto changes nothing: the window is no longer than the checkpoint's; --session-len sets one that is")
     return ServerConfig(
-        engine=engine.resolve(checkpoint.text_config(trust_remote_code=parsed.trust_remote_code)),
+        engine=engine,
         vision=VisionConfig(**values_for("vision", parsed)),
         model_name=parsed.model_name or checkpoint.name,
         model_root=checkpoint.root,

@@ -6,9 +6,9 @@ One table: each flag says which field of which config it sets; its default is th
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
-from engine.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
+from engine.config import AUTO_ALPHA, DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
 from vision.config import VisionConfig
 from vlm_server.answer_formats import reasoning_parser_name, tool_parser_name
 from vlm_server.config import ServerConfig
@@ -18,6 +18,9 @@ from vlm_server.parsing.tool_formats import TOOL_FORMATS
 LOG_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 
 _CONFIGS = {"engine": EngineConfig, "vision": VisionConfig, "server": ServerConfig}
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +38,23 @@ class Flag:
         return self.field or self.name.replace("-", "_")
 
 
-def _named(name_of: Callable[[str], str]) -> Callable[[str], str]:
+def _named(name_of: Callable[[str], Value]) -> Callable[[str], Value]:
     """For argparse, which keeps no other exception's message."""
 
-    def read(text: str) -> str:
+    def read(text: str) -> Value:
         try:
             return name_of(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return read
+
+
+def _alpha(text: str) -> float | str:
+    try:
+        return text if text == AUTO_ALPHA else float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither a number nor {AUTO_ALPHA}") from None
 
 
 FLAGS: dict[str, tuple[Flag, ...]] = {
@@ -110,6 +120,12 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("device", "engine", "where the model runs", DEVICES),
         Flag("tp", "engine", "tensor-parallel processes", int),
         Flag("session-len", "engine", "tokens of prompt and answer together (default: the checkpoint's)", int),
+        Flag(
+            "alpha",
+            "engine",
+            "above 1: scale rotary positions (NTK) for a window longer than the checkpoint's; auto: as --session-len asks for",
+            _named(_alpha),
+        ),
         Flag("max-batch-size", "engine", "requests computed at once", int),
         Flag("cache-max-entry-count", "engine", "KV cache: below 1 a share of the free memory, else blocks (default: by device)", float),
         Flag("cache-block-seq-len", "engine", "tokens per KV block", int),
