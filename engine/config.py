@@ -1,6 +1,7 @@
 """The engine's settings. Knows nothing of HTTP; reads nothing but what it is given."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ AUTO_ALPHA = "auto"
 DEFAULT_SESSION_LEN = 2048  # for checkpoints that state none
 
 _SESSION_LEN_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len", "model_max_length")
+_GPU = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")  # as CUDA_VISIBLE_DEVICES names them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,7 @@ class EngineConfig:
     load_in_8bit: bool = False  # the decoder's linear layers in int8
     lora_folder: str | None = None  # an adapter that is merged into the weights
     tp: int = 1
+    gpus: tuple[str, ...] = ()  # CUDA devices by number or UUID, a rank each; none: those that the environment shows
     load_format: str = "auto"
     trust_remote_code: bool = False
     session_len: int | None = None  # slots of prompt and output together
@@ -44,6 +47,7 @@ class EngineConfig:
             ("dtype", self.dtype in DTYPES, " | ".join(DTYPES)),
             ("load_format", self.load_format in LOAD_FORMATS, " | ".join(LOAD_FORMATS)),
             ("tp", self.tp >= 1, "at least 1"),
+            ("gpus", _are_gpus(self.gpus), "numbers or UUIDs of CUDA devices, each once"),
             ("alpha", _is_alpha(self.alpha), "1 to 1000, or auto"),
             ("session_len", self.session_len is None or self.session_len >= 2, "at least 2"),
             ("max_batch_size", self.max_batch_size >= 1, "at least 1"),
@@ -88,3 +92,7 @@ def window_for(alpha: float, trained_len: int) -> int:
 
 def _is_alpha(alpha: float | str) -> bool:
     return alpha == AUTO_ALPHA if isinstance(alpha, str) else math.isfinite(alpha) and 1 <= alpha <= 1000
+
+
+def _are_gpus(gpus: tuple[str, ...]) -> bool:
+    return all(map(_GPU.fullmatch, gpus)) and len(set(gpus)) == len(gpus)

@@ -221,6 +221,15 @@ def resolve_device(name: str, rank: int) -> torch.device:
     return torch.device("cuda", rank)
 
 
+def check_devices(config: EngineConfig) -> None:
+    """Raises UnsupportedModelError where a rank would have no CUDA device."""
+    if config.gpus and not torch.cuda.is_available():
+        raise UnsupportedModelError("--gpus: this torch finds no CUDA device (a CPU build of torch cannot use one); --only-cpu needs none")
+    if resolve_device(config.device, 0).type == "cuda" and torch.cuda.device_count() < config.tp:
+        asked = f"--gpus {','.join(config.gpus)}" if config.gpus else f"--tp {config.tp}"
+        raise UnsupportedModelError(f"{asked}: only {torch.cuda.device_count()} CUDA devices are there, and each process needs one")
+
+
 def resolve_dtype(name: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
     """`auto` is float32 on CPU, and on CUDA the checkpoint's own half precision (bfloat16 where it is stored in float32)."""
     if name != "auto":

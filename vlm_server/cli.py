@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from vlm_server import __version__
 from vlm_server.config import DEFAULT_PORT, ServerConfig
-from vlm_server.flags import add_serve_flags, normalized, values_for
+from vlm_server.flags import add_serve_flags, device_values, normalized, values_for
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
         parsed.model, revision=parsed.revision, download_dir=parsed.download_dir, trust_remote_code=parsed.trust_remote_code
     )
     adapter = find_adapter(parsed.lora_model, download_dir=parsed.download_dir) if parsed.lora_model else None
-    engine = EngineConfig(model_folder=checkpoint.path, lora_folder=adapter, **values_for("engine", parsed))
+    fields = values_for("engine", parsed) | device_values(parsed)
+    engine = EngineConfig(model_folder=checkpoint.path, lora_folder=adapter, **fields)
     engine = engine.resolve(checkpoint.text_config(trust_remote_code=parsed.trust_remote_code))
     if parsed.alpha == AUTO_ALPHA and engine.alpha == 1:
         logger.warning("--alpha auto changes nothing: the window is no longer than the checkpoint's; --session-len sets one that is")

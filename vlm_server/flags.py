@@ -118,6 +118,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "engine": (
         Flag("device", "engine", "where the model runs", DEVICES),
+        Flag("gpus", "checkpoint", "CUDA devices, e.g. 0,1, each for one tensor-parallel process (default: the first --tp)"),
+        Flag("only-cpu", "checkpoint", "run on the CPU, whatever --gpus says", bool),
         Flag("tp", "engine", "tensor-parallel processes", int),
         Flag("session-len", "engine", "tokens of prompt and answer together (default: the checkpoint's)", int),
         Flag(
@@ -166,6 +168,24 @@ def values_for(config: str, parsed: argparse.Namespace) -> dict[str, Any]:
     """The fields of one config, as the flags set them."""
     flags = (flag for group in FLAGS.values() for flag in group if flag.config == config)
     return {flag.target: _frozen(getattr(parsed, flag.target)) for flag in flags}
+
+
+def device_values(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The engine's fields that --gpus and --only-cpu set. Raises ValueError where other flags say something else."""
+    if parsed.only_cpu:
+        if parsed.device == "cuda":
+            raise ValueError("only_cpu: not allowed with --device cuda")
+        return {"device": "cpu"}
+    if parsed.gpus is None:
+        return {}
+    gpus = tuple(name.strip() for name in parsed.gpus.split(","))
+    if parsed.device == "cpu":
+        raise ValueError("gpus: not allowed with --device cpu")
+    if parsed.tp not in (1, len(gpus)):
+        raise ValueError(
+            f"tp: {parsed.tp} is not allowed with --gpus {parsed.gpus}, only {len(gpus)}: each process has a device of its own"
+        )
+    return {"device": "cuda", "gpus": gpus, "tp": len(gpus)}
 
 
 def _frozen(value: object) -> object:
