@@ -10,12 +10,16 @@ from typing import Any, TypeVar
 
 from engine.config import AUTO_ALPHA, DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
 from vision.config import VisionConfig
+from vlm_server import alpaca
 from vlm_server.answer_formats import reasoning_parser_name, tool_parser_name
-from vlm_server.config import ServerConfig
+from vlm_server.config import ALPACA, COMPATS, ServerConfig
 from vlm_server.parsing.reasoning import REASONING_FORMATS
 from vlm_server.parsing.tool_formats import TOOL_FORMATS
 
 LOG_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
+
+# What flags that are not given mean under --compat.
+_COMPAT_DEFAULTS = {ALPACA: {"server_port": alpaca.PORT, "model_name": alpaca.MODEL_NAME, "chat_template": "alpaca"}}
 
 _CONFIGS = {"engine": EngineConfig, "vision": VisionConfig, "server": ServerConfig}
 
@@ -59,6 +63,7 @@ def _alpha(text: str) -> float | str:
 
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "model": (
+        Flag("base-model", "checkpoint", "another way to give MODEL, as Chinese-LLaMA-Alpaca's users do"),
         Flag("model-name", "checkpoint", "the model's id for clients (default: MODEL as given)"),
         Flag("revision", "checkpoint", "branch, tag or commit on the hub"),
         Flag("download-dir", "checkpoint", "folder for downloads (default: the hub's cache, see HF_HOME)"),
@@ -90,6 +95,12 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         ),
     ),
     "server": (
+        Flag(
+            "compat",
+            "server",
+            "alpaca: chats, completions and embeddings as Chinese-LLaMA-Alpaca's server has them, with its template, defaults and port",
+            COMPATS,
+        ),
         Flag("server-name", "server", "address to listen on"),
         Flag("server-port", "server", "port to listen on; 0: any free one", int),
         Flag("root-path", "server", "prefix that a reverse proxy strips, e.g. /vlm"),
@@ -168,6 +179,11 @@ def values_for(config: str, parsed: argparse.Namespace) -> dict[str, Any]:
     """The fields of one config, as the flags set them."""
     flags = (flag for group in FLAGS.values() for flag in group if flag.config == config)
     return {flag.target: _frozen(getattr(parsed, flag.target)) for flag in flags}
+
+
+def compat_defaults(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What flags that are not given mean instead, where the command has --compat."""
+    return dict(_COMPAT_DEFAULTS.get(getattr(parsed, "compat", ""), {}))
 
 
 def device_values(parsed: argparse.Namespace) -> dict[str, Any]:
