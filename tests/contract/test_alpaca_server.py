@@ -194,6 +194,17 @@ def test_stop_works(server: RunningServer) -> None:
     assert post(server, "chat/completions", messages="x", stop=["Two"])["choices"][1]["message"]["content"] == "One."
 
 
+def test_what_openais_routes_know_of_generation_works_here_too(server: RunningServer) -> None:
+    answering(server, "yes")
+
+    post(server, "chat/completions", messages="x", structured_outputs={"choice": ["yes", "no"]}, min_p=0.25, logit_bias={"65": 5})
+    assert sampled_with(server, "min_p", "logit_bias") == [0.25, {65: 5.0}]
+    assert sampled_with(server, "grammar") != [None]
+
+    post(server, "completions", prompt="x", max_completion_tokens=7, frequency_penalty=0.5, skip_special_tokens=False)
+    assert sampled_with(server, "min_p", "frequency_penalty", "max_tokens") == [0.0, 0.5, 7]
+
+
 def test_n_answers_come_one_after_the_other(server: RunningServer) -> None:
     chat = post(server, "chat/completions", messages="x", n=2, seed=5)
     completion = post(server, "completions", prompt="x", n=2, seed=5)
