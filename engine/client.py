@@ -187,7 +187,7 @@ class EngineClient:
 
     async def _live_once(self) -> None:
         """Start a process and serve its messages until it ends."""
-        connection = self._connection = await _spawn()
+        connection = self._connection = await _spawn(self.config)
         watchdog = asyncio.create_task(self._watch(connection))
         try:
             await connection.sender.send(Start(self.config))
@@ -257,14 +257,25 @@ def _rejection(rejected: Rejected) -> EngineError:
     return make(rejected) if make else InvalidRequestError(rejected.message)
 
 
-async def _spawn() -> _Connection:
+def engine_environment(config: EngineConfig) -> dict[str, str]:
+    """Of the engine process: what CUDA and OpenMP read when they start."""
+    chosen = {"CUDA_VISIBLE_DEVICES": ",".join(config.gpus)} if config.gpus else {}
+    return {**({} if "OMP_WAIT_POLICY" in os.environ else WAITING_THREADS), **os.environ, **chosen}
+
+
+async def _spawn(config: EngineConfig) -> _Connection:
     """A fresh engine process and the sockets to it."""
     to_engine, inbox = socket.socketpair()
     from_engine, outbox = socket.socketpair()
     fds = [inbox.fileno(), outbox.fileno()]
-    environment = {**({} if "OMP_WAIT_POLICY" in os.environ else WAITING_THREADS), **os.environ}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "engine.process", *map(str, fds), pass_fds=fds, env=environment, stdin=asyncio.subprocess.DEVNULL
+        sys.executable,
+        "-m",
+        "engine.process",
+        *map(str, fds),
+        pass_fds=fds,
+        env=engine_environment(config),
+        stdin=asyncio.subprocess.DEVNULL,
     )
     inbox.close()
     outbox.close()

@@ -21,6 +21,7 @@ from engine.batch import Batch, build_batch
 from engine.config import EngineConfig
 from engine.layers.packed import pack_linears
 from engine.layers.parallel import ParallelGroup
+from engine.layers.rotary import stretch
 from engine.models.decoder import Decoder
 from engine.models.fallback import FallbackDecoder, load_reference
 from engine.models.lora import Lora, MergedCheckpoint
@@ -107,7 +108,11 @@ class ModelRunner:
         return hidden
 
     def _read_config(self) -> PretrainedConfig:
-        return load_config(self.config.model_folder, trust_remote_code=self.config.trust_remote_code)
+        config = load_config(self.config.model_folder, trust_remote_code=self.config.trust_remote_code)
+        assert isinstance(self.config.alpha, float), "the config was not resolved"
+        if self.config.alpha != 1:
+            stretch(config.get_text_config(), self.config.alpha)
+        return config
 
     def _load(self, on_progress: Callable[[float], None]) -> tuple[Decoder | FallbackDecoder, VisionEncoder | None]:
         """The decoder, and on rank 0 the vision encoder of an image-text checkpoint."""
@@ -214,6 +219,15 @@ def resolve_device(name: str, rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise UnsupportedModelError("--device cuda: this torch finds no CUDA device (a CPU build of torch cannot use one)")
     return torch.device("cuda", rank)
+
+
+def check_devices(config: EngineConfig) -> None:
+    """Raises UnsupportedModelError where a rank would have no CUDA device."""
+    if config.gpus and not torch.cuda.is_available():
+        raise UnsupportedModelError("--gpus: this torch finds no CUDA device (a CPU build of torch cannot use one); --only-cpu needs none")
+    if resolve_device(config.device, 0).type == "cuda" and torch.cuda.device_count() < config.tp:
+        asked = f"--gpus {','.join(config.gpus)}" if config.gpus else f"--tp {config.tp}"
+        raise UnsupportedModelError(f"{asked}: only {torch.cuda.device_count()} CUDA devices are there, and each process needs one")
 
 
 def resolve_dtype(name: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:

@@ -23,7 +23,7 @@ from engine.channel import Channel
 from engine.config import EngineConfig
 from engine.layers.parallel import ParallelGroup
 from engine.messages import Execute, StartRank, ToRank
-from engine.model_runner import Executed, ModelRunner, resolve_device
+from engine.model_runner import Executed, ModelRunner, check_devices, resolve_device
 from engine.request import Plan
 
 COLLECTIVE_TIMEOUT_S = 300
@@ -34,6 +34,7 @@ class Ranks:
     """All ranks of one engine as one callable."""
 
     def __init__(self, config: EngineConfig, *, on_progress: Callable[[float], None]) -> None:
+        check_devices(config)
         set_threads(config)
         self._channels: list[Channel] = []
         self._processes: list[subprocess.Popen[bytes]] = []

@@ -42,8 +42,8 @@ MAY_IMPORT = {
     "engine.layers.rotary": "",
     "engine.messages": ".config .request",
     "engine.model_runner": (
-        ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .models.decoder .models.fallback "
-        ".models.lora .models.registry .models.weights .reading .request vision.encoder"
+        ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .layers.rotary .models.decoder "
+        ".models.fallback .models.lora .models.registry .models.weights .reading .request vision.encoder"
     ),
     "engine.models": "",
     "engine.models.decoder": ".attention.base .layers.embedding .layers.linear .layers.norm .layers.parallel .layers.rotary",
@@ -86,6 +86,9 @@ MAY_IMPORT = {
     "vision.urls": ".image",
     "vision.workers": ".frames",
     "vlm_server": "",
+    "vlm_server.alpaca": "",
+    "vlm_server.alpaca_protocol": ".alpaca .embedding_protocol .message_schema .protocol",
+    "vlm_server.alpaca_shapes": ".alpaca .errors .generation .streaming",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.answer_grammar": ".errors .tools engine.guided",
     "vlm_server.api_calls": "",
@@ -97,7 +100,7 @@ MAY_IMPORT = {
     "vlm_server.backend": (
         ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
     ),
-    "vlm_server.built_in_templates": ".role_template",
+    "vlm_server.built_in_templates": ".alpaca .role_template",
     "vlm_server.chat_client": ".client",
     "vlm_server.chat_page": ".config .examples",
     "vlm_server.chat_template": ".internlm_tools .jinja_process engine.request",
@@ -124,9 +127,10 @@ MAY_IMPORT = {
     "vlm_server.errors": ".sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
-        ".embedding_protocol .errors .format_protocol .interactive_protocol .message_schema .protocol .token_protocol .tool_schema"
+        ".alpaca_protocol .embedding_protocol .errors .format_protocol .interactive_protocol .message_schema .protocol .token_protocol "
+        ".tool_schema"
     ),
-    "vlm_server.flags": ".answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
+    "vlm_server.flags": ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
     "vlm_server.format_protocol": ".message_schema",
     "vlm_server.generation": ".backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request",
     "vlm_server.gradio_page": ".chat_client",
@@ -155,6 +159,10 @@ MAY_IMPORT = {
     "vlm_server.response_schema": "",
     "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
+    "vlm_server.routes.alpaca": (
+        ".alpaca .alpaca_protocol .alpaca_shapes .auth .context .embedding_protocol .field_rules .generation .guided .middleware "
+        ".protocol .routes.embeddings .shapes .streaming"
+    ),
     "vlm_server.routes.chat": ".chats .context .protocol .response_schema .shapes .streaming",
     "vlm_server.routes.completions": ".auth .context .guided .middleware .protocol .response_schema .shapes .streaming engine.request",
     "vlm_server.routes.control": ".context .errors .response_schema",

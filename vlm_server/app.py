@@ -17,13 +17,13 @@ from vlm_server.answer_formats import AnswerFormats
 from vlm_server.auth import RequireApiKey
 from vlm_server.backend import Backend, OpenBackend, open_backend
 from vlm_server.chat_page import ChatPage
-from vlm_server.config import ServerConfig
+from vlm_server.config import ALPACA, ServerConfig
 from vlm_server.context import ServerContext
 from vlm_server.docs import add_docs
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
-from vlm_server.routes import chat, completions, control, embeddings, health, interactive, models, scoring, tokens
+from vlm_server.routes import alpaca, chat, completions, control, embeddings, health, interactive, models, scoring, tokens
 from vlm_server.sampling import SamplingDefaults
 from vlm_server.sessions.history import SessionBusyError, Sessions
 from vlm_server.sessions.opening import OpenStore, open_store
@@ -49,7 +49,8 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
                 yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for module in (models, chat, completions, interactive, embeddings, tokens, scoring, control):
+    answering = (alpaca,) if config.compat == ALPACA else (chat, completions, embeddings)
+    for module in (models, *answering, interactive, tokens, scoring, control):
         app.include_router(module.router)
     app.include_router(health.health_router)
     if config.enable_metrics:

@@ -5,6 +5,7 @@ Data only. Words that a tokenizer adds by itself, such as a first `<s>`, are not
 
 from dataclasses import replace
 
+from vlm_server.alpaca import TASK
 from vlm_server.role_template import RoleTemplate
 
 OWN = "hf"  # the name of the model's own template
@@ -56,6 +57,9 @@ _INTERNLM_MAKERS = (
 )
 
 BUILT_IN: dict[str, RoleTemplate] = {
+    "alpaca": RoleTemplate(
+        meta_instruction=TASK, eosys="\n\n", user="### Instruction:\n", eoh="\n\n", assistant="### Response: ", eoa="\n\n"
+    ),
     "base": RoleTemplate(),
     "chatml": _CHATML,
     "codellama": replace(_LLAMA2, meta_instruction=""),

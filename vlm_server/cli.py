@@ -6,11 +6,12 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vlm_server import __version__
 from vlm_server.config import DEFAULT_PORT, ConnectionLimits, ServerConfig
-from vlm_server.flags import add_serve_flags, normalized, values_for
+from vlm_server.flags import add_serve_flags, compat_defaults, device_values, normalized, values_for
 
 logger = logging.getLogger(__name__)
 
@@ -28,24 +29,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command and its flags. Exits with a message where they are wrong."""
-    return _parser().parse_args(_without_legacy_word(normalized(arguments)))
+    words = _without_legacy_word(normalized(arguments))
+    parsed = _parser().parse_args(words)
+    defaults = compat_defaults(parsed)
+    return _parser(defaults).parse_args(words) if defaults else parsed
 
 
 def server_config(parsed: argparse.Namespace) -> ServerConfig:
     """The settings that the flags make; finds, downloads or assembles the checkpoint. Raises CheckpointError or ValueError."""
-    from engine.config import EngineConfig
+    from engine.config import AUTO_ALPHA, EngineConfig
     from vision.config import VisionConfig
     from vlm_server.checkpoint import find_adapter, find_checkpoint, find_tokenizer
     from vlm_server.template_choice import read_chosen
 
     read_chosen(parsed.chat_template, parsed.chat_template_args, parsed.meta_instruction)  # a mistake is known before a download
     checkpoint = find_checkpoint(
-        parsed.model, revision=parsed.revision, download_dir=parsed.download_dir, trust_remote_code=parsed.trust_remote_code
+        _model(parsed), revision=parsed.revision, download_dir=parsed.download_dir, trust_remote_code=parsed.trust_remote_code
     )
     adapter = find_adapter(parsed.lora_model, download_dir=parsed.download_dir) if parsed.lora_model else None
-    engine = EngineConfig(model_folder=checkpoint.path, lora_folder=adapter, **values_for("engine", parsed))
+    fields = values_for("engine", parsed) | device_values(parsed)
+    engine = EngineConfig(model_folder=checkpoint.path, lora_folder=adapter, **fields)
+    engine = engine.resolve(checkpoint.text_config(trust_remote_code=parsed.trust_remote_code))
+    if parsed.alpha == AUTO_ALPHA and engine.alpha == 1:
+        logger.warning("--alpha auto changes nothing: the window is no longer than the checkpoint's; --session-len sets one that is")
     return ServerConfig(
-        engine=engine.resolve(checkpoint.text_config(trust_remote_code=parsed.trust_remote_code)),
+        engine=engine,
         vision=VisionConfig(**values_for("vision", parsed)),
         model_name=parsed.model_name or checkpoint.name,
         model_root=checkpoint.root,
@@ -55,13 +63,21 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _model(parsed: argparse.Namespace) -> str | None:
+    if parsed.model is not None and parsed.base_model is not None:
+        raise ValueError(f"base_model: MODEL is given already: {parsed.model}; only one of the two is allowed")
+    return parsed.base_model if parsed.model is None else parsed.model  # type: ignore[no-any-return]
+
+
+def _parser(serve_defaults: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
+    """serve_defaults: in place of the flags' own."""
     parser = argparse.ArgumentParser(prog="vlm-server", description="An OpenAI-compatible server for image-text models.")
     parser.add_argument("-v", "--version", action="version", version=f"vlm-server {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve a model over HTTP", description=_serve.__doc__, allow_abbrev=False)
     serve.add_argument("model", nargs="?", metavar="MODEL", help="folder, hub id or GGUF file (default: the embedded demonstration model)")
     add_serve_flags(serve)
+    serve.set_defaults(**(serve_defaults or {}))
     _add_chat(commands.add_parser("chat", help="chat with a server in the terminal", description=_chat.__doc__, allow_abbrev=False))
     _add_gradio(commands.add_parser("gradio", help="a chat page for a server", description=_gradio.__doc__, allow_abbrev=False))
     check_env = commands.add_parser("check_env", aliases=["check-env"], help="print what this machine and installation have")

@@ -6,6 +6,8 @@ from engine.config import EngineConfig
 from vision.config import VisionConfig
 
 DEFAULT_PORT = 23333
+ALPACA = "alpaca"
+COMPATS = ("none", ALPACA)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ class ServerConfig:
     tool_call_parser: str = "auto"  # see answer_formats; auto: by the chat template
     reasoning_parser: str = "auto"
     generation_config: str = "auto"  # auto | lmdeploy | a folder
+    compat: str = "none"  # whose chats, completions and embeddings; alpaca: Chinese-LLaMA-Alpaca's
     strict_fields: bool = False  # refuse fields that no API documents
     max_body_bytes: int = 128 << 20
     session_store: str = "auto"  # a file, a Redis URL, memory, or auto: a file in the user's state folder
@@ -66,6 +69,7 @@ class ServerConfig:
         for name, is_valid, allowed in (
             ("model_name", bool(self.model_name), "a name"),
             ("server_port", 0 <= self.server_port < 65536, "0 to 65535"),
+            ("compat", self.compat in COMPATS, " | ".join(COMPATS)),
             ("root_path", self.root_path == "" or self.root_path[0] == "/" != self.root_path[-1], "/a/path or nothing"),
             ("api_keys", all(self.api_keys), "keys that are not empty"),
             ("max_body_bytes", self.max_body_bytes >= 1, "at least 1"),

@@ -11,8 +11,8 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 
 from vlm_server import __version__
-from vlm_server.config import ServerConfig
-from vlm_server.examples import request_examples
+from vlm_server.config import ALPACA, ServerConfig
+from vlm_server.examples import alpaca_examples, request_examples
 from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionStreamResponse, ErrorResponse
 
 ASSETS = Path(__file__).parent / "ui" / "swagger"
@@ -113,7 +113,7 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
     if path == _INTERACTIVE:
         description = "With `stream: true`, the answer in pieces: one InteractiveResponse per line, nothing before or after it."
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string", "description": description}}
-    if "requestBody" in operation and (examples := request_examples(config.model_name).get(path)):
+    if "requestBody" in operation and (examples := _examples(config).get(path)):
         operation["requestBody"]["content"]["application/json"]["examples"] = examples
     for parameter in operation.get("parameters", ()):
         parameter["example"] = config.model_name
@@ -122,6 +122,10 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
     if path == "/health":
         operation["security"] = []
         responses["503"]["content"] = _content("HealthResponse")
+
+
+def _examples(config: ServerConfig) -> dict[str, dict[str, dict[str, Any]]]:
+    return alpaca_examples() if config.compat == ALPACA else request_examples(config.model_name)
 
 
 def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:

@@ -71,6 +71,24 @@ def request_examples(model: str) -> dict[str, dict[str, dict[str, Any]]]:
     }
 
 
+def alpaca_examples() -> dict[str, dict[str, dict[str, Any]]]:
+    """The same of a server with `--compat alpaca`."""
+    story = {"role": "user", "message": "Tell me some stories about Hangzhou"}
+    turns = [story, {"role": "assistant", "message": "Gladly. What interests you most?"}, {"role": "user", "message": "The West Lake"}]
+    prompt = {"prompt": "Tell me where the capital of China is"}
+    return request_examples("") | {
+        "/v1/chat/completions": {
+            "chat": _example("A question", {"messages": [story], "repetition_penalty": 1.0}),
+            "turns": _example("Several turns, streamed", {"messages": turns, "stream": True}),
+        },
+        "/v1/completions": {
+            "instruction": _example("An instruction", prompt),
+            "beams": _example("With beams", {**prompt, "max_tokens": 90, "temperature": 0.7, "num_beams": 4, "top_k": 40}),
+        },
+        "/v1/embeddings": {"text": _example("A text", {"input": "The weather is really nice today"})},
+    }
+
+
 def _chat(model: str) -> dict[str, dict[str, Any]]:
     text = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Say this is a test!"}]
     image = {"model": model, "messages": _PICTURE_CHAT, "max_tokens": 64}

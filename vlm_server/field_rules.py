@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel
 
+from vlm_server.alpaca_protocol import AlpacaChatRequest, AlpacaCompletionRequest, AlpacaEmbeddingsRequest, AlpacaMessage
 from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import bad_request
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, NamedJsonSchema, RegexFormat, StructuredOutputs, TextFormat
@@ -90,11 +91,24 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "annotations": ([],),
 }
 
+# `--compat alpaca`: its reference took these and ignored them, or they belong to templates that are not its.
+_UNSUPPORTED_IN_ALPACA: dict[str, tuple[object, ...]] = {
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "add_generation_prompt": (True,),
+}
+_ALPACA_RULES = _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT | _UNSUPPORTED_IN_TURN | _UNSUPPORTED_IN_ALPACA
+
 _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     ChatCompletionRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT,
     CompletionRequest: _UNSUPPORTED_ANYWHERE,
     InteractiveRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT | _UNSUPPORTED_IN_TURN,
     ChatMessage: _UNSUPPORTED_IN_MESSAGE,
+    AlpacaChatRequest: _ALPACA_RULES,
+    AlpacaCompletionRequest: _ALPACA_RULES,
+    AlpacaMessage: _UNSUPPORTED_IN_MESSAGE | {"name": (), "tool_calls": ([],), "tool_call_id": (), "reasoning_content": ("",)},
+    AlpacaEmbeddingsRequest: {"encoding_format": ("float",), "dimensions": ()},
     EmbeddingsRequest: {"truncate_prompt_tokens": (), "normalize": (True,), "add_special_tokens": (True,), "messages": ()},
     EncodeRequest: {},
     PerplexityRequest: {},

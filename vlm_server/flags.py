@@ -6,18 +6,25 @@ One table: each flag says which field of which config it sets; its default is th
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
-from engine.config import DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
+from engine.config import AUTO_ALPHA, DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
 from vision.config import VisionConfig
+from vlm_server import alpaca
 from vlm_server.answer_formats import reasoning_parser_name, tool_parser_name
-from vlm_server.config import ConnectionLimits, ServerConfig
+from vlm_server.config import ALPACA, COMPATS, ConnectionLimits, ServerConfig
 from vlm_server.parsing.reasoning import REASONING_FORMATS
 from vlm_server.parsing.tool_formats import TOOL_FORMATS
 
 LOG_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 
+# What flags that are not given mean under --compat.
+_COMPAT_DEFAULTS = {ALPACA: {"server_port": alpaca.PORT, "model_name": alpaca.MODEL_NAME, "chat_template": "alpaca"}}
+
 _CONFIGS = {"engine": EngineConfig, "vision": VisionConfig, "server": ServerConfig, "connections": ConnectionLimits}
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +42,10 @@ class Flag:
         return self.field or self.name.replace("-", "_")
 
 
-def _named(name_of: Callable[[str], str]) -> Callable[[str], str]:
+def _named(name_of: Callable[[str], Value]) -> Callable[[str], Value]:
     """For argparse, which keeps no other exception's message."""
 
-    def read(text: str) -> str:
+    def read(text: str) -> Value:
         try:
             return name_of(text)
         except ValueError as error:
@@ -47,8 +54,16 @@ def _named(name_of: Callable[[str], str]) -> Callable[[str], str]:
     return read
 
 
+def _alpha(text: str) -> float | str:
+    try:
+        return text if text == AUTO_ALPHA else float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither a number nor {AUTO_ALPHA}") from None
+
+
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "model": (
+        Flag("base-model", "checkpoint", "another way to give MODEL, as Chinese-LLaMA-Alpaca's users do"),
         Flag("model-name", "checkpoint", "the model's id for clients (default: MODEL as given)"),
         Flag("revision", "checkpoint", "branch, tag or commit on the hub"),
         Flag("download-dir", "checkpoint", "folder for downloads (default: the hub's cache, see HF_HOME)"),
@@ -80,6 +95,12 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         ),
     ),
     "server": (
+        Flag(
+            "compat",
+            "server",
+            "alpaca: chats, completions and embeddings as Chinese-LLaMA-Alpaca's server has them, with its template, defaults and port",
+            COMPATS,
+        ),
         Flag("server-name", "server", "address to listen on"),
         Flag("server-port", "server", "port to listen on; 0: any free one", int),
         Flag("root-path", "server", "prefix that a reverse proxy strips, e.g. /vlm"),
@@ -113,8 +134,16 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     ),
     "engine": (
         Flag("device", "engine", "where the model runs", DEVICES),
+        Flag("gpus", "checkpoint", "CUDA devices, e.g. 0,1, each for one tensor-parallel process (default: the first --tp)"),
+        Flag("only-cpu", "checkpoint", "run on the CPU, whatever --gpus says", bool),
         Flag("tp", "engine", "tensor-parallel processes", int),
         Flag("session-len", "engine", "tokens of prompt and answer together (default: the checkpoint's)", int),
+        Flag(
+            "alpha",
+            "engine",
+            "above 1: scale rotary positions (NTK) for a window longer than the checkpoint's; auto: as --session-len asks for",
+            _named(_alpha),
+        ),
         Flag("max-batch-size", "engine", "requests computed at once", int),
         Flag("cache-max-entry-count", "engine", "KV cache: below 1 a share of the free memory, else blocks (default: by device)", float),
         Flag("cache-block-seq-len", "engine", "tokens per KV block", int),
@@ -157,6 +186,29 @@ def values_for(config: str, parsed: argparse.Namespace) -> dict[str, Any]:
     """The fields of one config, as the flags set them."""
     flags = (flag for group in FLAGS.values() for flag in group if flag.config == config)
     return {flag.target: _frozen(getattr(parsed, flag.target)) for flag in flags}
+
+
+def compat_defaults(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What flags that are not given mean instead, where the command has --compat."""
+    return dict(_COMPAT_DEFAULTS.get(getattr(parsed, "compat", ""), {}))
+
+
+def device_values(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The engine's fields that --gpus and --only-cpu set. Raises ValueError where other flags say something else."""
+    if parsed.only_cpu:
+        if parsed.device == "cuda":
+            raise ValueError("only_cpu: not allowed with --device cuda")
+        return {"device": "cpu"}
+    if parsed.gpus is None:
+        return {}
+    gpus = tuple(name.strip() for name in parsed.gpus.split(","))
+    if parsed.device == "cpu":
+        raise ValueError("gpus: not allowed with --device cpu")
+    if parsed.tp not in (1, len(gpus)):
+        raise ValueError(
+            f"tp: {parsed.tp} is not allowed with --gpus {parsed.gpus}, only {len(gpus)}: each process has a device of its own"
+        )
+    return {"device": "cuda", "gpus": gpus, "tp": len(gpus)}
 
 
 def _frozen(value: object) -> object:

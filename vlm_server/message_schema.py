@@ -6,9 +6,20 @@ they show up in pydantic's locations and are dropped from the paths in error mes
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from vlm_server.nesting import is_too_deep
@@ -136,20 +147,42 @@ def _known_role(value: object) -> object:
     return value
 
 
+def one_of_two_names(value: object, info: ValidationInfo) -> object:
+    """Refuses a message's text under its second name that differs from that under its first, `content`."""
+    if value is not None and info.data.get("content") not in (None, value):
+        raise PydanticCustomError("api:invalid_value", "another name of content; give one of the two")
+    return value
+
+
+Content = Annotated[
+    Annotated[UnicodeText | None, Tag("<string>")] | Annotated[list[ContentPart], Tag("<parts>")],
+    Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<string>"),
+]
+
+
 class ChatMessage(BaseModel):
     """One message. `content` is a string or a list of text and image parts, in any order."""
 
     model_config = ConfigDict(extra="allow")
 
     role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_known_role)]
-    content: Annotated[
-        Annotated[UnicodeText | None, Tag("<string>")] | Annotated[list[ContentPart], Tag("<parts>")],
-        Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<string>"),
-    ] = None
+    content: Content = None
+    message: Content = Field(None, description="Another name for content, as Chinese-LLaMA-Alpaca's clients write it.")
     name: UnicodeText | None = Field(None, description="Passed to the chat template.")
     reasoning_content: UnicodeText | None = Field(None, description="Of an assistant's message; passed to the chat template.")
     tool_calls: list[ToolCall] | None = Field(None, description="Of an assistant's message: what it called.")
     tool_call_id: UnicodeText | None = Field(None, validate_default=True, description="Of a tool's message: which call it answers.")
+
+    @field_validator("message")
+    @classmethod
+    def _is_the_content(cls, value: object, info: ValidationInfo) -> object:
+        return one_of_two_names(value, info)
+
+    @model_validator(mode="after")
+    def _under_one_name(self) -> Self:
+        if self.message is not None:
+            self.content, self.message = self.message, None
+        return self
 
     @field_validator("tool_calls", "reasoning_content")
     @classmethod
@@ -170,7 +203,7 @@ class ChatMessage(BaseModel):
 
     def as_dict(self) -> dict[str, Any]:
         """What the client sent, for the chat template."""
-        message = self.model_dump(exclude_unset=True, include=set(ChatMessage.model_fields) - {"tool_calls"})
+        message = self.model_dump(exclude_unset=True, include=set(ChatMessage.model_fields) - {"tool_calls", "message"})
         if isinstance(self.content, list):
             message["content"] = [part.as_dict() for part in self.content]
         return message | ({"tool_calls": [call.as_dict() for call in self.tool_calls]} if self.tool_calls else {})

@@ -10,6 +10,21 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+_PLAIN = ("default", "mrope")  # base^(-2i / dim)
+
+
+def stretch(config: PretrainedConfig, alpha: float) -> None:
+    """Make a text config's rotary base right for longer windows: base · alpha^(dim / (dim - 2)), "NTK-aware" scaling.
+
+    The slow frequencies turn alpha times as slowly, the fastest stays. Raises ValueError for a model without one plain base.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in parameters or parameters.get("rope_type", "default") not in _PLAIN:
+        raise ValueError(f"--alpha: only 1 is allowed: {config.model_type} has no plain rotary positions, or its config scales them itself")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    parameters["rope_theta"] *= alpha ** (dim / (dim - 2))
+
 
 class RotaryEmbedding(nn.Module):
     """Cosines and sines for a step's positions, once for all layers."""
@@ -20,7 +35,7 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         parameters = config.rope_parameters
         rope_type = parameters.get("rope_type", "default")
-        if rope_type in ("default", "mrope"):
+        if rope_type in _PLAIN:
             exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
             inv_freq, self.scaling = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
         else:

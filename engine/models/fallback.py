@@ -145,6 +145,8 @@ def load_reference(
             torch.manual_seed(seed)
             model = auto_class.from_config(config, dtype=dtype, attn_implementation=chosen)
     else:
-        model = auto_class.from_pretrained(model_folder, dtype=dtype, attn_implementation=chosen, trust_remote_code=trust_remote_code)
+        model = auto_class.from_pretrained(
+            model_folder, config=config, dtype=dtype, attn_implementation=chosen, trust_remote_code=trust_remote_code
+        )
     on_progress(1.0)
     return model.to(device).eval().requires_grad_(False)

@@ -25,6 +25,11 @@ LLAMA2_S = "[INST] <<SYS>>\n§\n<</SYS>>\n\n"
 LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n{}"
 MISTRAL = "[INST] Q1 [/INST]A1</s>[INST] Q2 [/INST]"
 GOLDEN = {
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
+        "§\n\n",
+        "### Instruction:\nQ1\n\n### Response: A1\n\n### Instruction:\nQ2\n\n### Response: ",
+    ),
     "base": ("", "§", "Q1A1Q2"),
     "chatml": ("", CHATML_S, CHATML),
     "codellama": ("[INST] <<SYS>>\n\n<</SYS>>\n\n", LLAMA2_S, LLAMA2),
@@ -219,10 +224,10 @@ def load_tokenizer_once() -> Any:
 
 @pytest.mark.parametrize("name", NOT_BUILT_IN)
 def test_a_name_whose_prompts_words_cannot_write_is_refused_with_the_names_that_are_there(name: str) -> None:
-    with pytest.raises(ValueError, match=f"chat_template: {name} is not built in: .*; built in are base, .*vicuna, and hf"):
+    with pytest.raises(ValueError, match=f"chat_template: {name} is not built in: .*; built in are alpaca, base, .*vicuna, and hf"):
         load_chat_template(tiny_folder("llama"), load_tokenizer_once(), chat_template=name)
 
 
 def test_an_unknown_name_is_refused_with_the_names_that_are_there() -> None:
-    with pytest.raises(ValueError, match=r"chat_template: /no/such is neither a file nor built in; built in are base, .*, and hf"):
+    with pytest.raises(ValueError, match=r"chat_template: /no/such is neither a file nor built in; built in are alpaca, base, .*, and hf"):
         load_chat_template(tiny_folder("llama"), load_tokenizer_once(), chat_template="/no/such")

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from vlm_server.message_schema import ChatMessage
 
@@ -48,3 +49,19 @@ def test_reasoning_of_an_earlier_turn_is_the_templates_to_write() -> None:
     message = {"role": "assistant", "content": "42", "reasoning_content": "Hm."}
 
     assert ChatMessage.model_validate(message).as_dict() == message
+
+
+@pytest.mark.parametrize("content", ["Hi", [{"type": "text", "text": "Hi"}]])
+def test_message_is_another_name_of_content(content: Any) -> None:
+    named = ChatMessage.model_validate({"role": "user", "message": content})
+    both = ChatMessage.model_validate({"role": "user", "message": content, "content": content})
+
+    assert named.as_dict() == both.as_dict() == {"role": "user", "content": content}
+
+
+def test_a_text_under_two_names_has_to_be_the_same() -> None:
+    with pytest.raises(ValidationError) as caught:
+        ChatMessage.model_validate({"role": "user", "message": "Hi", "content": "Ho"})
+
+    [error] = caught.value.errors()
+    assert (error["loc"], error["msg"]) == (("message",), "another name of content; give one of the two")

@@ -32,7 +32,7 @@ async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
     context = context_of(request)
     warnings = context.accept(request, body)
     _check_dimensions(body, context.engine_info.hidden_size)
-    embedded = await unless_client_leaves(request, _embed_all(context, body, tenant_of(request.scope)))
+    embedded = await unless_client_leaves(request, embed_all(context, body, tenant_of(request.scope)))
     num_tokens = sum(count for _, count in embedded)
     request_facts(request.scope).update(prompt_tokens=num_tokens)
     content: dict[str, Any] = {
@@ -55,7 +55,7 @@ def _check_dimensions(body: EmbeddingsRequest, hidden_size: int) -> None:
         raise bad_request("invalid_value", message, param="dimensions")
 
 
-async def _embed_all(context: ServerContext, body: EmbeddingsRequest, tenant: str) -> list[tuple[np.ndarray, int]]:
+async def embed_all(context: ServerContext, body: EmbeddingsRequest, tenant: str) -> list[tuple[np.ndarray, int]]:
     """Vector and number of tokens of each item. An error of one ends the others."""
     slots = asyncio.Semaphore(NUM_AT_ONCE)
 
