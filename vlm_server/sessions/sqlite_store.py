@@ -72,10 +72,10 @@ class SqliteStore:
         return None if row is None else bytes(row[0])
 
     async def get_parts(self, record_id: RecordId, names: Collection[str]) -> dict[str, bytes]:
-        query = f"SELECT data FROM parts WHERE {_THIS} AND name = ?"
+        query = f"SELECT data FROM parts JOIN records USING (namespace, tenant, key) WHERE {_THIS} AND name = ? AND expires_s > ?"
 
         def read(db: sqlite3.Connection) -> dict[str, bytes]:
-            rows = {name: db.execute(query, (*_row(record_id), name)).fetchone() for name in names}
+            rows = {name: db.execute(query, (*_row(record_id), name, self._clock())).fetchone() for name in names}
             return {name: bytes(row[0]) for name, row in rows.items() if row is not None}
 
         return await self._run(read)

@@ -73,6 +73,7 @@ async def test_a_record_ends_a_time_after_its_last_write(store: RecordStore) -> 
     record = a_record()
     await store.put(record, b"x", parts={"a": b"old"}, limits=A_MOMENT)
     assert await becomes(None, lambda: store.get(record))
+    assert await store.get_parts(record, ["a"]) == {}
 
     await store.put(record, b"y", parts={"a": b"new"}, limits=PLENTY)
 
