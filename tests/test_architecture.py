@@ -93,7 +93,7 @@ MAY_IMPORT = {
     "vlm_server.answer_grammar": ".errors .tools engine.guided",
     "vlm_server.api_calls": "",
     "vlm_server.app": (
-        ".answer_formats .auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling "
+        ".answer_formats .auth .backend .chat_page .config .context .docs .errors .files .metrics .middleware .routes.* .sampling "
         ".sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
     ),
     "vlm_server.auth": ".errors",
@@ -105,7 +105,7 @@ MAY_IMPORT = {
     "vlm_server.chat_page": ".config .examples",
     "vlm_server.chat_template": ".internlm_tools .jinja_process engine.request",
     "vlm_server.chats": (
-        ".answer_grammar .auth .context .generation .guided .middleware .protocol .stage_timings .streaming .tools engine.request"
+        ".answer_grammar .auth .context .files .generation .guided .middleware .protocol .stage_timings .streaming .tools engine.request"
     ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
@@ -116,7 +116,7 @@ MAY_IMPORT = {
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.connections": ".config",
     "vlm_server.context": (
-        ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .generation .interactive_protocol "
+        ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .files .generation .interactive_protocol "
         ".metrics .middleware .parsing.answer .protocol .sampling .token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
@@ -127,9 +127,11 @@ MAY_IMPORT = {
     "vlm_server.errors": ".sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
-        ".alpaca_protocol .embedding_protocol .errors .format_protocol .interactive_protocol .message_schema .protocol .token_protocol "
-        ".tool_schema"
+        ".alpaca_protocol .embedding_protocol .errors .file_protocol .format_protocol .interactive_protocol .message_schema .protocol "
+        ".token_protocol .tool_schema"
     ),
+    "vlm_server.file_protocol": ".message_schema",
+    "vlm_server.files": ".errors .sessions.store",
     "vlm_server.flags": ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
     "vlm_server.format_protocol": ".message_schema",
     "vlm_server.generation": ".backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request",
@@ -167,7 +169,10 @@ MAY_IMPORT = {
     "vlm_server.routes.completions": ".auth .context .guided .middleware .protocol .response_schema .shapes .streaming engine.request",
     "vlm_server.routes.control": ".context .errors .response_schema",
     "vlm_server.routes.embeddings": (
-        ".auth .context .embedding_protocol .errors .middleware .response_schema .shapes .streaming engine.request"
+        ".auth .context .embedding_protocol .errors .files .middleware .response_schema .shapes .streaming engine.request"
+    ),
+    "vlm_server.routes.files": (
+        ".auth .config .context .errors .field_rules .file_protocol .files .response_schema .streaming .uploads vision.image"
     ),
     "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
     "vlm_server.routes.interactive": (
@@ -175,7 +180,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.routes.models": ".context .errors .response_schema",
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
-    "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol .tools",
+    "vlm_server.routes.tokens": ".auth .context .errors .files .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
     "vlm_server.serving": ".app .backend .config .connections .sessions.opening .sessions.store engine.request",
     "vlm_server.sessions": "",
@@ -198,6 +203,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.transcript": "engine.request",
     "vlm_server.turns": ".backend .errors .generation .sessions.history .sessions.store engine.request vision.image",
+    "vlm_server.uploads": ".errors .file_protocol vision.image",
 }
 
 # Whole packages that a package never imports, whatever the table says: vision knows neither other package, the engine no server.

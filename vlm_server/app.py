@@ -21,13 +21,14 @@ from vlm_server.config import ALPACA, ServerConfig
 from vlm_server.context import ServerContext
 from vlm_server.docs import add_docs
 from vlm_server.errors import ApiError, to_api_error, validation_error
+from vlm_server.files import Files
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
-from vlm_server.routes import alpaca, chat, completions, control, embeddings, health, interactive, models, scoring, tokens
+from vlm_server.routes import alpaca, chat, completions, control, embeddings, files, health, interactive, models, scoring, tokens
 from vlm_server.sampling import SamplingDefaults
 from vlm_server.sessions.history import SessionBusyError, Sessions
 from vlm_server.sessions.opening import OpenStore, open_store
-from vlm_server.sessions.store import Limits, StoreError
+from vlm_server.sessions.store import Limits, Quota, RecordStore, StoreError
 from vlm_server.turns import Turns
 
 
@@ -45,12 +46,13 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
             sessions = Sessions(store, model=config.model_name, limits=limits, max_bytes=config.max_session_bytes)
             formats = _answer_formats(config, backend)
             async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns:
-                app.state.context = ServerContext(config, backend, defaults, metrics, turns, formats, created_s=int(time.time()))
+                uploads = _files(config, store)
+                app.state.context = ServerContext(config, backend, defaults, metrics, turns, formats, uploads, created_s=int(time.time()))
                 yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     answering = (alpaca,) if config.compat == ALPACA else (chat, completions, embeddings)
-    for module in (models, *answering, interactive, tokens, scoring, control):
+    for module in (models, *answering, interactive, tokens, scoring, files, control):
         app.include_router(module.router)
     app.include_router(health.health_router)
     if config.enable_metrics:
@@ -63,6 +65,11 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     _add_error_handlers(app)
     _add_middleware(app, config, metrics, open_paths=chat_page.paths if chat_page else ())
     return app
+
+
+def _files(config: ServerConfig, store: RecordStore) -> Files:
+    """What one request names is bound as data: URLs in its body would be."""
+    return Files(store, Quota(config.max_files, config.max_file_bytes_per_key), max_request_bytes=config.max_body_bytes)
 
 
 def _answer_formats(config: ServerConfig, backend: Backend) -> AnswerFormats:

@@ -77,6 +77,7 @@ class PromptPipeline(Protocol):
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        pictures: Mapping[str, bytes] | None = None,
         timings: StageTimings | None = None,
     ) -> Prompt: ...
 
@@ -89,9 +90,13 @@ class PromptPipeline(Protocol):
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        pictures: Mapping[str, bytes] | None = None,
     ) -> list[int]: ...
 
-    async def parts_prompt(self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "") -> Prompt: ...
+    async def parts_prompt(
+        self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "", pictures: Mapping[str, bytes] | None = None
+    ) -> Prompt: ...
+
     async def turn_prompt(
         self,
         messages: list[dict[str, Any]],
@@ -103,6 +108,8 @@ class PromptPipeline(Protocol):
     ) -> TurnPrompt: ...
 
     async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]: ...
+
+    async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None: ...
 
     def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript: ...
 

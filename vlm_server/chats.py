@@ -5,6 +5,7 @@ OpenAI's make a `ChatCompletionRequest` of theirs and write these answers in the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.requests import Request
 
@@ -12,6 +13,7 @@ from engine.request import Prompt
 from vlm_server.answer_grammar import answer_grammar, check_calls
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch
+from vlm_server.files import images_in
 from vlm_server.generation import Generation
 from vlm_server.guided import grammar_of
 from vlm_server.middleware import request_timings
@@ -61,6 +63,7 @@ async def _prompt(context: ServerContext, body: ChatCompletionRequest, plan: Ans
         with timings.stage("tokenize"):
             return await context.text_prompt(body.messages, tenant=tenant)
     messages = [message.as_dict() for message in body.messages]
+    pictures = await _uploaded(context, messages, tenant, timings)
     return await context.backend.pipeline.chat_prompt(
         messages,
         tools=plan.template_tools(),
@@ -69,7 +72,17 @@ async def _prompt(context: ServerContext, body: ChatCompletionRequest, plan: Ans
         timings=timings,
         add_generation_prompt=body.adds_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
+        pictures=pictures,
     )
+
+
+async def _uploaded(context: ServerContext, messages: list[dict[str, Any]], tenant: str, timings: StageTimings) -> dict[str, bytes]:
+    """The files that the messages name by their ids; in the messages their URLs stand afterwards."""
+    images = list(images_in(messages))
+    if not images:
+        return {}
+    with timings.stage("files"):
+        return await context.files.take(images, tenant=tenant)
 
 
 def _without_effect(context: ServerContext, body: ChatCompletionRequest) -> list[str]:

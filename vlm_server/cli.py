@@ -192,7 +192,8 @@ def _api_key(parsed: argparse.Namespace) -> str | None:
 
 def _set_up_logging(level: str) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("sse_starlette", "httpx2", "uvicorn"):  # they log every answer's text at debug, each file of a download, each start
+    # At debug they log every answer's text, each file of a download, each start, and every piece of a form.
+    for name in ("sse_starlette", "httpx2", "uvicorn", "python_multipart"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
 
 

@@ -56,6 +56,10 @@ class ServerConfig:
     session_ttl_s: float = 86400.0  # after a session's last turn
     max_sessions: int = 1000  # per API key
     max_session_bytes: int = 64 << 20  # of one session's pictures
+    file_ttl_s: float = 86400.0  # of an uploaded file that states no other
+    max_file_ttl_s: float = 2592000.0  # that one may state
+    max_files: int = 1000  # per API key
+    max_file_bytes_per_key: int = 256 << 20
     sse_ping_s: float = 0.0  # seconds between the comment lines of a silent stream; 0: none
     drain_timeout_s: float = 30.0  # for running requests, when the server is told to stop
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
@@ -78,6 +82,14 @@ class ServerConfig:
             ("max_sessions", self.max_sessions >= 1, "at least 1"),
             ("max_session_bytes", self.max_session_bytes >= 0, "at least 0"),
             ("drain_timeout_s", self.drain_timeout_s >= 0, "at least 0"),
+            ("max_file_ttl_s", self.max_file_ttl_s > 0, "above 0 seconds"),
+            (
+                "file_ttl_s",
+                0 < self.file_ttl_s <= self.max_file_ttl_s,
+                f"above 0 and at most max_file_ttl_s, {self.max_file_ttl_s:g}",
+            ),
+            ("max_files", self.max_files >= 0, "at least 0"),
+            ("max_file_bytes_per_key", self.max_file_bytes_per_key >= 0, "at least 0"),
             ("sse_ping_s", self.sse_ping_s >= 0, "at least 0"),
         ):
             if not is_valid:

@@ -15,6 +15,7 @@ from vlm_server.detokenizer import StopWords, TextDecoder
 from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import ApiError
 from vlm_server.field_rules import check_fields
+from vlm_server.files import Files
 from vlm_server.generation import Generation
 from vlm_server.interactive_protocol import InteractiveRequest, TurnFields
 from vlm_server.metrics import Metrics
@@ -34,6 +35,7 @@ class ServerContext:
     metrics: Metrics
     turns: Turns
     formats: AnswerFormats
+    files: Files
     created_s: int  # Unix time of the start
 
     @property

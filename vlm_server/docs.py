@@ -36,18 +36,19 @@ _PAGE = """<!doctype html>
 """
 _STREAMED = {"/v1/chat/completions": ChatCompletionStreamResponse, "/v1/completions": CompletionStreamResponse}
 _SERVER_TIMING = {
-    "description": "Milliseconds by stage, as in `template;dur=0.4, pictures;dur=31.2, …`: template, pictures (fetched, decoded, "
-    "resized; the slowest of each as picture-fetch, picture-decode, picture-preprocess), tokenize, then in the engine queue, encode "
-    "(pictures) and prefill (to the first token); without `stream` also generate (the rest).",
+    "description": "Milliseconds by stage, as in `template;dur=0.4, pictures;dur=31.2, …`: files (uploaded ones, read from the store), "
+    "template, pictures (fetched, decoded, resized; the slowest of each as picture-fetch, picture-decode, picture-preprocess), tokenize, "
+    "then in the engine queue, encode (pictures) and prefill (to the first token); without `stream` also generate (the rest).",
     "schema": {"type": "string"},
 }
 _INTERACTIVE = "/v1/chat/interactive"
+_FILES = "/v1/files"
 _ERRORS = {
     "400": "The request is wrong; `param` names the field.",
     "401": "The API key is missing or unknown.",
-    "404": "The model does not exist.",
+    "404": "The model, or the file, does not exist.",
     "409": "Another turn of the session is under way.",
-    "413": "The body is too large.",
+    "413": "The body is too large, or the API key has too many files.",
     "429": "Too many requests wait; try again after `Retry-After` seconds.",
     "500": "The server failed.",
     "503": "The engine is not ready; try again after `Retry-After` seconds.",
@@ -116,7 +117,8 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
     if "requestBody" in operation and (examples := _examples(config).get(path)):
         operation["requestBody"]["content"]["application/json"]["examples"] = examples
     for parameter in operation.get("parameters", ()):
-        parameter["example"] = config.model_name
+        if parameter["name"] == "model_id":
+            parameter["example"] = config.model_name
     if path == "/metrics":
         responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     if path == "/health":
@@ -130,6 +132,8 @@ def _examples(config: ServerConfig) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
     keyed = ["401"] if config.api_keys and path != "/health" else []
+    if path.startswith(_FILES):
+        return [*(["404"] if "{" in path else ["400"]), *keyed, *(["413"] if method == "post" else []), "503"]
     if method == "post":
         return ["400", *keyed, "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
     return [*keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]

@@ -16,6 +16,7 @@ _PACKAGES = (
     "fastapi",
     "uvicorn",
     "sse-starlette",
+    "python-multipart",
     "aiohttp",
     "pillow",
     "numpy",

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from vlm_server.alpaca_protocol import AlpacaChatRequest, AlpacaCompletionRequest, AlpacaEmbeddingsRequest, AlpacaMessage
 from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import bad_request
+from vlm_server.file_protocol import ExpiresAfter, FileForm, FileListQuery
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, NamedJsonSchema, RegexFormat, StructuredOutputs, TextFormat
 from vlm_server.interactive_protocol import InteractiveRequest
 from vlm_server.message_schema import CalledFunction, ChatMessage, ImagePart, ImageUrl, TextPart, ToolCall
@@ -128,9 +129,12 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
         "whitespace_pattern": (),
         "structural_tag": (),
     },
-    ImageUrl: {"min_pixels": (), "max_pixels": (), "file_id": ()},
+    ImageUrl: {"min_pixels": (), "max_pixels": ()},
     ImagePart: {"uuid": ()},
     TextPart: {},
+    FileForm: {},
+    ExpiresAfter: {},
+    FileListQuery: {},
     **{model: {} for model in (Tool, FunctionDefinition, NamedTool, FunctionReference, AllowedToolsChoice, AllowedTools)},
     **{model: {} for model in (ToolCall, CalledFunction)},
 }

@@ -114,12 +114,16 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(
             "session-store",
             "server",
-            "where sessions of /v1/chat/interactive live: a file (SQLite), redis://… for several servers, memory, or auto: a file in the "
-            "state folder",
+            "where sessions of /v1/chat/interactive and uploaded files live: a file (SQLite), redis://… for several servers, memory, or "
+            "auto: a file in the state folder",
         ),
         Flag("session-ttl", "server", "seconds that a session is kept after its last turn", float, "session_ttl_s"),
         Flag("max-sessions", "server", "sessions kept per API key; those that are unused for longest end first", int),
         Flag("max-session-bytes", "server", "pictures kept per session", int),
+        Flag("file-ttl", "server", "seconds that an uploaded file is kept, unless its upload says otherwise", float, "file_ttl_s"),
+        Flag("max-file-ttl", "server", "most seconds that an upload may ask for", float, "max_file_ttl_s"),
+        Flag("max-files", "server", "files kept per API key; more are refused until some end", int),
+        Flag("max-file-bytes-per-key", "server", "bytes of all files of an API key; more are refused until some end", int),
         Flag("sse-ping-s", "server", "seconds between comment lines in a silent stream; 0: none", float),
         Flag("drain-timeout-s", "server", "seconds that running requests have when the server is told to stop", float),
         Flag("send-timeout-s", "connections", "seconds that a client may leave an answer unread", float, "send_s"),

@@ -49,12 +49,25 @@ UnicodeText = Annotated[str, AfterValidator(_encodable)]
 
 
 class ImageUrl(BaseModel):
-    """Where a picture is."""
+    """Where a picture is: at a URL, or among the uploaded files."""
 
     model_config = ConfigDict(extra="allow")
 
-    url: UnicodeText = Field(description="An http, https or data: URL; file: only under --allowed-local-media-path.")
+    file_id: UnicodeText | None = Field(None, description="In place of url: the id of a file that POST /v1/files was given.")
+    url: UnicodeText | None = Field(
+        None, validate_default=True, description="An http, https or data: URL; file: only under --allowed-local-media-path."
+    )
     detail: Literal["auto", "low", "high"] | None = Field(None, description="The picture's resolution as the model sees it.")
+
+    @field_validator("url")
+    @classmethod
+    def _one_of_two(cls, value: str | None, info: ValidationInfo) -> str | None:
+        file_id = info.data.get("file_id")
+        if value is None and file_id is None:
+            raise PydanticCustomError("missing", "Field required, or file_id in its place")
+        if value is not None and file_id is not None:
+            raise PydanticCustomError("api:invalid_value", "not together with file_id; give one of the two")
+        return value
 
 
 class TextPart(BaseModel):
@@ -78,11 +91,10 @@ class ImagePart(BaseModel):
     image_url: Annotated[Annotated[UnicodeText, Tag("<string>")] | Annotated[ImageUrl, Tag("<other>")], Discriminator(_is_string)]
 
     def as_dict(self) -> dict[str, Any]:
-        """What the client sent; a bare string as `image_url` is written out as an object."""
-        part = self.model_dump(exclude_unset=True)
-        if isinstance(part["image_url"], str):
-            part["image_url"] = {"url": part["image_url"]}
-        return part
+        """What the client sent, without nulls; a bare string as `image_url` is written out as an object."""
+        image = self.image_url
+        written = {"url": image} if isinstance(image, str) else image.model_dump(exclude_unset=True, exclude_none=True)
+        return {**self.model_dump(exclude_unset=True), "image_url": written}
 
 
 def _known_part(value: object) -> object:

@@ -121,10 +121,12 @@ class Pipeline:
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        pictures: Mapping[str, bytes] | None = None,
         timings: StageTimings | None = None,
     ) -> Prompt:
         """The prompt for a conversation whose shape is already checked.
 
+        pictures: files that are here already, by the URL that the messages name them with.
         timings: is given the stages template, pictures (and within it picture-fetch, -decode, -preprocess) and tokenize.
         Raises TemplateError, ImagesNotSupportedError, or the vision service's MediaError, each naming the field.
         """
@@ -138,6 +140,7 @@ class Pipeline:
                 template_kwargs=template_kwargs,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                pictures=pictures,
             )
         return (await self._loaded_prompt(refs, text, marker, tenant, timings)).prompt
 
@@ -152,15 +155,14 @@ class Pipeline:
     ) -> TurnPrompt:
         """The prompt for a further turn: begins with the tokens of `known`, as far as the template still writes their text.
 
-        pictures: files that were fetched before, by the URL that the messages name them with. names: `messages[0].content[1].image_url`
-        to the field that the client knows. Raises as `chat_prompt`.
+        pictures: as for `chat_prompt`. names: `messages[0].content[1].image_url` to the field that the client knows. Raises as
+        `chat_prompt`.
         """
         marker = _new_marker()
-        refs, text = await self._rendered(messages, marker, names=names)
-        held = [replace(ref, data=(pictures or {}).get(ref.url)) for ref in refs]
+        refs, text = await self._rendered(messages, marker, names=names, pictures=pictures)
         fingerprint = await self._in_thread(lambda: self.tokenizer.fingerprint)
         segments = known.segments if known.tokenizer == fingerprint else ()
-        turn = await self._loaded_prompt(held, text, marker, tenant, StageTimings(), segments)
+        turn = await self._loaded_prompt(refs, text, marker, tenant, StageTimings(), segments)
         return replace(turn, transcript=Transcript(turn.transcript.segments, fingerprint))
 
     async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
@@ -170,6 +172,12 @@ class Pipeline:
         if self.family is None or self._images is None:
             raise ImagesNotSupportedError(refs[0].param)
         return await self._images.fetch(refs, limit_bytes=limit_bytes, tenant=tenant)
+
+    async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None:
+        """Raises ImagesNotSupportedError or MediaError where the picture cannot be used, as far as its header tells."""
+        if self.family is None or self._images is None:
+            raise ImagesNotSupportedError(ref.param)
+        await self._images.measure([ref], tenant=tenant)
 
     def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
         """The transcript with the answer that followed, for a later `turn_prompt`; without it where its tokens are no whole text."""
@@ -184,6 +192,7 @@ class Pipeline:
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        pictures: Mapping[str, bytes] | None = None,
     ) -> list[int]:
         """The tokens of the prompt that `chat_prompt` makes, its pictures measured by their headers and not loaded. Raises as it does."""
         marker = _new_marker()
@@ -194,12 +203,18 @@ class Pipeline:
             template_kwargs=template_kwargs,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            pictures=pictures,
         )
         measured = await self._images.measure(refs, tenant=tenant) if refs and self._images is not None else []
         return await self._in_thread(lambda: self._chat_tokens(text, measured, marker))
 
-    async def parts_prompt(self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "") -> Prompt:
-        """The prompt for texts and pictures one after the other, without a template. `param` names their list. Raises as `chat_prompt`."""
+    async def parts_prompt(
+        self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "", pictures: Mapping[str, bytes] | None = None
+    ) -> Prompt:
+        """The prompt for texts and pictures one after the other, without a template. `param` names their list.
+
+        pictures: as for `chat_prompt`. Raises as it does.
+        """
         marker = _new_marker()
         refs: list[ImageRef] = []
         plain = [_plain_part(part, f"{param}[{index}]", refs) for index, part in enumerate(parts)]
@@ -207,7 +222,7 @@ class Pipeline:
             raise ImagesNotSupportedError(refs[0].param)
         placeholder = self.family.placeholder if self.family else ""
         text = "".join(self._guarded(part["text"], marker) if part["type"] == "text" else placeholder for part in plain)
-        return (await self._loaded_prompt(refs, text, marker, tenant, StageTimings())).prompt
+        return (await self._loaded_prompt(_held(refs, pictures), text, marker, tenant, StageTimings())).prompt
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
         """The prompt for a text, or for token ids, without a template. Blocks while a text is tokenized; may be called in any thread.
@@ -238,6 +253,7 @@ class Pipeline:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         names: Mapping[str, str] | None = None,
+        pictures: Mapping[str, bytes] | None = None,
     ) -> tuple[list[ImageRef], str]:
         """The pictures in order, and the template's text with a placeholder for each."""
         refs, plain = _split_images(messages, names or {})
@@ -252,7 +268,7 @@ class Pipeline:
                 template_kwargs=self._guarded(template_kwargs, marker),
             )
         )
-        return refs, text
+        return _held(refs, pictures), text
 
     async def _loaded_prompt(
         self, refs: Sequence[ImageRef], text: str, marker: str, tenant: str, timings: StageTimings, known: Sequence[Segment] = ()
@@ -398,6 +414,11 @@ def _split_images(messages: Sequence[Message], names: Mapping[str, str]) -> tupl
             content = [_plain_part(part, names.get(path, path), refs) for part, path in zip(content, paths, strict=True)]
         plain.append({**message, "content": content})
     return refs, plain
+
+
+def _held(refs: Sequence[ImageRef], pictures: Mapping[str, bytes] | None) -> list[ImageRef]:
+    """With the files that are here already."""
+    return [replace(ref, data=(pictures or {}).get(ref.url)) for ref in refs]
 
 
 def _plain_part(part: dict[str, Any], param: str, refs: list[ImageRef]) -> dict[str, Any]:

@@ -276,3 +276,30 @@ class EncodeResponse(BaseModel):
     input_ids: list[int] | list[list[int]] = Field(description="Of one text its ids, of several a list of each.")
     length: int | list[int]
     warnings: list[str] = Field(default_factory=list)
+
+
+class FileResponse(BaseModel):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int = Field(description="Unix time from which on the file is gone.")
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+    warnings: list[str] = Field(default_factory=list)
+
+
+class FileListResponse(BaseModel):
+    object: Literal["list"]
+    data: list[FileResponse]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    warnings: list[str] = Field(default_factory=list)
+
+
+class FileDeletedResponse(BaseModel):
+    id: str
+    object: Literal["file"]
+    deleted: bool

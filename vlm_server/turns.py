@@ -6,7 +6,7 @@ or left. What is saved is a whole turn or nothing. Knows nothing of HTTP.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -44,6 +44,7 @@ class TurnRequest:
     keeps: bool  # the session after this turn; else it ends
     messages: list[dict[str, Any]]
     pictures: Sequence[tuple[int, int, str]] = ()  # (message, part, the field's path in the request)
+    files: Mapping[str, bytes] = field(default_factory=dict)  # of those pictures that are here already, by the URL in their message
     generation: Callable[[Prompt], Generation]
     prompt_prepared: Callable[[float], None] = lambda duration_s: None
 
@@ -154,7 +155,7 @@ class Turns:
         turn.replies.put_nowait(reply)
 
     async def _alone(self, turn: _Turn) -> Reply:
-        reply, _ = await self._answer(turn, History(), turn.request.messages, {})
+        reply, _ = await self._answer(turn, History(), turn.request.messages, dict(turn.request.files))
         return reply
 
     async def _in_session(self, turn: _Turn, session_id: RecordId) -> Reply:
@@ -177,10 +178,11 @@ class Turns:
     async def _with_kept_pictures(self, request: TurnRequest, session: OpenSession) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
         """The turn's messages, their pictures' URLs replaced by ours, and the files of all of the session's pictures."""
         if not request.keeps or not request.pictures:
-            return request.messages, session.pictures
+            return request.messages, session.pictures | dict(request.files)
         messages = deepcopy(request.messages)
         images = [messages[number]["content"][index]["image_url"] for number, index, _ in request.pictures]
-        refs = [ImageRef(image["url"], path) for image, (_, _, path) in zip(images, request.pictures, strict=True)]
+        paths = [path for _, _, path in request.pictures]
+        refs = [ImageRef(image["url"], path, data=request.files.get(image["url"])) for image, path in zip(images, paths, strict=True)]
         limit_bytes = max(0, self._sessions.max_bytes - session.num_picture_bytes)
         files = await self._pipeline.fetch_pictures(refs, limit_bytes=limit_bytes, tenant=request.tenant)
         urls = await asyncio.to_thread(lambda: [picture_url(data) for data in files])

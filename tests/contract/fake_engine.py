@@ -1,6 +1,7 @@
 """An engine and a pipeline of bytes: the same interfaces, scripted answers, no model."""
 
 import asyncio
+import base64
 import contextlib
 import json
 import threading
@@ -185,7 +186,10 @@ class FakeTemplate:
 
 
 class FakePipeline:
-    """Writes `role: text` lines; a picture is four tokens, known by its URL. URLs with `bad` cannot be loaded, with `slow` never end."""
+    """Writes `role: text` lines; a picture is four tokens, known by its URL, or by its bytes where they are at hand.
+
+    URLs and uploads with `bad` cannot be loaded, with `slow` never end.
+    """
 
     def __init__(self, activity: Activity) -> None:
         self.activity = activity
@@ -203,6 +207,7 @@ class FakePipeline:
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        pictures: Mapping[str, bytes] | None = None,
         timings: StageTimings | None = None,
     ) -> Prompt:
         self.template_kwargs = template_kwargs
@@ -217,9 +222,10 @@ class FakePipeline:
                 if part["type"] == "text":
                     token_ids += part["text"].encode()
                     continue
-                await self._load(part["image_url"]["url"], f"messages[{number}].content[{index}].image_url")
+                url = part["image_url"]["url"]
+                await self._load(url, f"messages[{number}].content[{index}].image_url", pictures)
                 spans.append(ImageSpan(len(token_ids), TOKENS_PER_IMAGE, len(images)))
-                images.append(ImageInput(part["image_url"]["url"].encode(), TOKENS_PER_IMAGE, {}))
+                images.append(ImageInput(_content(url, pictures), TOKENS_PER_IMAGE, {}))
                 token_ids += [IMAGE] * TOKENS_PER_IMAGE
             token_ids += b"\n" if message is not messages[-1] or not continue_final_message else b""
         token_ids += self.template.generation_prompt.encode() if add_generation_prompt else b""
@@ -237,6 +243,7 @@ class FakePipeline:
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        pictures: Mapping[str, bytes] | None = None,
     ) -> list[int]:
         prompt = await self.chat_prompt(
             messages,
@@ -245,14 +252,17 @@ class FakePipeline:
             tenant=tenant,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            pictures=pictures,
         )
         return list(prompt.token_ids)
 
-    async def parts_prompt(self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "") -> Prompt:
+    async def parts_prompt(
+        self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "", pictures: Mapping[str, bytes] | None = None
+    ) -> Prompt:
         token_ids: list[int] = []
         for index, part in enumerate(parts):
             if part["type"] == "image_url":
-                await self._load(part["image_url"]["url"], f"{param}[{index}].image_url")
+                await self._load(part["image_url"]["url"], f"{param}[{index}].image_url", pictures)
             token_ids += part["text"].encode() if part["type"] == "text" else [IMAGE] * TOKENS_PER_IMAGE
         return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
 
@@ -268,24 +278,28 @@ class FakePipeline:
         """The known tokens, and the last messages behind them: those since the last answer."""
         self.turns.append((messages, dict(pictures)))
         try:
-            whole = await self.chat_prompt(messages, tenant=tenant)
+            whole = await self.chat_prompt(messages, tenant=tenant, pictures=pictures)
         except MediaError as error:
             raise MediaError(error.code, "not a picture", param=names.get(str(error.param), error.param)) from None
         if not known.segments:
             return TurnPrompt(whole, Transcript((Segment("", whole.token_ids),)), 0)
         num_new = next(number for number, message in enumerate(reversed(messages)) if message["role"] == "assistant")
-        new = (await self.chat_prompt(messages[len(messages) - num_new :])).token_ids[1:]
+        new = (await self.chat_prompt(messages[len(messages) - num_new :], pictures=pictures)).token_ids[1:]
         transcript = Transcript((*known.segments, Segment("", new)))
         keys = make_cache_keys(transcript.token_ids, (), (), salt=tenant)
         return TurnPrompt(Prompt(token_ids=transcript.token_ids, cache_keys=keys), transcript, len(known.token_ids))
 
     async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
         for ref in refs:
-            await self._load(ref.url, ref.param)
-        files = [ref.url.encode() for ref in refs]
+            await self._load(ref.url, ref.param, {ref.url: ref.data} if ref.data is not None else None)
+        files = [ref.url.encode() if ref.data is None else ref.data for ref in refs]
         if sum(map(len, files)) > limit_bytes:
             raise MediaError("image_too_large", f"more than the {limit_bytes} bytes", param=refs[0].param)
         return files
+
+    async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None:
+        assert ref.data is not None
+        await self._load(ref.data.decode("latin-1"), ref.param)
 
     def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
         return Transcript((*transcript.segments, Segment("", tuple(token_ids))))
@@ -297,12 +311,21 @@ class FakePipeline:
         token_ids = self.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
         return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
 
-    async def _load(self, url: str, param: str) -> None:
+    async def _load(self, url: str, param: str, pictures: Mapping[str, bytes] | None = None) -> None:
+        """Also finds that a picture is named by an id which the server should have looked up."""
+        if url.startswith("uploaded-file:") and url not in (pictures or {}):
+            raise MediaError("url_invalid", f"{param}: no file is at hand", param=param)
         if "bad" in url:
             raise MediaError("image_decode_failed", f"{param}: not a picture", param=param)
         if "slow" in url:
             with self.activity.during(url):
                 await asyncio.Event().wait()
+
+
+def _content(url: str, pictures: Mapping[str, bytes] | None) -> bytes:
+    """The URL, or for a picture that is at hand the data: URL that it would have as a PNG."""
+    data = (pictures or {}).get(url)
+    return url.encode() if data is None else b"data:image/png;base64," + base64.b64encode(data)
 
 
 class FakeBackend:

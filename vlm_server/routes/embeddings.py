@@ -15,6 +15,7 @@ from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, context_of
 from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import ApiError, bad_request, to_api_error
+from vlm_server.files import images_in_parts
 from vlm_server.middleware import request_facts
 from vlm_server.response_schema import EmbeddingsResponse
 from vlm_server.shapes import new_id
@@ -75,8 +76,9 @@ async def embed_all(context: ServerContext, body: EmbeddingsRequest, tenant: str
 async def _prompt(context: ServerContext, path: str, item: str | list[int] | list[dict[str, Any]], tenant: str) -> Prompt:
     try:
         match item:
-            case [dict(), *_]:
-                return await context.backend.pipeline.parts_prompt(item, param=path, tenant=tenant)  # type: ignore[arg-type]
+            case [dict(), *_] as parts:
+                pictures = await context.files.take(images_in_parts(parts, path), tenant=tenant)
+                return await context.backend.pipeline.parts_prompt(parts, param=path, tenant=tenant, pictures=pictures)  # type: ignore[arg-type]
             case _:
                 return await context.text_prompt(item, tenant=tenant)  # type: ignore[arg-type]
     except InvalidRequestError as error:

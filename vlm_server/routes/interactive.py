@@ -4,7 +4,7 @@ A stream is one JSON object per line, without `data: ` and without an end mark, 
 """
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -42,7 +42,9 @@ async def chat_interactive(request: Request, body: InteractiveRequest) -> Respon
             turns = context.turns
             await unless_client_leaves(request, turns.cancel(session_id) if body.cancel else turns.end(session_id))
         return Response(_line(_NOTHING, warnings), media_type="text/event-stream" if body.stream else "application/json")
-    replies = context.turns.replies(_turn_request(context, request, body, session_id))
+    messages, tenant = body.new_messages(), tenant_of(request.scope)
+    files = await unless_client_leaves(request, context.files.take(_uploaded(body, messages), tenant=tenant))
+    replies = context.turns.replies(_turn_request(context, body, messages, files, tenant, session_id))
     if body.stream:
         return await _stream(request, replies, warnings)
     return Response(_line(await _collected(request, replies), warnings), media_type="application/json")
@@ -70,14 +72,30 @@ def _session_of(context: ServerContext, request: Request, body: InteractiveReque
     return context.turns.sessions.id_of(tenant_of(request.scope), body.session_id)
 
 
-def _turn_request(context: ServerContext, request: Request, body: InteractiveRequest, session_id: RecordId | None) -> TurnRequest:
+def _uploaded(body: InteractiveRequest, messages: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The pictures that are named by a file id, under the names of the fields that the client knows."""
+    for number, index, path in body.picture_fields():
+        image = messages[number]["content"][index]["image_url"]
+        if "file_id" in image:
+            yield path, image
+
+
+def _turn_request(
+    context: ServerContext,
+    body: InteractiveRequest,
+    messages: list[dict[str, Any]],
+    files: dict[str, bytes],
+    tenant: str,
+    session_id: RecordId | None,
+) -> TurnRequest:
     fields, response_id = body.turn_fields(context.config.model_name), new_id("interactive")
     return TurnRequest(
-        tenant=tenant_of(request.scope),
+        tenant=tenant,
         session_id=session_id,
         keeps=body.interactive_mode,
-        messages=body.new_messages(),
+        messages=messages,
         pictures=tuple(body.picture_fields()),
+        files=files,
         generation=lambda prompt: context.generation(fields, [prompt], request_id=response_id),
         prompt_prepared=context.metrics.prompt_prepared,
     )

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import bad_request
+from vlm_server.files import images_in
 from vlm_server.response_schema import DetokenizeResponse, EncodeResponse, TokenizeResponse
 from vlm_server.streaming import unless_client_leaves
 from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest, TokenRequest
@@ -69,13 +70,16 @@ async def _tokens(context: ServerContext, body: TokenizeRequest, tenant: str) ->
         return await asyncio.to_thread(pipeline.text_tokens, body.prompt, add_special_tokens=body.add_special_tokens)
     if body.tools:
         check_tools(context.formats)
+    messages = [message.as_dict() for message in body.messages]
+    pictures = await context.files.take(images_in(messages), tenant=tenant)
     return await pipeline.chat_tokens(
-        [message.as_dict() for message in body.messages],
+        messages,
         tools=[tool.as_dict() for tool in body.tools or ()] or None,
         template_kwargs=body.chat_template_kwargs,
         tenant=tenant,
         add_generation_prompt=body.adds_generation_prompt,
         continue_final_message=body.continue_final_message,
+        pictures=pictures,
     )
 
 

@@ -51,5 +51,5 @@ async def _default() -> RecordStore:
     try:
         return await SqliteStore.open(default_path())
     except StoreError as error:
-        logger.warning("%s; interactive sessions are kept in memory and end with this server (--session-store)", error)
+        logger.warning("%s; interactive sessions and uploaded files are kept in memory and end with this server (--session-store)", error)
         return await SqliteStore.open(IN_MEMORY)

@@ -1,9 +1,12 @@
 """A store of records in Redis, for several servers.
 
 A record is one hash (its value, and a field per part) that Redis itself ends in time; a lease is a key with a lifetime; beside them, per
-tenant, a sorted set of its records by their ends. Writes that depend on a lease are transactions that fail where it changes.
+tenant, a sorted set of its records by their ends, and a hash with the sizes of those that count against a quota. Writes that depend on a
+lease or a quota are transactions that fail where it changes.
 """
 
+import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
@@ -12,10 +15,11 @@ from typing import Any
 from redis import asyncio as redis
 from redis.exceptions import RedisError, WatchError
 
-from vlm_server.sessions.store import LeaseLostError, Limits, RecordId, StoreError
+from vlm_server.sessions.store import LeaseLostError, Limits, Quota, RecordId, StoreError
 
 TIMEOUT_S = 5.0  # for Redis to be reached, and to answer
-MAX_TRIES = 8  # of a transaction that others disturb
+MAX_TRIES = 20  # of a transaction that others disturb
+_MAX_PAUSE_S = 0.05  # between two tries; drawn, so that two servers do not go on disturbing each other
 
 _VALUE = b"value"
 _PART = b"part:"
@@ -27,6 +31,7 @@ class RedisStore:
     def __init__(self, client: "redis.Redis", *, prefix: str = "vlm-server") -> None:
         self._redis = client
         self._prefix = prefix
+        self._adding = asyncio.Lock()  # additions here take turns, so that only other servers disturb them
 
     @classmethod
     async def open(cls, url: str) -> "RedisStore":
@@ -61,7 +66,7 @@ class RedisStore:
 
     async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
         record, index = self._key("record", record_id), self._index(record_id)
-        ttl_ms, ends_s = max(1, round(limits.ttl_s * 1000)), time.time() + limits.ttl_s
+        ttl_ms, ends_s = _milliseconds(limits.ttl_s), time.time() + limits.ttl_s
 
         async def write(pipe: Any) -> None:
             await pipe.watch(record)  # not the index, which every write changes: the next one ends what two at once leave too many
@@ -80,11 +85,45 @@ class RedisStore:
 
         await self._transaction(record_id, token, write)
 
+    async def add(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], ttl_s: float, quota: Quota) -> None:
+        record, index, sizes = self._key("record", record_id), self._index(record_id), self._sizes(record_id)
+        num_bytes = sum(map(len, parts.values()))
+
+        async def write(pipe: Any) -> None:
+            await pipe.watch(index)  # changes with every size
+            now_s = time.time()
+            ends_s = dict(await pipe.zrange(index, 0, -1, withscores=True))
+            size_of = await pipe.hgetall(sizes)
+            ended = {key for key, end_s in ends_s.items() if end_s <= now_s}
+            held = [int(size_of.get(key, 0)) for key in ends_s if key not in ended]
+            quota.require(num_bytes, num_records=len(held), num_bytes=sum(held))
+            pipe.multi()
+            pipe.hset(record, mapping={_VALUE: value, **{_PART + name.encode(): data for name, data in parts.items()}})
+            pipe.pexpire(record, _milliseconds(ttl_s))
+            for key in ended:
+                self._forget(pipe, RecordId(record_id.namespace, record_id.tenant, key.decode()))
+            pipe.zadd(index, {record_id.key: now_s + ttl_s})
+            pipe.hset(sizes, record_id.key, num_bytes)
+            for name in (index, sizes):
+                pipe.pexpire(name, _milliseconds(max([now_s + ttl_s, *ends_s.values()]) - now_s))
+            pipe.sadd(self._tenants(record_id.namespace), record_id.tenant)
+
+        async with self._adding:
+            await self._transaction(record_id, None, write)
+
+    async def values(self, namespace: str, tenant: str) -> dict[str, bytes]:
+        async with _translated():
+            keys = await self._redis.zrangebyscore(self._index(RecordId(namespace, tenant, "")), f"({time.time()}", "+inf")
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for key in keys:
+                    pipe.hget(self._key("record", RecordId(namespace, tenant, key.decode())), _VALUE)
+                values = await pipe.execute()
+        return {key.decode(): bytes(value) for key, value in zip(keys, values, strict=True) if value is not None}
+
     async def delete(self, record_id: RecordId, *, token: str | None = None) -> None:
         async def write(pipe: Any) -> None:
             pipe.multi()
-            pipe.delete(self._key("record", record_id))
-            pipe.zrem(self._index(record_id), record_id.key)
+            self._forget(pipe, record_id)
 
         await self._transaction(record_id, token, write)
 
@@ -119,6 +158,11 @@ class RedisStore:
         async with _translated():
             await self._redis.delete(self._key("lease", record_id))
 
+    def _forget(self, pipe: Any, record_id: RecordId) -> None:
+        pipe.delete(self._key("record", record_id))
+        pipe.zrem(self._index(record_id), record_id.key)
+        pipe.hdel(self._sizes(record_id), record_id.key)
+
     async def _if_held(self, record_id: RecordId, token: str, write: Callable[[Any], Awaitable[None]]) -> bool:
         try:
             await self._transaction(record_id, token, write)
@@ -139,6 +183,7 @@ class RedisStore:
                     try:
                         await pipe.execute()
                     except WatchError:
+                        await asyncio.sleep(random.uniform(0, _MAX_PAUSE_S))
                         continue
                     return
         raise StoreError(f"the session store was busy at each of {MAX_TRIES} tries")
@@ -149,8 +194,16 @@ class RedisStore:
     def _index(self, record_id: RecordId) -> str:
         return f"{self._prefix}:{record_id.namespace}:index:{record_id.tenant}"
 
+    def _sizes(self, record_id: RecordId) -> str:
+        return f"{self._prefix}:{record_id.namespace}:sizes:{record_id.tenant}"
+
     def _tenants(self, namespace: str) -> str:
         return f"{self._prefix}:{namespace}:tenants"
+
+
+def _milliseconds(seconds: float) -> int:
+    """As Redis takes a lifetime, which is never none."""
+    return max(1, round(seconds * 1000))
 
 
 async def _surplus(pipe: Any, index: str, key: bytes, max_records: int) -> list[bytes]:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from vlm_server.sessions.store import LeaseLostError, Limits, RecordId, StoreError
+from vlm_server.sessions.store import LeaseLostError, Limits, Quota, RecordId, StoreError
 
 IN_MEMORY = ":memory:"
 BUSY_TIMEOUT_S = 5.0  # for another process's write
@@ -72,10 +72,10 @@ class SqliteStore:
         return None if row is None else bytes(row[0])
 
     async def get_parts(self, record_id: RecordId, names: Collection[str]) -> dict[str, bytes]:
-        query = f"SELECT data FROM parts WHERE {_THIS} AND name = ?"
+        query = f"SELECT data FROM parts JOIN records USING (namespace, tenant, key) WHERE {_THIS} AND name = ? AND expires_s > ?"
 
         def read(db: sqlite3.Connection) -> dict[str, bytes]:
-            rows = {name: db.execute(query, (*_row(record_id), name)).fetchone() for name in names}
+            rows = {name: db.execute(query, (*_row(record_id), name, self._clock())).fetchone() for name in names}
             return {name: bytes(row[0]) for name, row in rows.items() if row is not None}
 
         return await self._run(read)
@@ -84,17 +84,26 @@ class SqliteStore:
         def write(db: sqlite3.Connection) -> None:
             now_s = self._clock()
             _require_lease(db, record_id, token, now_s)
-            db.execute("DELETE FROM records WHERE expires_s <= ?", (now_s,))
-            db.execute(
-                "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "
-                "SET value = excluded.value, written_s = excluded.written_s, expires_s = excluded.expires_s",
-                (*_row(record_id), value, now_s, now_s + limits.ttl_s),
-            )
-            rows = ((*_row(record_id), name, data) for name, data in parts.items())
-            db.executemany("INSERT OR IGNORE INTO parts VALUES (?, ?, ?, ?, ?)", rows)
+            _delete_ended(db, now_s)
+            _write(db, record_id, value, parts, now_s, limits.ttl_s)
             _delete_surplus(db, record_id, limits.max_records)
 
         await self._run(write)
+
+    async def add(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], ttl_s: float, quota: Quota) -> None:
+        def write(db: sqlite3.Connection) -> None:
+            now_s = self._clock()
+            _delete_ended(db, now_s)
+            num_records, num_bytes = _held(db, record_id.namespace, record_id.tenant)
+            quota.require(sum(map(len, parts.values())), num_records=num_records, num_bytes=num_bytes)
+            _write(db, record_id, value, parts, now_s, ttl_s)
+
+        await self._run(write)
+
+    async def values(self, namespace: str, tenant: str) -> dict[str, bytes]:
+        query = "SELECT key, value FROM records WHERE namespace = ? AND tenant = ? AND expires_s > ?"
+        rows = await self._run(lambda db: db.execute(query, (namespace, tenant, self._clock())).fetchall())
+        return {key: bytes(value) for key, value in rows}
 
     async def delete(self, record_id: RecordId, *, token: str | None = None) -> None:
         def write(db: sqlite3.Connection) -> None:
@@ -189,6 +198,31 @@ def _require_lease(connection: sqlite3.Connection, record_id: RecordId, token: s
     query = f"SELECT 1 FROM leases WHERE {_THIS} AND token = ? AND expires_s > ?"
     if token is not None and connection.execute(query, (*_row(record_id), token, now_s)).fetchone() is None:
         raise LeaseLostError
+
+
+def _delete_ended(connection: sqlite3.Connection, now_s: float) -> None:
+    connection.execute("DELETE FROM records WHERE expires_s <= ?", (now_s,))
+
+
+def _write(
+    connection: sqlite3.Connection, record_id: RecordId, value: bytes, parts: Mapping[str, bytes], now_s: float, ttl_s: float
+) -> None:
+    """The value anew, and the parts that are not there yet."""
+    connection.execute(
+        "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "
+        "SET value = excluded.value, written_s = excluded.written_s, expires_s = excluded.expires_s",
+        (*_row(record_id), value, now_s, now_s + ttl_s),
+    )
+    rows = ((*_row(record_id), name, data) for name, data in parts.items())
+    connection.executemany("INSERT OR IGNORE INTO parts VALUES (?, ?, ?, ?, ?)", rows)
+
+
+def _held(connection: sqlite3.Connection, namespace: str, tenant: str) -> tuple[int, int]:
+    """How many records the tenant has, and the bytes of all their parts, which are not read for it."""
+    of_tenant = "WHERE namespace = ? AND tenant = ?"
+    (num_records,) = connection.execute(f"SELECT COUNT(*) FROM records {of_tenant}", (namespace, tenant)).fetchone()
+    (num_bytes,) = connection.execute(f"SELECT COALESCE(SUM(LENGTH(data)), 0) FROM parts {of_tenant}", (namespace, tenant)).fetchone()
+    return num_records, num_bytes
 
 
 def _delete_surplus(connection: sqlite3.Connection, record_id: RecordId, max_records: int) -> None:

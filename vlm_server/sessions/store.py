@@ -3,6 +3,9 @@
 A record is one value and named parts, all bytes, under a namespace, a tenant and a key. It ends after a time without a write, or when its
 tenant has too many in its namespace. A lease on a record lets one writer at a time work on it, on whichever server; a lease that is
 not renewed ends by itself. Knows nothing of what the bytes mean.
+
+A namespace's records are written either with `put`, where old records make room for new ones, or with `add`, which refuses what is too
+much.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,6 +19,15 @@ class StoreError(Exception):
 
 class LeaseLostError(Exception):
     """The lease ended before the write: it was revoked, or not renewed in time. Nothing was written."""
+
+
+class QuotaError(Exception):
+    """The tenant would have more than its quota. Nothing was written."""
+
+    def __init__(self, num_records: int, num_bytes: int) -> None:
+        super().__init__(f"{num_records} records with {num_bytes} bytes are kept")
+        self.num_records = num_records  # before
+        self.num_bytes = num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +45,19 @@ class Limits:
     max_records: int
 
 
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What one tenant may have in one namespace: records, and bytes of all their parts together."""
+
+    max_records: int
+    max_bytes: int
+
+    def require(self, new_bytes: int, *, num_records: int, num_bytes: int) -> None:
+        """Raises QuotaError where one more record with `new_bytes` would be too much beside those that are there."""
+        if num_records + 1 > self.max_records or num_bytes + new_bytes > self.max_bytes:
+            raise QuotaError(num_records, num_bytes)
+
+
 class RecordStore(Protocol):
     """Every method may raise StoreError, none waits without a limit."""
 
@@ -40,13 +65,22 @@ class RecordStore(Protocol):
         """The value of a record that has not ended."""
 
     async def get_parts(self, record_id: RecordId, names: Collection[str]) -> dict[str, bytes]:
-        """Those of the named parts that the record has."""
+        """Those of the named parts that a record has which has not ended."""
 
     async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
         """Write the value, and the parts that the record does not have yet, all or nothing; then end the tenant's oldest surplus records.
 
         token: of the lease that must hold, else LeaseLostError.
         """
+
+    async def add(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], ttl_s: float, quota: Quota) -> None:
+        """Write a record that is not there yet, for `ttl_s`; all or nothing, and nothing else ends for it.
+
+        Raises QuotaError. Whoever adds at the same time, on whichever server, a tenant never has more than its quota.
+        """
+
+    async def values(self, namespace: str, tenant: str) -> dict[str, bytes]:
+        """The values of the tenant's records by their keys, in no order."""
 
     async def delete(self, record_id: RecordId, *, token: str | None = None) -> None:
         """End the record, if there is one. `token` as for `put`."""

@@ -6,7 +6,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vlm_server.sessions.opening import default_path, open_store
 from vlm_server.sessions.redis_store import RedisStore
 from vlm_server.sessions.sqlite_store import SqliteStore
-from vlm_server.sessions.store import LeaseLostError, Limits, RecordId, RecordStore, StoreError
+from vlm_server.sessions.store import LeaseLostError, Limits, Quota, QuotaError, RecordId, RecordStore, StoreError
 
 PLENTY = Limits(ttl_s=3600, max_records=100)
 A_MOMENT = Limits(ttl_s=0.001, max_records=100)
@@ -73,6 +73,7 @@ async def test_a_record_ends_a_time_after_its_last_write(store: RecordStore) -> 
     record = a_record()
     await store.put(record, b"x", parts={"a": b"old"}, limits=A_MOMENT)
     assert await becomes(None, lambda: store.get(record))
+    assert await store.get_parts(record, ["a"]) == {}
 
     await store.put(record, b"y", parts={"a": b"new"}, limits=PLENTY)
 
@@ -101,6 +102,120 @@ async def test_records_are_counted_over_all_tenants_until_they_end(store: Record
 
     assert await becomes(2, lambda: store.count(namespace))
     assert await store.count(uuid.uuid4().hex) == 0
+
+
+async def added(store: RecordStore, record: RecordId, num_bytes: int, quota: Quota, *, ttl_s: float = 3600) -> bool:
+    """Whether there was room for a record of so many bytes."""
+    try:
+        await store.add(record, b"value", parts={"data": bytes(num_bytes)}, ttl_s=ttl_s, quota=quota)
+    except QuotaError:
+        return False
+    return True
+
+
+async def test_an_added_record_is_read_and_listed_as_it_was_written(store: RecordStore) -> None:
+    one, two = a_record("one"), a_record("two")
+    quota = Quota(max_records=2, max_bytes=100)
+
+    await store.add(one, b"1", parts={"a": b"\0\r\n", "b": b""}, ttl_s=3600, quota=quota)
+    await store.add(RecordId("test", one.tenant, "two"), b"2", parts={}, ttl_s=3600, quota=quota)
+    await store.add(two, b"other", parts={}, ttl_s=3600, quota=quota)
+
+    assert await store.values("test", one.tenant) == {"one": b"1", "two": b"2"}
+    assert await store.get(one) == b"1"
+    assert await store.get_parts(one, ["a", "b", "c"]) == {"a": b"\0\r\n", "b": b""}
+    assert await store.values("test", uuid.uuid4().hex) == {}
+
+
+async def test_what_is_over_the_quota_is_not_added_and_ends_nothing(store: RecordStore) -> None:
+    tenant = uuid.uuid4().hex
+    names = [a_record(str(number), tenant=tenant) for number in range(6)]
+    quota = Quota(max_records=3, max_bytes=10)
+
+    assert [await added(store, names[0], 6, quota), await added(store, names[1], 5, quota)] == [True, False]
+    assert [await added(store, names[2], 4, quota), await added(store, names[3], 0, quota)] == [True, True]
+    with pytest.raises(QuotaError, match="3 records with 10 bytes") as refusal:
+        await store.add(names[4], b"", parts={}, ttl_s=3600, quota=quota)
+
+    assert (refusal.value.num_records, refusal.value.num_bytes) == (3, 10)
+    assert sorted(await store.values("test", tenant)) == ["0", "2", "3"]
+    assert await store.get(names[1]) is None
+    assert await store.get_parts(names[1], ["data"]) == {}
+    assert await added(store, a_record("0"), 10, quota), "another tenant's quota is another one"
+
+
+async def test_deleted_and_ended_records_give_their_share_of_the_quota_back(store: RecordStore) -> None:
+    tenant = uuid.uuid4().hex
+    quota = Quota(max_records=2, max_bytes=10)
+    assert await added(store, a_record("short", tenant=tenant), 4, quota, ttl_s=0.001)
+    assert await becomes({}, lambda: store.values("test", tenant))
+    assert await added(store, a_record("a", tenant=tenant), 10, quota)
+    assert not await added(store, a_record("b", tenant=tenant), 1, quota)
+
+    await store.delete(a_record("a", tenant=tenant))
+
+    assert await added(store, a_record("b", tenant=tenant), 9, quota)
+    assert await added(store, a_record("c", tenant=tenant), 1, quota, ttl_s=0.001)
+    assert await becomes(["b"], lambda: keys_of(store, tenant)), "a record that ends soon does not end the account of the others"
+    assert not await added(store, a_record("d", tenant=tenant), 2, quota)
+
+
+async def keys_of(store: RecordStore, tenant: str) -> list[str]:
+    return sorted(await store.values("test", tenant))
+
+
+async def test_additions_at_once_by_two_servers_fill_the_quota_and_never_exceed_it(redis_url: str, tmp_path: Path) -> None:
+    sizes = [number * 7 % 23 for number in range(24)]
+    for where in (redis_url, str(tmp_path / "sessions.sqlite3")):
+        async with open_store(where) as first, open_store(where) as second:
+            for quota in (Quota(max_records=100, max_bytes=120), Quota(max_records=7, max_bytes=10_000)):
+                tenant = uuid.uuid4().hex
+                works = [
+                    added((first, second)[number % 2], a_record(str(number), tenant=tenant), size, quota)
+                    for number, size in enumerate(sizes)
+                ]
+                assert_filled(sizes, await asyncio.gather(*works), quota)
+                assert len(await first.values("test", tenant)) == await count_of(second, tenant)
+
+
+def assert_filled(sizes: Iterable[int], were_added: list[bool], quota: Quota) -> None:
+    """What is there is within the quota, and nothing was refused that would still fit in."""
+    kept = [size for size, was_added in zip(sizes, were_added, strict=True) if was_added]
+    refused = [size for size, was_added in zip(sizes, were_added, strict=True) if not was_added]
+    assert refused
+    assert len(kept) <= quota.max_records
+    assert sum(kept) <= quota.max_bytes
+    assert len(kept) == quota.max_records or sum(kept) + min(refused) > quota.max_bytes
+
+
+async def count_of(store: RecordStore, tenant: str) -> int:
+    return len(await keys_of(store, tenant))
+
+
+@given(st.lists(st.one_of(st.integers(0, 12), st.sampled_from("dw")), max_size=20))
+@settings(max_examples=60, deadline=None)
+def test_any_sequence_of_additions_leaves_what_an_honest_account_would(operations: list[Any]) -> None:
+    asyncio.run(_compare_with_an_account(operations))
+
+
+async def _compare_with_an_account(operations: list[Any]) -> None:
+    """Additions of so many bytes for ten seconds, deletions of the oldest, and waits of four seconds."""
+    now_s, account = 1000.0, dict[str, tuple[float, int]]()
+    quota = Quota(max_records=4, max_bytes=30)
+    store = await SqliteStore.open(":memory:", clock=lambda: now_s)
+    for number, operation in enumerate(operations):
+        if operation == "w":
+            now_s += 4
+            account = {key: entry for key, entry in account.items() if entry[0] > now_s}
+        elif operation == "d":
+            await store.delete(a_record(oldest := next(iter(account), "none"), tenant="t"))
+            account.pop(oldest, None)
+        else:
+            fits = len(account) < 4 and sum(size for _, size in account.values()) + operation <= 30
+            assert await added(store, a_record(str(number), tenant="t"), operation, quota, ttl_s=10) == fits
+            account |= {str(number): (now_s + 10, operation)} if fits else {}
+        assert set(await store.values("test", "t")) == set(account)
+    await store.close()
 
 
 async def test_one_has_the_lease_until_it_is_given_back(store: RecordStore) -> None:

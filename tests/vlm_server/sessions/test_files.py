@@ -1,0 +1,101 @@
+"""Uploaded files over each kind of store: whole, their owner's alone, within the quota, or not there at all."""
+
+import asyncio
+import uuid
+from typing import Any
+
+import pytest
+
+from vlm_server.errors import ApiError
+from vlm_server.files import Files, images_in
+from vlm_server.sessions.store import Quota, RecordStore
+
+PLENTY = Quota(max_records=100, max_bytes=1 << 20)
+DATA = bytes(range(256)) * 100
+
+
+def files_in(store: Any, quota: Quota = PLENTY) -> Files:
+    return Files(store, quota, max_request_bytes=1 << 20)
+
+
+async def add(files: Files, tenant: str, data: bytes = DATA, *, ttl_s: float = 3600) -> str:
+    return (await files.add(tenant, data, filename="a.png", purpose="vision", ttl_s=ttl_s)).id
+
+
+@pytest.fixture
+def tenant() -> str:
+    return uuid.uuid4().hex
+
+
+async def test_a_file_is_its_owners_and_comes_back_bit_by_bit(store: RecordStore, tenant: str) -> None:
+    files, other = files_in(store), uuid.uuid4().hex
+    ids = [await add(files, tenant, DATA[:number]) for number in range(3)]
+
+    assert [file.id for file in await files.all(tenant)] == ids
+    assert [await files.content(tenant, file_id) for file_id in ids] == [b"", b"\0", b"\0\1"]
+    assert await files.all(other) == []
+    for attempt in (files.get(other, ids[0]), files.content(other, ids[0]), files.delete(other, ids[0])):
+        with pytest.raises(ApiError, match="no such file"):
+            await attempt
+    assert (await files.get(tenant, ids[1])).num_bytes == 1
+
+
+async def test_what_messages_name_is_read_once_and_stands_there_as_a_url(store: RecordStore, tenant: str) -> None:
+    files = files_in(store)
+    file_id = await add(files, tenant)
+    image = {"type": "image_url", "image_url": {"file_id": file_id, "detail": "low"}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "x"}, image]}, {"role": "tool", "content": [dict(image)]}]
+    messages[1]["content"][0]["image_url"] = dict(image["image_url"])  # type: ignore[index, call-overload]
+
+    pictures = await files.take(images_in(messages), tenant=tenant)
+
+    [url] = pictures
+    assert pictures[url] == DATA
+    assert image["image_url"] == {"url": url, "detail": "low"}
+    assert list(images_in(messages)) == []
+
+
+class SlowStore:
+    """Whose additions are done before anybody hears of it."""
+
+    def __init__(self, store: RecordStore) -> None:
+        self._store = store
+        self.is_done = asyncio.Event()
+        self.is_heard = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def add(self, *args: Any, **options: Any) -> None:
+        try:
+            await self._store.add(*args, **options)
+        finally:
+            self.is_done.set()
+        await self.is_heard.wait()
+
+
+async def test_an_upload_whose_client_leaves_while_it_is_written_is_taken_back(store: RecordStore, tenant: str) -> None:
+    slow = SlowStore(store)
+    upload = asyncio.create_task(add(files_in(slow), tenant))
+    await slow.is_done.wait()
+    assert len(await files_in(store).all(tenant)) == 1
+
+    upload.cancel()
+    slow.is_heard.set()
+    with pytest.raises(asyncio.CancelledError):
+        await upload
+
+    assert await files_in(store).all(tenant) == []
+    assert await add(files_in(store, Quota(max_records=1, max_bytes=len(DATA))), tenant), "the quota is free again"
+
+
+async def test_a_refused_upload_whose_client_leaves_is_just_gone(store: RecordStore, tenant: str) -> None:
+    slow = SlowStore(store)
+    upload = asyncio.create_task(add(files_in(slow, Quota(max_records=0, max_bytes=0)), tenant))
+    await slow.is_done.wait()
+
+    upload.cancel()
+
+    with pytest.raises((asyncio.CancelledError, ApiError)):
+        await upload
+    assert await files_in(store).all(tenant) == []

@@ -1,0 +1,146 @@
+"""Uploaded pictures: kept for a while for the API key that sent them, and found again by the ids that messages name them with.
+
+A file is one record of the session store: what is known of it is the value, its bytes the one part. An upload over the key's quota is
+refused; no older file makes room for it. Knows nothing of forms, of how pictures are read, or of prompts.
+"""
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from vlm_server.errors import ApiError, bad_request
+from vlm_server.sessions.store import Quota, QuotaError, RecordId, RecordStore
+
+NAMESPACE = "files"
+URL_SCHEME = "uploaded-file:"  # what stands in a message in a file id's place; never fetched
+
+_CONTENT = "content"
+_FILE_ID = re.compile(r"file-[0-9a-f]{32}")
+
+Image = dict[str, Any]  # an `image_url` object of a message
+
+
+class StoredFile(msgspec.Struct, frozen=True):
+    """What is known of a file beside its bytes."""
+
+    id: str
+    filename: str
+    purpose: str
+    num_bytes: int
+    created_s: float  # Unix time, as are all here
+    expires_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """All files of a store. `clock`: Unix time. max_request_bytes: of the files that one request names."""
+
+    store: RecordStore
+    quota: Quota
+    max_request_bytes: int
+    clock: Callable[[], float] = time.time
+
+    async def add(self, tenant: str, data: bytes, *, filename: str, purpose: str, ttl_s: float) -> StoredFile:
+        """The new file. Where the caller is cancelled, nobody learns of its id, and nothing is kept. Raises ApiError 413 or StoreError."""
+        created_s = self.clock()
+        file = StoredFile(f"file-{secrets.token_hex(16)}", filename, purpose, len(data), created_s, created_s + ttl_s)
+        writing = asyncio.create_task(self._write(tenant, file, data, ttl_s))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait((writing,))
+            if writing.exception() is None:
+                await self.store.delete(_record_id(tenant, file.id))
+            raise
+        return file
+
+    async def get(self, tenant: str, file_id: str, *, param: str = "file_id") -> StoredFile:
+        """Raises ApiError 404, which names `param`, where the tenant has no such file, or has it no more."""
+        value = await self.store.get(_record_id(tenant, file_id)) if _FILE_ID.fullmatch(file_id) else None
+        if value is None:
+            raise _unknown(param)
+        return msgspec.msgpack.decode(value, type=StoredFile)
+
+    async def content(self, tenant: str, file_id: str, *, param: str = "file_id") -> bytes:
+        """The bytes that were uploaded. Raises as `get`."""
+        parts = await self.store.get_parts(_record_id(tenant, file_id), [_CONTENT]) if _FILE_ID.fullmatch(file_id) else {}
+        if _CONTENT not in parts:
+            raise _unknown(param)
+        return parts[_CONTENT]
+
+    async def all(self, tenant: str) -> list[StoredFile]:
+        """The tenant's files, oldest first."""
+        values = await self.store.values(NAMESPACE, tenant)
+        files = [msgspec.msgpack.decode(value, type=StoredFile) for value in values.values()]
+        return sorted(files, key=lambda file: (file.created_s, file.id))
+
+    async def delete(self, tenant: str, file_id: str) -> None:
+        """Raises as `get`."""
+        await self.get(tenant, file_id)
+        await self.store.delete(_record_id(tenant, file_id))
+
+    async def take(self, images: Iterable[tuple[str, Image]], *, tenant: str) -> dict[str, bytes]:
+        """The bytes of the files that `images` name, by the URL that is put into each image in its file id's place.
+
+        images: those with a file id, each with its path in the request. Raises ApiError 404 for the first id that the tenant does not
+        have, and 400 where the files together have too many bytes.
+        """
+        pictures: dict[str, bytes] = {}
+        room_bytes = self.max_request_bytes
+        for path, image in images:
+            file_id = image.pop("file_id")
+            image["url"] = url = URL_SCHEME + file_id
+            if url not in pictures:
+                param = f"{path}.file_id"
+                room_bytes -= (await self.get(tenant, file_id, param=param)).num_bytes
+                self._require_room(room_bytes, param)
+                pictures[url] = await self.content(tenant, file_id, param=param)
+        return pictures
+
+    async def _write(self, tenant: str, file: StoredFile, data: bytes, ttl_s: float) -> None:
+        value = msgspec.msgpack.encode(file)
+        try:
+            await self.store.add(_record_id(tenant, file.id), value, parts={_CONTENT: data}, ttl_s=ttl_s, quota=self.quota)
+        except QuotaError as error:
+            raise self._over_quota(error) from error
+
+    def _over_quota(self, error: QuotaError) -> ApiError:
+        """413 and not 429, which clients take for a reason to send the same again."""
+        quota = self.quota
+        message = (
+            f"file: this API key has {error.num_records} files with {error.num_bytes} bytes; at most {quota.max_records} files "
+            f"(--max-files) with {quota.max_bytes} bytes (--max-file-bytes-per-key) are allowed; delete some, or wait until they expire"
+        )
+        return ApiError(413, "file_quota_exceeded", message, param="file")
+
+    def _require_room(self, room_bytes: int, param: str) -> None:
+        if room_bytes < 0:
+            limit = f"only {self.max_request_bytes} bytes are allowed (--max-body-bytes)"
+            raise bad_request("image_too_large", f"{param}: the files that this request names are too large together; {limit}", param=param)
+
+
+def images_in(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Image]]:
+    """Every picture of a conversation that is named by a file id, with its path in the request."""
+    for number, message in enumerate(messages):
+        yield from images_in_parts(message.get("content"), f"messages[{number}].content")
+
+
+def images_in_parts(content: object, path: str) -> Iterator[tuple[str, Image]]:
+    """As `images_in`, of one list of parts."""
+    for index, part in enumerate(content if isinstance(content, list) else ()):
+        if part["type"] == "image_url" and "file_id" in part["image_url"]:
+            yield f"{path}[{index}].image_url", part["image_url"]
+
+
+def _record_id(tenant: str, file_id: str) -> RecordId:
+    return RecordId(NAMESPACE, tenant, file_id)
+
+
+def _unknown(param: str) -> ApiError:
+    return ApiError(404, "file_not_found", f"{param}: this API key has no such file; it may have expired", param=param)
