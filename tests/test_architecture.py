@@ -84,8 +84,8 @@ MAY_IMPORT = {
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.answer_grammar": ".errors .tools engine.guided",
     "vlm_server.app": (
-        ".answer_formats .auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling "
-        ".sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
+        ".answer_formats .auth .backend .chat_page .config .context .docs .errors .metrics .middleware .responses.records .routes.* "
+        ".sampling .sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
     ),
     "vlm_server.auth": ".errors",
     "vlm_server.backend": (
@@ -107,17 +107,19 @@ MAY_IMPORT = {
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (
         ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .generation .interactive_protocol "
-        ".metrics .middleware .parsing.answer .protocol .sampling .token_protocol .turns engine.request"
+        ".metrics .middleware .parsing.answer .protocol .responses.records .responses.request .sampling .token_protocol .turns "
+        "engine.request"
     ),
     "vlm_server.detokenizer": "",
-    "vlm_server.docs": ".config .examples .response_schema vlm_server",
+    "vlm_server.docs": ".config .examples .response_schema .responses.schema vlm_server",
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
     "vlm_server.errors": ".sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
-        ".embedding_protocol .errors .format_protocol .interactive_protocol .message_schema .protocol .token_protocol .tool_schema"
+        ".embedding_protocol .errors .format_protocol .interactive_protocol .message_schema .protocol .responses.request .token_protocol "
+        ".tool_schema"
     ),
     "vlm_server.flags": ".answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
     "vlm_server.format_protocol": ".message_schema",
@@ -146,6 +148,18 @@ MAY_IMPORT = {
     ),
     "vlm_server.protocol": ".format_protocol .message_schema .nesting .tool_schema",
     "vlm_server.response_schema": "",
+    "vlm_server.responses": "",
+    "vlm_server.responses.field_paths": ".errors engine.request vision.image",
+    "vlm_server.responses.items": ".message_schema",
+    "vlm_server.responses.output": ".parsing.events .responses.items .responses.token_texts",
+    "vlm_server.responses.records": ".sessions.store",
+    "vlm_server.responses.request": ".format_protocol .message_schema .nesting .protocol .responses.items .tool_schema",
+    "vlm_server.responses.schema": ".format_protocol .response_schema .responses.items .responses.request",
+    "vlm_server.responses.shape": (
+        ".backend .errors .generation .logprobs .responses.field_paths .responses.output .responses.request .sampling .streaming"
+    ),
+    "vlm_server.responses.token_texts": "",
+    "vlm_server.responses.translation": ".errors .format_protocol .protocol .responses.field_paths .responses.items .responses.request",
     "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
     "vlm_server.routes.chat": ".chats .context .protocol .response_schema .shapes .streaming",
@@ -159,6 +173,10 @@ MAY_IMPORT = {
         ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .streaming .turns"
     ),
     "vlm_server.routes.models": ".context .errors .response_schema",
+    "vlm_server.routes.responses": (
+        ".auth .chats .context .errors .responses.items .responses.records .responses.request .responses.schema .responses.shape "
+        ".responses.translation .streaming"
+    ),
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
     "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",

@@ -23,7 +23,8 @@ from vlm_server.docs import add_docs
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
-from vlm_server.routes import chat, completions, control, embeddings, health, interactive, models, scoring, tokens
+from vlm_server.responses.records import ResponseRecords
+from vlm_server.routes import chat, completions, control, embeddings, health, interactive, models, responses, scoring, tokens
 from vlm_server.sampling import SamplingDefaults
 from vlm_server.sessions.history import SessionBusyError, Sessions
 from vlm_server.sessions.opening import OpenStore, open_store
@@ -43,13 +44,15 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
         async with open_store(config.session_store) as store, open_backend(config) as backend:
             limits = Limits(config.session_ttl_s, config.max_sessions)
             sessions = Sessions(store, model=config.model_name, limits=limits, max_bytes=config.max_session_bytes)
+            kept = Limits(config.response_ttl_s, config.max_responses)
+            records = ResponseRecords(store, limits=kept, max_bytes=config.max_session_bytes)
             formats = _answer_formats(config, backend)
             async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns:
-                app.state.context = ServerContext(config, backend, defaults, metrics, turns, formats, created_s=int(time.time()))
+                app.state.context = ServerContext(config, backend, defaults, metrics, turns, formats, records, created_s=int(time.time()))
                 yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for module in (models, chat, completions, interactive, embeddings, tokens, scoring, control):
+    for module in (models, chat, completions, interactive, responses, embeddings, tokens, scoring, control):
         app.include_router(module.router)
     app.include_router(health.health_router)
     if config.enable_metrics:

@@ -36,7 +36,9 @@ class ServerConfig:
     session_store: str = "auto"  # a file, a Redis URL, memory, or auto: a file in the user's state folder
     session_ttl_s: float = 86400.0  # after a session's last turn
     max_sessions: int = 1000  # per API key
-    max_session_bytes: int = 64 << 20  # of one session's pictures
+    max_session_bytes: int = 64 << 20  # of one session's pictures, of one kept response's items
+    response_ttl_s: float = 86400.0  # after a response was made
+    max_responses: int = 1000  # per API key
     sse_ping_s: float = 0.0  # seconds between the comment lines of a silent stream; 0: none
     allow_terminate_by_client: bool = False
     enable_metrics: bool = True
@@ -55,6 +57,8 @@ class ServerConfig:
             ("session_ttl_s", self.session_ttl_s > 0, "above 0 seconds"),
             ("max_sessions", self.max_sessions >= 1, "at least 1"),
             ("max_session_bytes", self.max_session_bytes >= 0, "at least 0"),
+            ("response_ttl_s", self.response_ttl_s > 0, "above 0 seconds"),
+            ("max_responses", self.max_responses >= 1, "at least 1"),
             ("sse_ping_s", self.sse_ping_s >= 0, "at least 0"),
         ):
             if not is_valid:

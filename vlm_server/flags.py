@@ -93,12 +93,14 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(
             "session-store",
             "server",
-            "where sessions of /v1/chat/interactive live: a file (SQLite), redis://… for several servers, memory, or auto: a file in the "
-            "state folder",
+            "where sessions of /v1/chat/interactive and kept responses live: a file (SQLite), redis://… for several servers, memory, or "
+            "auto: a file in the state folder",
         ),
         Flag("session-ttl", "server", "seconds that a session is kept after its last turn", float, "session_ttl_s"),
         Flag("max-sessions", "server", "sessions kept per API key; those that are unused for longest end first", int),
-        Flag("max-session-bytes", "server", "pictures kept per session", int),
+        Flag("max-session-bytes", "server", "pictures kept per session, and items per response", int),
+        Flag("response-ttl", "server", "seconds that a response of /v1/responses is kept", float, "response_ttl_s"),
+        Flag("max-responses", "server", "responses kept per API key; the oldest end first", int),
         Flag("sse-ping-s", "server", "seconds between comment lines in a silent stream; 0: none", float),
         Flag("allow-terminate-by-client", "server", "let GET /terminate end the server", bool),
         Flag("metrics", "server", "GET /metrics", bool, "enable_metrics"),
