@@ -175,7 +175,7 @@ MAY_IMPORT = {
     "vlm_server.routes.models": ".context .errors .response_schema",
     "vlm_server.routes.responses": (
         ".auth .chats .context .errors .responses.items .responses.records .responses.request .responses.schema .responses.shape "
-        ".responses.translation .streaming"
+        ".responses.translation .sessions.store .streaming"
     ),
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
     "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol .tools",

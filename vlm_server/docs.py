@@ -57,7 +57,7 @@ _ERRORS = {
     "413": "The body is too large.",
     "429": "Too many requests wait; try again after `Retry-After` seconds.",
     "500": "The server failed.",
-    "503": "The engine is not ready; try again after `Retry-After` seconds.",
+    "503": "The engine, or the session store, is not ready; try again after `Retry-After` seconds.",
 }
 
 

@@ -4,18 +4,20 @@ from typing import Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request
+from pydantic import ValidationError
 from starlette.responses import Response as HttpResponse
 
 from vlm_server.auth import tenant_of
 from vlm_server.chats import begin_chat
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import ApiError, bad_request
-from vlm_server.responses.items import ITEMS, as_given_back
+from vlm_server.responses.items import ITEMS, AnyItem, as_given_back
 from vlm_server.responses.records import KeptResponse, TooLargeError, new_response_id
 from vlm_server.responses.request import INCLUDABLE, CreateResponse
 from vlm_server.responses.schema import DeletedResponse, Response, ResponseItemList
 from vlm_server.responses.shape import ResponseShape, response_head
-from vlm_server.responses.translation import new_items, translated
+from vlm_server.responses.translation import TranslatedChat, new_items, translated
+from vlm_server.sessions.store import StoreError
 from vlm_server.streaming import answer
 
 router = APIRouter(tags=["responses"])
@@ -39,33 +41,33 @@ def _check_query(request: Request) -> None:
 @router.post("/v1/responses", response_model=Response, summary="Continue a conversation, and keep it")
 async def create_response(request: Request, body: CreateResponse) -> HttpResponse:
     """Text, pictures and items in, output items out; with `stream`, as server-sent events."""
-    context, tenant = context_of(request), tenant_of(request.scope)
+    context = context_of(request)
     warnings = context.accept(request, body)
-    earlier = await _conversation(context, tenant, body.previous_response_id)
-    chat = translated(body, ITEMS.validate_python(earlier), model=context.config.model_name)
+    earlier = await _conversation(context, tenant_of(request.scope), body.previous_response_id)
+    chat = translated(body, _as_items(earlier), model=context.config.model_name)
     items = [*earlier, *map(as_given_back, new_items(body))]
     if body.is_stored:
         await _check_size(context, items)
-    response_id = new_response_id()
     with chat.paths.named_in_errors():
-        begun = await begin_chat(request, context, chat.request, response_id=response_id)
-    warnings = list(dict.fromkeys([*warnings, *map(chat.paths.text, begun.warnings)]))
-    head = response_head(body, response_id=response_id, model=context.config.model_name, defaults=context.defaults)
-    shape = ResponseShape(head, context.backend.pipeline.tokenizer, warnings=warnings, paths=chat.paths)
+        return await _answer(request, context, body, chat, items, warnings)
+
+
+async def _answer(
+    request: Request, context: ServerContext, body: CreateResponse, chat: TranslatedChat, items: list[dict[str, Any]], warnings: list[str]
+) -> HttpResponse:
+    response_id, model = new_response_id(), context.config.model_name
+    begun = await begin_chat(request, context, chat.request, response_id=response_id)
+    all_warnings = dict.fromkeys([*warnings, *map(chat.paths.text, begun.warnings)])
+    head = response_head(body, response_id=response_id, model=model, defaults=context.defaults)
+    shape = ResponseShape(head, context.backend.pipeline.tokenizer, warnings=list(all_warnings), paths=chat.paths)
 
     async def keep() -> None:
         assert shape.final is not None
-        await context.responses.keep(tenant, KeptResponse(shape.final, items))
+        await context.responses.keep(tenant_of(request.scope), KeptResponse(shape.final, items))
 
-    with chat.paths.named_in_errors():
-        return await answer(
-            request,
-            begun.generation,
-            shape,
-            streams=bool(body.stream),
-            ping_s=context.config.sse_ping_s,
-            before_end=keep if body.is_stored else None,
-        )
+    before_end = keep if body.is_stored else None
+    ping_s = context.config.sse_ping_s
+    return await answer(request, begun.generation, shape, streams=bool(body.stream), ping_s=ping_s, before_end=before_end)
 
 
 @router.get(
@@ -127,6 +129,13 @@ async def _conversation(context: ServerContext, tenant: str, response_id: str | 
     if kept is None:
         raise _not_found("previous_response_id", response_id)
     return kept.conversation
+
+
+def _as_items(kept: list[dict[str, Any]]) -> list[AnyItem]:
+    try:
+        return ITEMS.validate_python(kept)
+    except ValidationError as error:
+        raise StoreError("the previous response was kept by another version of this server") from error
 
 
 async def _check_size(context: ServerContext, items: list[dict[str, Any]]) -> None:

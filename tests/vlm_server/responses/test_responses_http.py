@@ -1,5 +1,6 @@
 """`/v1/responses` over a scripted engine: what is refused and by which name, what is kept and when, how streams end."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -19,7 +20,7 @@ from vision.image import MediaError
 from vlm_server.app import create_app
 from vlm_server.responses.schema import Response, ResponseItemList, ResponseStreamEvent
 from vlm_server.sessions.opening import open_store
-from vlm_server.sessions.store import RecordStore, StoreError
+from vlm_server.sessions.store import Limits, RecordId, RecordStore, StoreError
 
 PATH = "/v1/responses"
 UNKNOWN = "resp_" + "0" * 32
@@ -364,6 +365,24 @@ def test_a_store_that_fails_is_told_of_in_place_of_an_answer(server_that_cannot_
     assert (failed["type"], failed["response"]["error"]["code"]) == ("response.failed", "server_error")
     assert "disk full" in failed["response"]["error"]["message"]
     assert answered(server, store=False)["output_text"] == DEFAULT_REPLY
+
+
+def test_a_conversation_of_another_version_is_the_stores_failure() -> None:
+    stores: list[RecordStore] = []
+
+    @contextlib.asynccontextmanager
+    async def opened(where: str) -> AsyncIterator[RecordStore]:
+        async with open_store(where) as store:
+            stores.append(store)
+            yield store
+
+    value = b'{"response": {"output": []}, "items": [{"type": "unheard of"}]}'
+    with serving(create_app(fake_config(), open_backend=FakeBackend().open, open_store=opened)) as url:
+        asyncio.run(stores[0].put(RecordId("responses", "", UNKNOWN), value, parts={}, limits=Limits(60, 10)))
+
+        response = requests.post(url + PATH, json={"input": "x", "previous_response_id": UNKNOWN}, timeout=10)
+
+    assert_refused(response, 503, "session_store_unavailable", None)
 
 
 def test_a_conversation_that_is_too_large_to_keep_is_refused_before_it_is_answered() -> None:

@@ -1,8 +1,11 @@
 """What a chat is made of a request of `/v1/responses`, and what the chat's fields are called in the request."""
 
+import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from vlm_server.errors import ApiError, bad_request
@@ -202,6 +205,43 @@ def test_every_field_of_the_chat_has_its_name_in_the_request() -> None:
     paths = chat_of(earlier=EARLIER, input=new, instructions="i", tools=tools, tool_choice=allowed).paths
 
     assert {path: paths.of(path) for path in PATHS} == PATHS
+
+
+_ROLES = st.sampled_from(["user", "assistant", "system", "developer"])
+_CONTENTS = st.lists(st.booleans(), max_size=3).map(lambda pictures: [picture() if is_picture else text("a") for is_picture in pictures])
+_ITEMS = st.one_of(
+    st.builds(said, _ROLES, _CONTENTS | st.just("a")),
+    st.builds(output, _CONTENTS | st.just("a")),
+    st.builds(call),
+    st.builds(thought, st.just("t")),
+)
+
+
+def client_value(body: Any, path: str) -> Any:
+    """What stands at a path such as `input[0].content[1]`."""
+    for name in path.replace("[", ".").replace("]", "").split("."):
+        body = body[int(name)] if isinstance(body, list) else body[name]
+    return body
+
+
+@given(items=st.lists(_ITEMS, min_size=1, max_size=8), instructions=st.none() | st.just("i"))
+def test_every_picture_of_the_chat_is_found_under_its_name_in_the_request(items: list[dict[str, Any]], instructions: str | None) -> None:
+    body = json.loads(json.dumps({"input": items}))
+    pictures = [part for item in body["input"] for part in item.get("content") or item.get("output") or () if part in (picture(),)]
+    for number, part in enumerate(pictures):
+        part["image_url"] = f"{URL}?{number}"
+
+    chat = chat_of(**body, instructions=instructions)
+
+    found = []
+    for index, message in enumerate(chat.request.messages):
+        content = message.as_dict()["content"]  # type: ignore[union-attr]
+        for place, part in enumerate(content if isinstance(content, list) else ()):
+            if part["type"] == "image_url":
+                path = chat.paths.of(f"messages[{index}].content[{place}].image_url")
+                assert client_value(body, path) == part["image_url"]["url"]
+                found.append(path)
+    assert len(set(found)) == len(pictures)
 
 
 def test_a_string_has_no_parts_to_name() -> None:
