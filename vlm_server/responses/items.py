@@ -13,7 +13,8 @@ from vlm_server.message_schema import UnicodeText
 
 MAX_ITEMS = 4096
 
-_NAMED = Annotated[UnicodeText, Field(min_length=1)]
+_Words = Annotated[UnicodeText, Field(description="The text.")]
+_CallId = Annotated[UnicodeText, Field(min_length=1, description="Which call is answered by which output.")]
 _Id = Annotated[UnicodeText | None, Field(description="Kept and given back.")]
 _Status = Annotated[Literal["in_progress", "completed", "incomplete"] | None, Field(description="Accepted, without effect.")]
 
@@ -22,7 +23,7 @@ class InputTextContent(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["input_text", "text"] = Field(description="input_text; text, LMDeploy's, is another name.")
-    text: UnicodeText
+    text: _Words
 
 
 class OutputTextContent(BaseModel):
@@ -31,9 +32,9 @@ class OutputTextContent(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["output_text"]
-    text: UnicodeText
-    annotations: list[Any] | None = Field(None, description="Accepted, without effect.")
-    logprobs: list[Any] | None = Field(None, description="Accepted, without effect.")
+    text: _Words
+    annotations: list[dict[str, Any]] | None = Field(None, description="Accepted, without effect.")
+    logprobs: list[dict[str, Any]] | None = Field(None, description="Accepted, without effect.")
 
 
 class RefusalContent(BaseModel):
@@ -42,7 +43,7 @@ class RefusalContent(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["refusal"]
-    refusal: UnicodeText
+    refusal: _Words
 
 
 class InputImageContent(BaseModel):
@@ -123,7 +124,7 @@ class Message(BaseModel):
 
     type: Literal["message"] | None = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: _Content
+    content: _Content = Field(description="A text, or parts: texts and pictures in any order.")
     id: _Id = None
     status: _Status = None
 
@@ -134,8 +135,8 @@ class FunctionToolCall(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["function_call"]
-    call_id: _NAMED
-    name: _NAMED
+    call_id: _CallId
+    name: Annotated[UnicodeText, Field(min_length=1, description="The function's.")]
     arguments: UnicodeText = Field(description="JSON text.")
     id: _Id = None
     status: _Status = None
@@ -147,8 +148,8 @@ class FunctionCallOutput(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["function_call_output"]
-    call_id: _NAMED
-    output: _Content
+    call_id: _CallId
+    output: _Content = Field(description="A text, or parts: texts and pictures in any order.")
     id: _Id = None
     status: _Status = None
 
@@ -157,14 +158,14 @@ class ReasoningText(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["reasoning_text"]
-    text: UnicodeText
+    text: _Words
 
 
 class SummaryText(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["summary_text"]
-    text: UnicodeText
+    text: _Words
 
 
 class ReasoningItem(BaseModel):
@@ -257,7 +258,7 @@ def _part_given_back(part: ContentPart, *, is_output: bool) -> dict[str, Any]:
             return text_part(part.text) if is_output else {"type": "input_text", "text": part.text}
 
 
-def text_part(text: str, logprobs: list[Any] | None = None) -> dict[str, Any]:
+def text_part(text: str, logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     """A part of an answer."""
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs or []}
 

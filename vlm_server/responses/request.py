@@ -46,8 +46,8 @@ class FunctionTool(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["function"]
-    name: FunctionName
-    description: UnicodeText | None = None
+    name: FunctionName = Field(description="What the model calls it by.")
+    description: UnicodeText | None = Field(None, description="What it does, for the model.")
     parameters: dict[str, Any] | None = Field(None, description="The JSON schema of the arguments, an object. Default: no arguments.")
     strict: bool | None = Field(None, description="The arguments must follow the schema. Default false, also where OpenAI's is true.")
 
@@ -67,7 +67,7 @@ class ToolChoiceFunction(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["function"]
-    name: FunctionName
+    name: FunctionName = Field(description="One of the tools'.")
 
 
 class ToolChoiceAllowed(BaseModel):
@@ -76,8 +76,10 @@ class ToolChoiceAllowed(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[Annotated[ToolChoiceFunction, BeforeValidator(_is_function)]], Field(min_length=1, max_length=MAX_TOOLS)]
+    mode: Literal["auto", "required"] = Field(description="Whether one of them must be called.")
+    tools: list[Annotated[ToolChoiceFunction, BeforeValidator(_is_function)]] = Field(
+        min_length=1, max_length=MAX_TOOLS, description="Those that may be called."
+    )
 
 
 def _choice_kind(value: object) -> str:
@@ -134,7 +136,7 @@ class TextConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    format: _Format | None = None
+    format: _Format | None = Field(None, description="Text, any JSON object, or JSON by a schema.")
     verbosity: Literal["medium"] | None = Field(None, description="Accepted, without effect; others are not supported.")
 
 
@@ -177,18 +179,20 @@ class CreateResponse(BaseModel):
         None, description="Up to 16 pairs of texts, kept and given back."
     )
     stream: bool | None = Field(None, description="Answer as server-sent events.")
-    stream_options: ResponsesStreamOptions | None = None
+    stream_options: ResponsesStreamOptions | None = Field(None, description="Nothing that has an effect.")
     include: Annotated[list[str], Field(max_length=16)] | None = Field(
         None, description=f"{LOGPROBS}: the log probability of each token of a message. Addresses of pictures are always given."
     )
     top_logprobs: int | None = Field(None, ge=0, le=20, description="With log probabilities: as many of the likeliest tokens.")
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31, description="New tokens at most, those of the reasoning included.")
-    tools: Annotated[list[Annotated[FunctionTool, BeforeValidator(_is_function)]], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Annotated[FunctionTool, BeforeValidator(_is_function)]], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call."
+    )
     tool_choice: _ToolChoice | None = Field(None, description="auto (default), none, required, one function, or some of the tools.")
     parallel_tool_calls: bool | None = Field(None, description="false: the answer ends after its first call.")
     max_tool_calls: int | None = Field(None, ge=1, description="Without effect: it counts calls of built-in tools, and there are none.")
-    text: TextConfig | None = None
-    reasoning: ReasoningConfig | None = None
+    text: TextConfig | None = Field(None, description="What the answer's text must look like.")
+    reasoning: ReasoningConfig | None = Field(None, description="How much the model reasons.")
     truncation: Literal["disabled"] | None = Field(None, description="A conversation that is too long for the model is refused.")
     service_tier: Literal["auto", "default"] | None = Field(None, description="Accepted, without effect.")
     user: UnicodeText | None = Field(None, description="Accepted, without effect.")
@@ -209,7 +213,7 @@ class CreateResponse(BaseModel):
     stop: StopStrings = _as_in_chats("stop")
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1024)] | None = _as_in_chats("stop_token_ids")
     ignore_eos: bool | None = _as_in_chats("ignore_eos")
-    include_stop_str_in_output: bool | None = None
+    include_stop_str_in_output: bool | None = _as_in_chats("include_stop_str_in_output")
     skip_special_tokens: bool | None = _as_in_chats("skip_special_tokens")
     structured_outputs: StructuredOutputs | None = _as_in_chats("structured_outputs")
     chat_template_kwargs: TemplateVariables = _as_in_chats("chat_template_kwargs")

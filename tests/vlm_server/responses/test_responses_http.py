@@ -378,6 +378,7 @@ def test_a_conversation_of_another_version_is_the_stores_failure() -> None:
 
     value = b'{"response": {"output": []}, "items": [{"type": "unheard of"}]}'
     with serving(create_app(fake_config(), open_backend=FakeBackend().open, open_store=opened)) as url:
+        assert requests.get(f"{url}/health", timeout=10).status_code == 200  # from here on the store is open
         asyncio.run(stores[0].put(RecordId("responses", "", UNKNOWN), value, parts={}, limits=Limits(60, 10)))
 
         response = requests.post(url + PATH, json={"input": "x", "previous_response_id": UNKNOWN}, timeout=10)
