@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vlm_server.errors import validation_error
+from vlm_server.errors import bad_request, validation_error
 from vlm_server.format_protocol import JsonObjectFormat
 from vlm_server.protocol import ChatCompletionRequest
 from vlm_server.responses.field_paths import FieldPaths, Place
@@ -120,8 +120,9 @@ class TranslatedChat:
 def translated(body: CreateResponse, earlier: Sequence[AnyItem], *, model: str) -> TranslatedChat:
     """The chat that continues the conversation. earlier: the items of the response before it.
 
-    Raises ApiError 400 for what chats refuse, under the client's names.
+    Raises ApiError 400 for what chats refuse, under the client's names, and for items that come twice.
     """
+    _check_ids(body, earlier)
     drafts = _with_one_system([*_instructions(body), *_drafts([*((item, _EARLIER) for item in earlier), *_new_items(body)])])
     places = dict(_PLACES)
     for index, draft in enumerate(drafts):
@@ -149,6 +150,17 @@ def _new_items(body: CreateResponse) -> list[tuple[AnyItem, Place]]:
     if isinstance(body.input, str):
         return [(Message(role="user", content=body.input), Place("input", is_whole=True))]
     return [(item, Place(f"input[{index}]")) for index, item in enumerate(body.input)]
+
+
+def _check_ids(body: CreateResponse, earlier: Sequence[AnyItem]) -> None:
+    """Ids tell items apart when they are listed; who sends earlier items again has the conversation twice."""
+    known = {item.id for item in earlier}
+    for item, place in _new_items(body):
+        if item.id is not None and item.id in known:
+            path = f"{place.path}.id"
+            message = f"{path}: this item is in the conversation already; with previous_response_id only new items are sent"
+            raise bad_request("duplicate_item", message, param=path)
+        known.add(item.id)
 
 
 def _instructions(body: CreateResponse) -> list[_Draft]:

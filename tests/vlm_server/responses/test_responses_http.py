@@ -222,6 +222,16 @@ async def _fails(url: str, param: str) -> None:
     raise MediaError("image_fetch_failed", "gone", param=param)
 
 
+def test_an_item_that_comes_twice_is_refused(server: RunningServer) -> None:
+    first = answered(server, [{"role": "user", "content": "one", "id": "a"}])
+    user = {"role": "user", "content": "two"}
+
+    for again in ({**user, "id": "a"}, first["output"][0]):
+        assert_refused(post(server, [user, again], previous_response_id=first["id"]), 400, "duplicate_item", "input[1].id")
+    assert_refused(post(server, [{**user, "id": "b"}, {**user, "id": "b"}]), 400, "duplicate_item", "input[1].id")
+    answered(server, [user, first["output"][0], user])
+
+
 def test_what_is_not_stored_cannot_be_found(server: RunningServer) -> None:
     response = answered(server, store=False)
 

@@ -40,7 +40,7 @@ def chat_call(call_id: str = "c") -> dict[str, Any]:
 
 
 def thought(text: str) -> dict[str, Any]:
-    return {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+    return {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
 
 
 def thinking(text: str) -> dict[str, Any]:
