@@ -218,7 +218,7 @@ def test_earlier_pictures_are_seen_again_and_named_by_their_response(server: Run
     assert_refused(post(server, "and?", previous_response_id=first["id"]), 400, "image_fetch_failed", "previous_response_id")
 
 
-async def _fails(url: str, param: str) -> None:
+async def _fails(url: str, param: str, *rest: object) -> None:
     raise MediaError("image_fetch_failed", "gone", param=param)
 
 
