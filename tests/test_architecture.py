@@ -93,8 +93,8 @@ MAY_IMPORT = {
     "vlm_server.answer_grammar": ".errors .tools engine.guided",
     "vlm_server.api_calls": "",
     "vlm_server.app": (
-        ".answer_formats .auth .backend .chat_page .config .context .docs .errors .files .metrics .middleware .routes.* .sampling "
-        ".sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
+        ".answer_formats .auth .backend .chat_page .config .context .docs .errors .files .metrics .middleware .responses.records "
+        ".routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
     ),
     "vlm_server.auth": ".errors",
     "vlm_server.backend": (
@@ -117,10 +117,11 @@ MAY_IMPORT = {
     "vlm_server.connections": ".config",
     "vlm_server.context": (
         ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .files .generation .interactive_protocol "
-        ".metrics .middleware .parsing.answer .protocol .sampling .token_protocol .turns engine.request"
+        ".metrics .middleware .parsing.answer .protocol .responses.records .responses.request .sampling .token_protocol .turns "
+        "engine.request"
     ),
     "vlm_server.detokenizer": "",
-    "vlm_server.docs": ".config .examples .response_schema vlm_server",
+    "vlm_server.docs": ".config .examples .response_schema .responses.schema vlm_server",
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
@@ -128,7 +129,7 @@ MAY_IMPORT = {
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
         ".alpaca_protocol .embedding_protocol .errors .file_protocol .format_protocol .interactive_protocol .message_schema .protocol "
-        ".token_protocol .tool_schema"
+        ".responses.request .token_protocol .tool_schema"
     ),
     "vlm_server.file_protocol": ".message_schema",
     "vlm_server.files": ".errors .sessions.store",
@@ -159,6 +160,18 @@ MAY_IMPORT = {
     ),
     "vlm_server.protocol": ".format_protocol .message_schema .nesting .tool_schema",
     "vlm_server.response_schema": "",
+    "vlm_server.responses": "",
+    "vlm_server.responses.field_paths": ".errors engine.request vision.image",
+    "vlm_server.responses.items": ".message_schema",
+    "vlm_server.responses.output": ".parsing.events .responses.items .responses.token_texts",
+    "vlm_server.responses.records": ".sessions.store",
+    "vlm_server.responses.request": ".format_protocol .message_schema .nesting .protocol .responses.items .tool_schema",
+    "vlm_server.responses.schema": ".format_protocol .response_schema .responses.items .responses.request",
+    "vlm_server.responses.shape": (
+        ".backend .errors .generation .logprobs .responses.field_paths .responses.output .responses.request .sampling .streaming"
+    ),
+    "vlm_server.responses.token_texts": "",
+    "vlm_server.responses.translation": ".errors .format_protocol .protocol .responses.field_paths .responses.items .responses.request",
     "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
     "vlm_server.routes.alpaca": (
@@ -179,6 +192,10 @@ MAY_IMPORT = {
         ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .streaming .turns"
     ),
     "vlm_server.routes.models": ".context .errors .response_schema",
+    "vlm_server.routes.responses": (
+        ".auth .chats .context .errors .responses.items .responses.records .responses.request .responses.schema .responses.shape "
+        ".responses.translation .sessions.store .streaming"
+    ),
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
     "vlm_server.routes.tokens": ".auth .context .errors .files .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",

@@ -24,7 +24,8 @@ from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.files import Files
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
-from vlm_server.routes import alpaca, chat, completions, control, embeddings, files, health, interactive, models, scoring, tokens
+from vlm_server.responses.records import ResponseRecords
+from vlm_server.routes import alpaca, chat, completions, control, embeddings, files, health, interactive, models, responses, scoring, tokens
 from vlm_server.sampling import SamplingDefaults
 from vlm_server.sessions.history import SessionBusyError, Sessions
 from vlm_server.sessions.opening import OpenStore, open_store
@@ -44,15 +45,19 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
         async with open_store(config.session_store) as store, open_backend(config) as backend:
             limits = Limits(config.session_ttl_s, config.max_sessions)
             sessions = Sessions(store, model=config.model_name, limits=limits, max_bytes=config.max_session_bytes)
+            kept = Limits(config.response_ttl_s, config.max_responses)
+            records = ResponseRecords(store, limits=kept, max_bytes=config.max_session_bytes)
             formats = _answer_formats(config, backend)
             async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns:
                 uploads = _files(config, store)
-                app.state.context = ServerContext(config, backend, defaults, metrics, turns, formats, uploads, created_s=int(time.time()))
+                app.state.context = ServerContext(
+                    config, backend, defaults, metrics, turns, formats, uploads, records, created_s=int(time.time())
+                )
                 yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     answering = (alpaca,) if config.compat == ALPACA else (chat, completions, embeddings)
-    for module in (models, *answering, interactive, tokens, scoring, files, control):
+    for module in (models, *answering, responses, interactive, tokens, scoring, files, control):
         app.include_router(module.router)
     app.include_router(health.health_router)
     if config.enable_metrics:

@@ -55,7 +55,9 @@ class ServerConfig:
     session_store: str = "auto"  # a file, a Redis URL, memory, or auto: a file in the user's state folder
     session_ttl_s: float = 86400.0  # after a session's last turn
     max_sessions: int = 1000  # per API key
-    max_session_bytes: int = 64 << 20  # of one session's pictures
+    max_session_bytes: int = 64 << 20  # of one session's pictures, of one kept response's items
+    response_ttl_s: float = 86400.0  # after a response was made
+    max_responses: int = 1000  # per API key
     file_ttl_s: float = 86400.0  # of an uploaded file that states no other
     max_file_ttl_s: float = 2592000.0  # that one may state
     max_files: int = 1000  # per API key
@@ -90,6 +92,8 @@ class ServerConfig:
             ),
             ("max_files", self.max_files >= 0, "at least 0"),
             ("max_file_bytes_per_key", self.max_file_bytes_per_key >= 0, "at least 0"),
+            ("response_ttl_s", self.response_ttl_s > 0, "above 0 seconds"),
+            ("max_responses", self.max_responses >= 1, "at least 1"),
             ("sse_ping_s", self.sse_ping_s >= 0, "at least 0"),
         ):
             if not is_valid:

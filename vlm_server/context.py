@@ -22,6 +22,8 @@ from vlm_server.metrics import Metrics
 from vlm_server.middleware import request_facts
 from vlm_server.parsing.answer import AnswerParser
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest
+from vlm_server.responses.records import ResponseRecords
+from vlm_server.responses.request import CreateResponse
 from vlm_server.sampling import SamplingDefaults, sampling_params
 from vlm_server.token_protocol import TokenRequest
 from vlm_server.turns import Turns
@@ -36,6 +38,7 @@ class ServerContext:
     turns: Turns
     formats: AnswerFormats
     files: Files
+    responses: ResponseRecords
     created_s: int  # Unix time of the start
 
     @property
@@ -46,7 +49,9 @@ class ServerContext:
         return self.backend.engine.info
 
     def accept(
-        self, request: Request, body: ChatCompletionRequest | CompletionRequest | EmbeddingsRequest | InteractiveRequest | TokenRequest
+        self,
+        request: Request,
+        body: ChatCompletionRequest | CompletionRequest | EmbeddingsRequest | InteractiveRequest | TokenRequest | CreateResponse,
     ) -> list[str]:
         """The warnings for a request that we can serve. Raises ApiError 404 or 400."""
         name = self.config.model_name if body.model is None else body.model

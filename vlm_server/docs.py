@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
@@ -14,6 +15,7 @@ from vlm_server import __version__
 from vlm_server.config import ALPACA, ServerConfig
 from vlm_server.examples import alpaca_examples, request_examples
 from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionStreamResponse, ErrorResponse
+from vlm_server.responses.schema import ResponseStreamEvent
 
 ASSETS = Path(__file__).parent / "ui" / "swagger"
 
@@ -34,7 +36,12 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
-_STREAMED = {"/v1/chat/completions": ChatCompletionStreamResponse, "/v1/completions": CompletionStreamResponse}
+_RESPONSES = "/v1/responses"
+_STREAMED: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatCompletionStreamResponse,
+    "/v1/completions": CompletionStreamResponse,
+    _RESPONSES: ResponseStreamEvent,
+}
 _SERVER_TIMING = {
     "description": "Milliseconds by stage, as in `template;dur=0.4, pictures;dur=31.2, …`: files (uploaded ones, read from the store), "
     "template, pictures (fetched, decoded, resized; the slowest of each as picture-fetch, picture-decode, picture-preprocess), tokenize, "
@@ -46,12 +53,12 @@ _FILES = "/v1/files"
 _ERRORS = {
     "400": "The request is wrong; `param` names the field.",
     "401": "The API key is missing or unknown.",
-    "404": "The model, or the file, does not exist.",
+    "404": "The model, the file or the response does not exist.",
     "409": "Another turn of the session is under way.",
     "413": "The body is too large, or the API key has too many files.",
     "429": "Too many requests wait; try again after `Retry-After` seconds.",
     "500": "The server failed.",
-    "503": "The engine is not ready; try again after `Retry-After` seconds.",
+    "503": "The engine, or the session store, is not ready; try again after `Retry-After` seconds.",
 }
 
 
@@ -107,7 +114,9 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
         responses[status] = {"description": _ERRORS[status], "content": _content(ErrorResponse.__name__)}
     if path in _STREAMED:
         stream_model = _STREAMED[path].__name__
-        description = "Events `data: {…}` of the shape " + stream_model + ", then `data: [DONE]`, with `stream: true`."
+        events = "`event: …` and `data: {…}`" if path == _RESPONSES else "`data: {…}`"
+        description = f"Events {events} of the shape {stream_model}"
+        description += ", with `stream: true`." if path == _RESPONSES else ", then `data: [DONE]`, with `stream: true`."
         stream_schema = {"type": "string", "description": description}
         responses["200"]["headers"] = {"Server-Timing": _SERVER_TIMING}
         responses["200"]["content"]["text/event-stream"] = {"schema": stream_schema, "x-event-schema": _ref(stream_model)}
@@ -136,6 +145,8 @@ def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
         return [*(["404"] if "{" in path else ["400"]), *keyed, *(["413"] if method == "post" else []), "503"]
     if method == "post":
         return ["400", *keyed, "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
+    if path.startswith(_RESPONSES):
+        return ["400", *keyed, "404", "503"]
     return [*keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]
 
 

@@ -63,6 +63,7 @@ def request_examples(model: str) -> dict[str, dict[str, dict[str, Any]]]:
         "/v1/chat/completions": _chat(model),
         "/v1/completions": _completions(model),
         "/v1/embeddings": _embeddings(),
+        "/v1/responses": _responses(),
         "/v1/chat/interactive": _interactive(),
         "/tokenize": _tokenize(),
         "/detokenize": {"tokens": _example("Token ids", {"tokens": [33, 34, 35]})},
@@ -98,6 +99,21 @@ def _chat(model: str) -> dict[str, dict[str, Any]]:
         "tools": _example("A function that may be called", {"model": model, "messages": _WEATHER_CHAT, "tools": _TOOLS, "max_tokens": 64}),
         "json": _example("An answer in JSON", {**image, "response_format": {"type": "json_schema", "json_schema": _SEEN}}),
         "stream": _example("Streamed, with the usage at the end", {**image, "stream": True, "stream_options": {"include_usage": True}}),
+    }
+
+
+def _responses() -> dict[str, dict[str, Any]]:
+    picture = [{"type": "input_text", "text": "Describe the image please"}, {"type": "input_image", "image_url": RED_CIRCLE}]
+    image = {"input": [{"role": "user", "content": picture}], "max_output_tokens": 64}
+    schema = {"format": {"type": "json_schema", **_SEEN}}
+    function: Any = _TOOLS[0]["function"]
+    call = {"input": _WEATHER_CHAT, "tools": [{"type": "function", **function}], "max_output_tokens": 64}
+    return {
+        "text": _example("Text", {"instructions": "You are a helpful assistant.", "input": "Say this is a test!", "max_output_tokens": 64}),
+        "image": _example("A picture as a data: URL", image),
+        "tools": _example("A function that may be called", call),
+        "json": _example("An answer in JSON", {**image, "text": schema}),
+        "stream": _example("Streamed, and not kept", {**image, "stream": True, "store": False}),
     }
 
 

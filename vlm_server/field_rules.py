@@ -16,6 +16,8 @@ from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, Named
 from vlm_server.interactive_protocol import InteractiveRequest
 from vlm_server.message_schema import CalledFunction, ChatMessage, ImagePart, ImageUrl, TextPart, ToolCall
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
+from vlm_server.responses.request import UNSUPPORTED as _UNSUPPORTED_IN_RESPONSES
+from vlm_server.responses.request import CreateResponse
 from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, PerplexityRequest, PoolingRequest, TokenizeRequest
 from vlm_server.tool_schema import AllowedTools, AllowedToolsChoice, FunctionDefinition, FunctionReference, NamedTool, Tool
 
@@ -110,6 +112,8 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     AlpacaCompletionRequest: _ALPACA_RULES,
     AlpacaMessage: _UNSUPPORTED_IN_MESSAGE | {"name": (), "tool_calls": ([],), "tool_call_id": (), "reasoning_content": ("",)},
     AlpacaEmbeddingsRequest: {"encoding_format": ("float",), "dimensions": ()},
+    **_UNSUPPORTED_IN_RESPONSES,
+    CreateResponse: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_RESPONSES[CreateResponse],
     EmbeddingsRequest: {"truncate_prompt_tokens": (), "normalize": (True,), "add_special_tokens": (True,), "messages": ()},
     EncodeRequest: {},
     PerplexityRequest: {},

@@ -114,12 +114,14 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(
             "session-store",
             "server",
-            "where sessions of /v1/chat/interactive and uploaded files live: a file (SQLite), redis://… for several servers, memory, or "
+            "where sessions, kept responses and uploaded files live: a file (SQLite), redis://… for several servers, memory, or "
             "auto: a file in the state folder",
         ),
         Flag("session-ttl", "server", "seconds that a session is kept after its last turn", float, "session_ttl_s"),
         Flag("max-sessions", "server", "sessions kept per API key; those that are unused for longest end first", int),
-        Flag("max-session-bytes", "server", "pictures kept per session", int),
+        Flag("max-session-bytes", "server", "pictures kept per session, and items per response", int),
+        Flag("response-ttl", "server", "seconds that a response of /v1/responses is kept", float, "response_ttl_s"),
+        Flag("max-responses", "server", "responses kept per API key; the oldest end first", int),
         Flag("file-ttl", "server", "seconds that an uploaded file is kept, unless its upload says otherwise", float, "file_ttl_s"),
         Flag("max-file-ttl", "server", "most seconds that an upload may ask for", float, "max_file_ttl_s"),
         Flag("max-files", "server", "files kept per API key; more are refused until some end", int),

@@ -6,7 +6,7 @@ closes the generation, whether it waits for a response, a stream or its first pi
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -68,24 +68,35 @@ class Shape(Protocol):
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]: ...
 
 
-async def answer(request: Request, generation: Generation, shape: Shape, *, streams: bool, ping_s: float) -> Response:
-    """The generation's answers, streamed or whole."""
+BeforeEnd = Callable[[], Awaitable[None]]
+
+
+async def answer(
+    request: Request, generation: Generation, shape: Shape, *, streams: bool, ping_s: float, before_end: BeforeEnd | None = None
+) -> Response:
+    """The generation's answers, streamed or whole.
+
+    before_end: awaited once the shape has all of the answers and the client is not told yet; what it raises fails the request.
+    """
     if streams:
-        return await stream(request, generation, shape, ping_s=ping_s)
-    return await respond(request, generation, shape)
+        return await stream(request, generation, shape, ping_s=ping_s, before_end=before_end)
+    return await respond(request, generation, shape, before_end=before_end)
 
 
-async def respond(request: Request, generation: Generation, shape: Shape) -> Response:
+async def respond(request: Request, generation: Generation, shape: Shape, *, before_end: BeforeEnd | None = None) -> Response:
     """The whole answer as one JSON response. Raises what the engine raises, and ApiError 499 where the client left."""
     try:
         answers = await unless_client_leaves(request, generation.collect())
     finally:
         _note_usage(request, generation)
     request_timings(request.scope).seconds.update(generation.timings_s)
-    return Response(_encode(shape.response(answers, generation.usage())), media_type="application/json")
+    response = shape.response(answers, generation.usage())
+    if before_end is not None:
+        await before_end()
+    return Response(_encode(response), media_type="application/json")
 
 
-async def stream(request: Request, generation: Generation, shape: Shape, *, ping_s: float) -> Response:
+async def stream(request: Request, generation: Generation, shape: Shape, *, ping_s: float, before_end: BeforeEnd | None = None) -> Response:
     """The answer as events, begun. Raises what the engine raises before the first piece."""
     deltas = generation.deltas()
     try:
@@ -95,7 +106,7 @@ async def stream(request: Request, generation: Generation, shape: Shape, *, ping
         _note_usage(request, generation)
         raise
     request_timings(request.scope).seconds.update(generation.timings_s)
-    events = _events(request, generation, shape, first, deltas)
+    events = _events(request, generation, shape, first, deltas, before_end)
     return EventStream(events, deltas, ping_s=ping_s)
 
 
@@ -116,7 +127,12 @@ class EventStream(EventSourceResponse):
 
 
 async def _events(
-    request: Request, generation: Generation, shape: Shape, first: Delta, deltas: AsyncGenerator[Delta, None]
+    request: Request,
+    generation: Generation,
+    shape: Shape,
+    first: Delta,
+    deltas: AsyncGenerator[Delta, None],
+    before_end: BeforeEnd | None,
 ) -> AsyncGenerator[bytes, None]:
     event, closing = shape.events.event, shape.events.closing
     try:
@@ -125,7 +141,10 @@ async def _events(
             yield b"".join(event(chunk) for chunk in [*beginning, *shape.chunks(first)])
             async for delta in deltas:
                 yield b"".join(event(chunk) for chunk in shape.chunks(delta))
-        yield b"".join(event(chunk) for chunk in shape.last_chunks(generation.usage())) + closing
+        ending = shape.last_chunks(generation.usage())
+        if before_end is not None:
+            await before_end()
+        yield b"".join(event(chunk) for chunk in ending) + closing
     except Exception as error:  # the status is sent already: the error becomes the last event
         api_error = to_api_error(error)
         if api_error.code == "internal_error":

@@ -1,0 +1,172 @@
+"""Output items and their events: folded as a client folds them, the events are the items; log probabilities find their text."""
+
+import itertools
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_server.errors import ApiError
+from vlm_server.generation import Delta, FinishedAnswer, Usage
+from vlm_server.parsing.events import ArgumentPiece, CallBegun, CallEnded, Content, Event, Reasoning, merged
+from vlm_server.responses.field_paths import FieldPaths
+from vlm_server.responses.items import ITEMS
+from vlm_server.responses.output import OutputWriter
+from vlm_server.responses.shape import ResponseShape
+from vlm_server.responses.token_texts import TokenTexts
+
+USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1, image_tokens=0, reasoning_tokens=1)
+TEXTS = st.text(max_size=3)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> list[Event]:
+    pieces = draw(st.lists(TEXTS, max_size=3))
+    return [CallBegun(draw(st.sampled_from("fg"))), *map(ArgumentPiece, pieces), CallEnded(draw(st.booleans()))]
+
+
+EVENTS = st.lists(calls() | TEXTS.map(lambda text: [Content(text)]) | TEXTS.map(lambda text: [Reasoning(text)]), max_size=8).map(
+    lambda groups: list(itertools.chain.from_iterable(groups))
+)
+
+
+def shape() -> ResponseShape:
+    return ResponseShape({"id": "resp_1", "output": [], "status": "in_progress"}, None, paths=FieldPaths({}))  # type: ignore[arg-type]
+
+
+def streamed(events: list[Event], cuts: list[bool], finish_reason: str) -> list[dict[str, Any]]:
+    """The chunks of a stream whose deltas end where `cuts` say so."""
+    written = shape()
+    chunks = written.first_chunks(1, USAGE)
+    step: list[Event] = []
+    for event, is_end in zip(events, cuts, strict=True):
+        step.append(event)
+        if is_end:
+            chunks += written.chunks(Delta(0, "", 0, None, None, merged(step)))
+            step = []
+    chunks += written.chunks(Delta(0, "", 0, None, finish_reason, merged(step)))
+    return chunks + written.last_chunks(USAGE)
+
+
+def folded(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The output that a client puts together of all events but the last. Whatever an event says again must be what came before."""
+    output: list[dict[str, Any]] = []
+    for chunk in chunks[2:-1]:
+        kind = chunk["type"].removeprefix("response.")
+        if kind == "output_item.added":
+            assert chunk["output_index"] == len(output)
+            output.append(dict(chunk["item"]))
+            continue
+        item = output[chunk["output_index"]]
+        assert chunk.get("item_id", item["id"]) == item["id"]
+        if kind == "content_part.added":
+            item["content"] = [*item["content"], dict(chunk["part"])]
+        elif kind == "function_call_arguments.delta":
+            item["arguments"] += chunk["delta"]
+        elif kind in ("output_text.delta", "reasoning_text.delta"):
+            item["content"][chunk["content_index"]]["text"] += chunk["delta"]
+        elif kind == "function_call_arguments.done":
+            assert (chunk["arguments"], chunk["name"]) == (item["arguments"], item["name"])
+        elif kind in ("output_text.done", "reasoning_text.done"):
+            assert chunk["text"] == item["content"][chunk["content_index"]]["text"]
+        elif kind == "content_part.done":
+            assert chunk["part"] == item["content"][chunk["content_index"]]
+        else:
+            assert kind == "output_item.done"
+            item["status"] = chunk["item"]["status"]
+            assert chunk["item"] == item
+    return output
+
+
+def without_ids(response: dict[str, Any]) -> dict[str, Any]:
+    output = [{name: value for name, value in item.items() if name not in ("id", "call_id")} for item in response["output"]]
+    return {name: value for name, value in response.items() if name != "completed_at"} | {"output": output}
+
+
+@given(data=st.data(), events=EVENTS, finish_reason=st.sampled_from(["stop", "length", "tool_calls"]))
+def test_a_stream_folds_to_its_last_response_and_the_whole_one(data: st.DataObject, events: list[Event], finish_reason: str) -> None:
+    cuts = data.draw(st.lists(st.booleans(), min_size=len(events), max_size=len(events)))
+
+    chunks = streamed(events, cuts, finish_reason)
+    whole = shape().response([FinishedAnswer([""], merged(events), None, finish_reason)], USAGE)
+
+    final = chunks[-1]["response"]
+    assert [chunk["sequence_number"] for chunk in chunks] == list(range(len(chunks)))
+    assert folded(chunks) == final["output"]
+    assert without_ids(final) == without_ids(whole)
+    assert chunks[-1]["type"] == f"response.{final['status']}"
+    assert final["output"]
+    assert ITEMS.validate_python(final["output"])  # output is input again
+
+
+@given(events=EVENTS)
+def test_every_text_of_the_answer_is_in_the_output_once(events: list[Event]) -> None:
+    writer = OutputWriter()
+
+    writer.write(events)
+    writer.finish(is_cut=False)
+
+    for kind, item_kind in ((Content, "message"), (Reasoning, "reasoning")):
+        given_text = "".join(event.text for event in events if isinstance(event, kind))
+        assert "".join(part["text"] for item in writer.items if item["type"] == item_kind for part in item["content"]) == given_text
+    arguments = "".join(event.text for event in events if isinstance(event, ArgumentPiece))
+    assert "".join(item.get("arguments", "") for item in writer.items) == arguments
+
+
+def test_a_stream_that_fails_ends_with_what_it_has() -> None:
+    written = shape()
+    written.first_chunks(1, USAGE)
+    written.chunks(Delta(0, "", 0, None, None, [Content("Hel")]))
+
+    failed = written.error_chunk(ApiError(503, "engine_unavailable", "the engine process ended"))
+
+    assert failed["type"] == "response.failed"
+    response = failed["response"]
+    assert response["error"]["code"] == "server_error"
+    assert (response["status"], response["output"][0]["status"], response["output_text"]) == ("failed", "incomplete", "Hel")
+
+
+def token(text: str) -> dict[str, Any]:
+    return {"bytes": list(text.encode())}
+
+
+def taken(tokens: TokenTexts, text: str) -> str:
+    return b"".join(bytes(entry["bytes"]) for entry in tokens.take(text)).decode()
+
+
+@given(pieces=st.lists(st.text(min_size=1, max_size=3), max_size=6), cuts=st.lists(st.integers(1, 5), max_size=10))
+def test_of_text_alone_every_token_is_taken_once(pieces: list[str], cuts: list[int]) -> None:
+    text = "".join(pieces)
+    tokens, taken_entries, place = TokenTexts(), [], 0
+    tokens.add([token(piece) for piece in pieces])
+
+    for cut in cuts:
+        taken_entries += tokens.take(text[place : place + cut])
+        place += cut
+    taken_entries += tokens.take(text[place:])
+
+    assert [bytes(entry["bytes"]).decode() for entry in taken_entries if entry["bytes"]] == pieces
+
+
+def test_tokens_of_markers_and_blanks_belong_to_nothing() -> None:
+    tokens = TokenTexts()
+    tokens.add([token(piece) for piece in ("<think>", "\n", "th", "ink", "\n", "</think>", "\n\n", "th", "e", " end")])
+
+    assert taken(tokens, "think") == "think"
+    assert taken(tokens, "the") == "the"
+    assert taken(tokens, " end") == " end"
+
+
+def test_a_token_that_begins_with_a_blank_the_text_lacks_is_the_texts() -> None:
+    tokens = TokenTexts()
+    tokens.add([token(" Hel"), token("lo")])
+
+    assert taken(tokens, "Hello") == " Hello"
+
+
+def test_where_no_token_has_the_text_all_that_wait_are_taken() -> None:
+    tokens = TokenTexts()
+    tokens.add([{"bytes": [0xE4]}, token("a")])
+
+    assert len(tokens.take("\ufffda")) == 2
+    assert tokens.take("x") == []
