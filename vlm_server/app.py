@@ -78,7 +78,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 async def _on_error(request: Request, error: Exception) -> Response:
     api_error = to_api_error(error)
     request_facts(request.scope)["error"] = api_error.code
-    return api_error.response()
+    return api_error.response(request.scope)
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:
