@@ -23,7 +23,7 @@ from vlm_server.docs import add_docs
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
-from vlm_server.routes import chat, completions, control, embeddings, health, interactive, models, scoring, tokens
+from vlm_server.routes import chat, completions, control, embeddings, health, interactive, messages, models, scoring, tokens
 from vlm_server.sampling import SamplingDefaults
 from vlm_server.sessions.history import SessionBusyError, Sessions
 from vlm_server.sessions.opening import OpenStore, open_store
@@ -49,8 +49,10 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
                 yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for module in (models, chat, completions, interactive, embeddings, tokens, scoring, control):
+    for module in (models, chat, completions, messages, interactive, embeddings, tokens, scoring, control):
         app.include_router(module.router)
+    app.include_router(messages.models_router)
+    app.include_router(messages.router, prefix="/anthropic", include_in_schema=False)  # all of Anthropic's under one base address
     app.include_router(health.health_router)
     if config.enable_metrics:
         app.include_router(health.metrics_router)

@@ -5,6 +5,7 @@ OpenAI's make a `ChatCompletionRequest` of theirs and write these answers in the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.requests import Request
 
@@ -56,20 +57,31 @@ async def begin_chat(request: Request, context: ServerContext, body: ChatComplet
     return Chat(generation, warnings, plan.is_plain)
 
 
+async def count_tokens(request: Request, context: ServerContext, body: ChatCompletionRequest) -> int:
+    """The tokens of the prompt that `begin_chat` makes of a list of messages; pictures are measured by their headers. Raises as it does."""
+    context.accept(request, body)
+    plan = plan_answer(body, context.formats)
+    work = context.backend.pipeline.chat_tokens(**_written(body, plan), tenant=tenant_of(request.scope))
+    return len(await unless_client_leaves(request, work))
+
+
 async def _prompt(context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str, timings: StageTimings) -> Prompt:
     if isinstance(body.messages, str):
         with timings.stage("tokenize"):
             return await context.text_prompt(body.messages, tenant=tenant)
-    messages = [message.as_dict() for message in body.messages]
-    return await context.backend.pipeline.chat_prompt(
-        messages,
-        tools=plan.template_tools(),
-        template_kwargs=body.template_kwargs() or None,
-        tenant=tenant,
-        timings=timings,
-        add_generation_prompt=body.adds_generation_prompt,
-        continue_final_message=bool(body.continue_final_message),
-    )
+    return await context.backend.pipeline.chat_prompt(**_written(body, plan), tenant=tenant, timings=timings)
+
+
+def _written(body: ChatCompletionRequest, plan: AnswerPlan) -> dict[str, Any]:
+    """What the pipeline writes into the prompt."""
+    assert not isinstance(body.messages, str)
+    return {
+        "messages": [message.as_dict() for message in body.messages],
+        "tools": plan.template_tools(),
+        "template_kwargs": body.template_kwargs() or None,
+        "add_generation_prompt": body.adds_generation_prompt,
+        "continue_final_message": bool(body.continue_final_message),
+    }
 
 
 def _without_effect(context: ServerContext, body: ChatCompletionRequest) -> list[str]:

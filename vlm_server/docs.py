@@ -6,11 +6,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 
 from vlm_server import __version__
+from vlm_server.anthropic.response_schema import AnthropicErrorResponse, MessageStreamEvent
 from vlm_server.config import ServerConfig
 from vlm_server.examples import request_examples
 from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionStreamResponse, ErrorResponse
@@ -42,6 +44,7 @@ _SERVER_TIMING = {
     "schema": {"type": "string"},
 }
 _INTERACTIVE = "/v1/chat/interactive"
+_MESSAGES = "/v1/messages"
 _ERRORS = {
     "400": "The request is wrong; `param` names the field.",
     "401": "The API key is missing or unknown.",
@@ -81,7 +84,7 @@ def openapi_schema(app: FastAPI, config: ServerConfig) -> dict[str, Any]:
         servers=[{"url": config.root_path}] if config.root_path else None,
     )
     components = schema["components"]["schemas"]
-    for model in (*_STREAMED.values(), ErrorResponse):
+    for model in (*_STREAMED.values(), ErrorResponse, MessageStreamEvent, AnthropicErrorResponse):
         _add_component(components, model)
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
@@ -103,20 +106,26 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
     responses = operation["responses"]
     responses.pop("422", None)  # our validation errors are 400
     for status in _statuses(path, method, config):
-        responses[status] = {"description": _ERRORS[status], "content": _content(ErrorResponse.__name__)}
+        responses[status] = {"description": _ERRORS[status], "content": _content(_error_model(path).__name__)}
     if path in _STREAMED:
         stream_model = _STREAMED[path].__name__
         description = "Events `data: {…}` of the shape " + stream_model + ", then `data: [DONE]`, with `stream: true`."
         stream_schema = {"type": "string", "description": description}
         responses["200"]["headers"] = {"Server-Timing": _SERVER_TIMING}
         responses["200"]["content"]["text/event-stream"] = {"schema": stream_schema, "x-event-schema": _ref(stream_model)}
+    if path == _MESSAGES:
+        description = "With `stream: true`, events `event: TYPE` and `data: {…}` of the shape MessageStreamEvent."
+        responses["200"]["headers"] = {"Server-Timing": _SERVER_TIMING}
+        event_stream = {"schema": {"type": "string", "description": description}, "x-event-schema": _ref(MessageStreamEvent.__name__)}
+        responses["200"]["content"]["text/event-stream"] = event_stream
     if path == _INTERACTIVE:
         description = "With `stream: true`, the answer in pieces: one InteractiveResponse per line, nothing before or after it."
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string", "description": description}}
     if "requestBody" in operation and (examples := request_examples(config.model_name).get(path)):
         operation["requestBody"]["content"]["application/json"]["examples"] = examples
     for parameter in operation.get("parameters", ()):
-        parameter["example"] = config.model_name
+        if parameter["in"] == "path":
+            parameter["example"] = config.model_name
     if path == "/metrics":
         responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     if path == "/health":
@@ -129,6 +138,10 @@ def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
     if method == "post":
         return ["400", *keyed, "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
     return [*keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]
+
+
+def _error_model(path: str) -> type[BaseModel]:
+    return AnthropicErrorResponse if path.startswith((_MESSAGES, "/anthropic/")) else ErrorResponse
 
 
 def _content(name: str) -> dict[str, Any]:

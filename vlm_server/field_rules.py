@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel
 
+from vlm_server.anthropic.protocol import RULES as _ANTHROPIC_RULES
 from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import bad_request
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, NamedJsonSchema, RegexFormat, StructuredOutputs, TextFormat
@@ -119,6 +120,7 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     TextPart: {},
     **{model: {} for model in (Tool, FunctionDefinition, NamedTool, FunctionReference, AllowedToolsChoice, AllowedTools)},
     **{model: {} for model in (ToolCall, CalledFunction)},
+    **_ANTHROPIC_RULES,
 }
 
 

@@ -122,7 +122,8 @@ async def _events(
             beginning = shape.first_chunks(generation.num_answers, generation.usage())
             yield b"".join(event(chunk) for chunk in [*beginning, *shape.chunks(first)])
             async for delta in deltas:
-                yield b"".join(event(chunk) for chunk in shape.chunks(delta))
+                if chunks := shape.chunks(delta):
+                    yield b"".join(event(chunk) for chunk in chunks)
         yield b"".join(event(chunk) for chunk in shape.last_chunks(generation.usage())) + closing
     except Exception as error:  # the status is sent already: the error becomes the last event
         api_error = to_api_error(error)
