@@ -10,7 +10,7 @@ from anthropic import Anthropic
 from anthropic.types import Message, TextBlock, ThinkingBlock, ToolUseBlock
 from pydantic import BaseModel
 
-from engine.request import EngineDeadError, QueueFullError
+from engine.request import EngineDeadError, Prompt, QueueFullError, SamplingParams
 from tests.contract.fake_engine import DEFAULT_REPLY, TOKENS_PER_IMAGE
 from tests.contract.running import MODEL, RunningServer, fake_config, running_server
 from tests.vlm_server.byte_tokenizer import EOS
@@ -142,6 +142,23 @@ def test_a_call_is_a_tool_use_and_its_result_with_a_picture_can_be_sent_back(ser
     assert [(span.num_tokens, span.image) for span in prompt.spans] == [(TOKENS_PER_IMAGE, 0)]
 
 
+def test_the_sdks_tool_runner_goes_on_to_the_last_answer(server: RunningServer, client: Anthropic) -> None:
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """The weather of a city."""
+        return f"sunny in {city}"
+
+    def script(prompt: Prompt, params: SamplingParams) -> list[int]:
+        has_result = "sunny in 杭州".encode() in bytes(token_id for token_id in prompt.token_ids if token_id < 256)
+        return [*("It is sunny." if has_result else THOUGHT + CALL).encode(), EOS]
+
+    server.backend.engine.script = script
+
+    last = client.beta.messages.tool_runner(model=MODEL, max_tokens=256, messages=HELLO, tools=[get_weather]).until_done()
+
+    assert [block.text for block in last.content if block.type == "text"] == ["It is sunny."]
+
+
 def test_an_eager_tool_gets_its_input_as_it_is_written(server: RunningServer, client: Anthropic) -> None:
     says(server, CALL)
 
@@ -256,6 +273,18 @@ def test_a_wrong_key_is_an_authentication_error(server: RunningServer) -> None:
 
     assert caught.value.type == "authentication_error"
     assert caught.value.request_id == caught.value.body["request_id"]  # type: ignore[index]
+
+
+def test_a_body_that_is_too_large_and_a_failure_of_ours_are_told_apart() -> None:
+    with running_server(fake_config(max_body_bytes=1000)) as server, new_client(server) as client:
+        with pytest.raises(anthropic.RequestTooLargeError):
+            ask(client, system="x" * 1000)
+        server.backend.engine.refusal = RuntimeError("a secret")  # type: ignore[assignment]
+        with pytest.raises(anthropic.InternalServerError) as caught:
+            ask(client)
+
+    assert caught.value.type == "api_error"
+    assert "secret" not in str(caught.value)
 
 
 def test_an_engine_that_dies_in_a_stream_raises(server: RunningServer, client: Anthropic) -> None:

@@ -81,7 +81,7 @@ def _content(pieces: Sequence[_Piece], here: str, names: FieldNames) -> str | li
         if isinstance(piece.block, ImageBlock):
             parts.append({"type": "image_url", "image_url": _image_url(piece, f"{part}.image_url", names)})
         else:
-            parts.append({"type": "text", "text": piece.block.text if isinstance(piece.block, TextBlock) else piece.block})
+            parts.append({"type": "text", "text": _text(piece.block)})
     if [part["type"] for part in parts] != ["text"]:
         return parts
     names[f"{here}.content"] = pieces[0].path
@@ -102,11 +102,12 @@ def _image_url(piece: _Piece, here: str, names: FieldNames) -> dict[str, str]:
 
 
 def _assistant_message(pieces: Sequence[_Piece], here: str, names: FieldNames) -> dict[str, Any]:
-    """Text of all its blocks, thinking and calls. Redacted thinking is left out."""
+    """Text of all its blocks in one, as the model wrote it, thinking and calls. Redacted thinking is left out."""
     texts = [piece for piece in pieces if isinstance(piece.block, TextBlock | str)]
     thoughts = [piece.block.thinking for piece in pieces if isinstance(piece.block, ThinkingBlock)]
     calls = [piece for piece in pieces if isinstance(piece.block, ToolUseBlock)]
-    message: dict[str, Any] = {"content": _content(texts, here, names) if texts else None if calls else ""}
+    message: dict[str, Any] = {"content": "".join(_text(piece.block) for piece in texts) if texts or not calls else None}
+    names[f"{here}.content"] = texts[0].path if texts else pieces[0].path
     if thoughts:
         message["reasoning_content"] = "".join(thoughts)
     if calls:
@@ -138,5 +139,8 @@ def _marked(parts: Sequence[_Piece], result: _Piece) -> list[_Piece]:
     first = parts[0]
     if isinstance(first.block, ImageBlock):
         return [_Piece("tool", result.path, _ERROR, f"{result.path}.is_error"), *parts]
-    text = first.block.text if isinstance(first.block, TextBlock) else first.block
-    return [_Piece("tool", result.path, _ERROR + text, first.path), *parts[1:]]
+    return [_Piece("tool", result.path, _ERROR + _text(first.block), first.path), *parts[1:]]
+
+
+def _text(block: TextBlock | str) -> str:
+    return block if isinstance(block, str) else block.text

@@ -56,6 +56,7 @@ MESSAGES: list[tuple[str, list[Any], list[Any]]] = [
         [HI, assistant(THOUGHT, TEXT, CALL), user(result("42"))],
         [HI, {"role": "assistant", "content": "Look:", "reasoning_content": "Hm.", "tool_calls": [CALL_OF_CHAT]}, tool("42")],
     ),
+    ("texts of the assistant are one", [HI, assistant(TEXT, TEXT), HI], [HI, {"role": "assistant", "content": "Look:Look:"}, HI]),
     ("a call may be alone", [HI, assistant(CALL)], [HI, {"role": "assistant", "content": None, "tool_calls": [CALL_OF_CHAT]}]),
     ("results are messages before the rest", [user(result("a"), result("b"), TEXT)], [tool("a"), tool("b"), {**HI, "content": "Look:"}]),
     ("a result may hold pictures", [user(result([TEXT, PNG]))], [tool([TEXT, PNG_PART])]),
@@ -217,9 +218,9 @@ def test_nothing_that_the_client_wrote_is_lost_or_reordered(messages: list[Any])
     assert written_in(fields["messages"]) == written_in(messages)
 
 
-def written_in(value: Any) -> list[str]:
+def written_in(value: Any) -> str:
     """All texts and addresses, in order; of an assistant's turns texts, thoughts and calls each for themselves."""
-    found: list[str] = []
+    found: list[str] = []  # one string: texts of the assistant are put together
 
     def walk(value: Any) -> None:
         if isinstance(value, list):
@@ -232,4 +233,4 @@ def written_in(value: Any) -> list[str]:
             found.append(value.removeprefix("Error: "))
 
     walk(value)
-    return [text for text in found if text]
+    return "".join(found)
