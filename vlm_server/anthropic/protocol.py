@@ -13,7 +13,12 @@ from vlm_server.message_schema import UnicodeText
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
 from vlm_server.tool_schema import MAX_TOOLS, FunctionName
 
-_OTHER_BLOCKS = frozenset({"document", "search_result", "container_upload", "tool_reference", "browser_state", "compaction"})
+_OTHER_BLOCKS = frozenset(
+    {
+        *("document", "search_result", "container_upload", "browser_state", "compaction", "fallback"),
+        *("tool_reference", "tool_addition", "tool_removal", "mcp_tool_listing"),
+    }
+)
 _OTHER_ENDINGS = ("_tool_result", "server_tool_use", "mcp_tool_use")  # of the names of blocks that tools of Anthropic's own servers make
 _ROLES = ("user", "assistant", "system")
 
@@ -245,6 +250,13 @@ class CountTokensRequest(_Fields):
     cache_control: CacheControl | None = Field(None, description="Accepted, without effect: the prefix cache is automatic.")
 
 
+def _no_thread(value: object) -> object:
+    """The code is Anthropic's: its SDK, whose tool runner asks for threads by itself, then sends the whole conversation without one."""
+    if value is not None:
+        raise PydanticCustomError("api:thread_unsupported_request", "not supported; send the whole conversation without it")
+    return value
+
+
 class MessagesRequest(CountTokensRequest):
     """A conversation to be continued by one message of the assistant."""
 
@@ -256,16 +268,22 @@ class MessagesRequest(CountTokensRequest):
     stream: bool | None = Field(None, description="Answer as server-sent events.")
     metadata: dict[str, Any] | None = Field(None, description="Accepted, without effect.")
     service_tier: Literal["auto", "standard_only"] | None = Field(None, description="Accepted, without effect: there is one tier.")
+    thread: Annotated[None, BeforeValidator(_no_thread)] = Field(None, description="Not supported.")
 
 
 Values = tuple[object, ...]
 
 _OF_REQUESTS: dict[str, Values] = {
+    "billing_policy": (),
+    "compaction": (),
     "container": (),
     "context_management": (),
     "diagnostics": ({"previous_message_id": None},),
+    "fallback_credit_token": (),
+    "fallbacks": ([],),
     "inference_geo": (),
     "mcp_servers": ([],),
+    "output_format": (),
     "speed": ("standard",),
     "user_profile_id": (),
 }
@@ -288,5 +306,7 @@ RULES: dict[type[BaseModel], dict[str, Values]] = {
     ToolResultBlock: {"toolset_name": ()},
     CustomTool: {"allowed_callers": (["direct"],), "defer_loading": (False,), "input_examples": ([],)},
     **{model: {} for model in (CacheControl, Base64Source, UrlSource, FileSource, ThinkingBlock, RedactedThinkingBlock)},
-    **{model: {} for model in (UserMessage, AssistantMessage, SystemMessage, ToolChoice, Thinking, JsonFormat, OutputConfig)},
+    Thinking: {"block_binding": ()},
+    OutputConfig: {"task_budget": ()},
+    **{model: {} for model in (UserMessage, AssistantMessage, SystemMessage, ToolChoice, JsonFormat)},
 }

@@ -85,6 +85,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"container": "c_1"}, "container"),
     ({"mcp_servers": [{}]}, "mcp_servers"),
     ({"speed": "fast"}, "speed"),
+    ({"thread": {"type": "create"}}, "thread"),
+    ({"output_format": {"type": "json_schema"}}, "output_format"),
     ({"diagnostics": {"previous_message_id": "msg_1"}}, "diagnostics"),
     ({"return_logprob": True}, "return_logprob"),
     ({"input_ids": [1]}, "input_ids"),

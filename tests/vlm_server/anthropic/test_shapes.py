@@ -136,6 +136,12 @@ def test_blocks_come_in_the_models_order() -> None:
     assert blocks() == []
 
 
+def test_every_call_has_its_own_input() -> None:
+    calls = [event for number in "12" for event in (CallBegun("look"), ArgumentPiece(f'{{"a": {number}}}'), CallEnded(True))]
+
+    assert [block["input"] for block in blocks(*calls)] == [{"a": 1}, {"a": 2}]
+
+
 def test_thinking_can_be_omitted() -> None:
     said = blocks(Reasoning("Hm."), Content("Hi"), thinking={"type": "adaptive", "display": "omitted"})
 
