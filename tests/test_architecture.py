@@ -91,6 +91,14 @@ MAY_IMPORT = {
     "vlm_server.alpaca_shapes": ".alpaca .errors .generation .streaming",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.answer_grammar": ".errors .tools engine.guided",
+    "vlm_server.anthropic": "",
+    "vlm_server.anthropic.field_names": ".errors",
+    "vlm_server.anthropic.models": ".context .errors",
+    "vlm_server.anthropic.protocol": ".message_schema .nesting .tool_schema",
+    "vlm_server.anthropic.response_schema": "",
+    "vlm_server.anthropic.shapes": ".anthropic.protocol .errors .generation .nesting .parsing.events .streaming engine.request",
+    "vlm_server.anthropic.translation": ".anthropic.field_names .anthropic.protocol .anthropic.turns .errors .protocol",
+    "vlm_server.anthropic.turns": ".anthropic.field_names .anthropic.protocol",
     "vlm_server.api_calls": "",
     "vlm_server.app": (
         ".answer_formats .auth .backend .chat_page .config .context .docs .errors .files .metrics .middleware .responses.records "
@@ -121,15 +129,15 @@ MAY_IMPORT = {
         "engine.request"
     ),
     "vlm_server.detokenizer": "",
-    "vlm_server.docs": ".config .examples .response_schema .responses.schema vlm_server",
+    "vlm_server.docs": ".anthropic.response_schema .config .examples .response_schema .responses.schema vlm_server",
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
     "vlm_server.errors": ".sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
-        ".alpaca_protocol .embedding_protocol .errors .file_protocol .format_protocol .interactive_protocol .message_schema .protocol "
-        ".responses.request .token_protocol .tool_schema"
+        ".alpaca_protocol .anthropic.protocol .embedding_protocol .errors .file_protocol .format_protocol .interactive_protocol "
+        ".message_schema .protocol .responses.request .token_protocol .tool_schema"
     ),
     "vlm_server.file_protocol": ".message_schema",
     "vlm_server.files": ".errors .sessions.store",
@@ -191,7 +199,11 @@ MAY_IMPORT = {
     "vlm_server.routes.interactive": (
         ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .streaming .turns"
     ),
-    "vlm_server.routes.models": ".context .errors .response_schema",
+    "vlm_server.routes.messages": (
+        ".anthropic.field_names .anthropic.models .anthropic.protocol .anthropic.response_schema .anthropic.shapes .anthropic.translation "
+        ".chats .context .errors .field_rules .middleware .streaming engine.request vision.image"
+    ),
+    "vlm_server.routes.models": ".anthropic.models .context .errors .response_schema",
     "vlm_server.routes.responses": (
         ".auth .chats .context .errors .responses.items .responses.records .responses.request .responses.schema .responses.shape "
         ".responses.translation .sessions.store .streaming"

@@ -25,7 +25,21 @@ from vlm_server.files import Files
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
 from vlm_server.responses.records import ResponseRecords
-from vlm_server.routes import alpaca, chat, completions, control, embeddings, files, health, interactive, models, responses, scoring, tokens
+from vlm_server.routes import (
+    alpaca,
+    chat,
+    completions,
+    control,
+    embeddings,
+    files,
+    health,
+    interactive,
+    messages,
+    models,
+    responses,
+    scoring,
+    tokens,
+)
 from vlm_server.sampling import SamplingDefaults
 from vlm_server.sessions.history import SessionBusyError, Sessions
 from vlm_server.sessions.opening import OpenStore, open_store
@@ -57,8 +71,10 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     answering = (alpaca,) if config.compat == ALPACA else (chat, completions, embeddings)
-    for module in (models, *answering, responses, interactive, tokens, scoring, files, control):
+    for module in (models, *answering, responses, messages, interactive, tokens, scoring, files, control):
         app.include_router(module.router)
+    app.include_router(messages.models_router)
+    app.include_router(messages.router, prefix="/anthropic", include_in_schema=False)  # all of Anthropic's under one base address
     app.include_router(health.health_router)
     if config.enable_metrics:
         app.include_router(health.metrics_router)
@@ -91,7 +107,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 async def _on_error(request: Request, error: Exception) -> Response:
     api_error = to_api_error(error)
     request_facts(request.scope)["error"] = api_error.code
-    return api_error.response()
+    return api_error.response(request.scope)
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:

@@ -19,7 +19,7 @@ OPEN_PREFIX = "/swagger-ui/"
 
 
 class RequireApiKey:
-    """Answers 401 unless the request brings `Authorization: Bearer KEY` with one of the keys.
+    """Answers 401 unless the request brings `Authorization: Bearer KEY`, or `x-api-key: KEY`, with one of the keys.
 
     open_paths: more paths that need none, exactly as they are routed: decoded, and neither `..` nor another spelling is resolved.
     """
@@ -38,24 +38,28 @@ class RequireApiKey:
             scope["tenant"] = tenant  # in place: the router leaves its route there for the log
             await self._app(scope, receive, send)
             return
-        message = "this server needs one of its API keys in the header Authorization: Bearer KEY"
+        message = "this server needs one of its API keys in the header Authorization: Bearer KEY (or x-api-key: KEY)"
         error = ApiError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})
-        await error.response()(scope, receive, send)
+        await error.response(scope)(scope, receive, send)
 
     def _is_open(self, path: str) -> bool:
         return path in self._open_paths or (path.startswith(OPEN_PREFIX) and ".." not in path)
 
     def _tenant(self, headers: Headers) -> str | None:
         """The key's digest, if it is one of ours."""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = _digest(key.strip())
+        digest = _digest(_key_in(headers))
         matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them: the time tells nothing
-        return digest.hex() if scheme.lower() == "bearer" and any(matches) else None
+        return digest.hex() if any(matches) else None
 
 
 def tenant_of(scope: Scope) -> str:
     """Whose request it is; all are one tenant where no keys are configured."""
     return str(scope.get("tenant", ""))
+
+
+def _key_in(headers: Headers) -> str:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
 def _digest(key: str) -> bytes:

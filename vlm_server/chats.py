@@ -58,22 +58,37 @@ async def begin_chat(request: Request, context: ServerContext, body: ChatComplet
     return Chat(generation, warnings, plan.is_plain)
 
 
+async def count_tokens(request: Request, context: ServerContext, body: ChatCompletionRequest) -> int:
+    """The tokens of the prompt that `begin_chat` makes of a list of messages; pictures are measured by their headers. Raises as it does."""
+    context.accept(request, body)
+    plan = plan_answer(body, context.formats)
+    chat = await _written(context, body, plan, tenant_of(request.scope), StageTimings())
+    return len(await unless_client_leaves(request, context.backend.pipeline.chat_tokens(**chat)))
+
+
 async def _prompt(context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str, timings: StageTimings) -> Prompt:
     if isinstance(body.messages, str):
         with timings.stage("tokenize"):
             return await context.text_prompt(body.messages, tenant=tenant)
+    chat = await _written(context, body, plan, tenant, timings)
+    return await context.backend.pipeline.chat_prompt(**chat, timings=timings)
+
+
+async def _written(
+    context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str, timings: StageTimings
+) -> dict[str, Any]:
+    """What the pipeline writes into the prompt, uploaded pictures among it."""
+    assert not isinstance(body.messages, str)
     messages = [message.as_dict() for message in body.messages]
-    pictures = await _uploaded(context, messages, tenant, timings)
-    return await context.backend.pipeline.chat_prompt(
-        messages,
-        tools=plan.template_tools(),
-        template_kwargs=body.template_kwargs() or None,
-        tenant=tenant,
-        timings=timings,
-        add_generation_prompt=body.adds_generation_prompt,
-        continue_final_message=bool(body.continue_final_message),
-        pictures=pictures,
-    )
+    return {
+        "messages": messages,
+        "pictures": await _uploaded(context, messages, tenant, timings),
+        "tools": plan.template_tools(),
+        "template_kwargs": body.template_kwargs() or None,
+        "add_generation_prompt": body.adds_generation_prompt,
+        "continue_final_message": bool(body.continue_final_message),
+        "tenant": tenant,
+    }
 
 
 async def _uploaded(context: ServerContext, messages: list[dict[str, Any]], tenant: str, timings: StageTimings) -> dict[str, bytes]:

@@ -150,7 +150,11 @@ class Detokenizer:
         self.num_tokens = 0  # taken, up to the one that completed a stop string
         self.num_characters = 0  # released
         self.num_decoded = 0  # characters released or held
-        self.is_stopped = False  # a stop string was found; further tokens are ignored
+        self.stop_string: str | None = None  # the one that was found; further tokens are ignored
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.stop_string is not None
 
     def add(self, token_id: int) -> str:
         """The text that is released by one more token."""
@@ -175,9 +179,8 @@ class Detokenizer:
         found = self._matcher.feed(text) if self.num_tokens >= self._min_tokens else None
         if found is None:
             return self._release(self._held + text, self._matcher.num_held)
-        self.is_stopped = True
-        place, stop = found
-        return self._release(self._held + text[:place], 0 if self._includes_stop else len(stop))
+        place, self.stop_string = found
+        return self._release(self._held + text[:place], 0 if self._includes_stop else len(self.stop_string))
 
     def _release(self, text: str, num_held: int) -> str:
         cut = len(text) - num_held

@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 
 from vlm_server import __version__
+from vlm_server.anthropic.response_schema import AnthropicErrorResponse, MessageStreamEvent
 from vlm_server.config import ALPACA, ServerConfig
 from vlm_server.examples import alpaca_examples, request_examples
 from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionStreamResponse, ErrorResponse
@@ -50,6 +51,7 @@ _SERVER_TIMING = {
 }
 _INTERACTIVE = "/v1/chat/interactive"
 _FILES = "/v1/files"
+_MESSAGES = "/v1/messages"
 _ERRORS = {
     "400": "The request is wrong; `param` names the field.",
     "401": "The API key is missing or unknown.",
@@ -89,7 +91,7 @@ def openapi_schema(app: FastAPI, config: ServerConfig) -> dict[str, Any]:
         servers=[{"url": config.root_path}] if config.root_path else None,
     )
     components = schema["components"]["schemas"]
-    for model in (*_STREAMED.values(), ErrorResponse):
+    for model in (*_STREAMED.values(), ErrorResponse, MessageStreamEvent, AnthropicErrorResponse):
         _add_component(components, model)
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
@@ -111,7 +113,7 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
     responses = operation["responses"]
     responses.pop("422", None)  # our validation errors are 400
     for status in _statuses(path, method, config):
-        responses[status] = {"description": _ERRORS[status], "content": _content(ErrorResponse.__name__)}
+        responses[status] = {"description": _ERRORS[status], "content": _content(_error_model(path).__name__)}
     if path in _STREAMED:
         stream_model = _STREAMED[path].__name__
         events = "`event: …` and `data: {…}`" if path == _RESPONSES else "`data: {…}`"
@@ -120,6 +122,11 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
         stream_schema = {"type": "string", "description": description}
         responses["200"]["headers"] = {"Server-Timing": _SERVER_TIMING}
         responses["200"]["content"]["text/event-stream"] = {"schema": stream_schema, "x-event-schema": _ref(stream_model)}
+    if path == _MESSAGES:
+        description = "With `stream: true`, events `event: TYPE` and `data: {…}` of the shape MessageStreamEvent."
+        responses["200"]["headers"] = {"Server-Timing": _SERVER_TIMING}
+        event_stream = {"schema": {"type": "string", "description": description}, "x-event-schema": _ref(MessageStreamEvent.__name__)}
+        responses["200"]["content"]["text/event-stream"] = event_stream
     if path == _INTERACTIVE:
         description = "With `stream: true`, the answer in pieces: one InteractiveResponse per line, nothing before or after it."
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string", "description": description}}
@@ -148,6 +155,10 @@ def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
     if path.startswith(_RESPONSES):
         return ["400", *keyed, "404", "503"]
     return [*keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]
+
+
+def _error_model(path: str) -> type[BaseModel]:
+    return AnthropicErrorResponse if path.startswith((_MESSAGES, "/anthropic/")) else ErrorResponse
 
 
 def _content(name: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Every error body that the server sends, and which exception becomes which.
 
-The body is OpenAI's `{"error": {...}}` with LMDeploy's flat keys beside it, so that clients of both read it. Knows nothing of routes.
+The body is OpenAI's `{"error": {...}}` with LMDeploy's flat keys beside it, so that clients of both read it; Anthropic's clients get
+theirs. Of routes it knows only which are Anthropic's.
 """
 
 import http
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from engine.request import EngineDeadError, InvalidRequestError, PromptTooLongError, QueueFullError
 from vision.image import MediaError
@@ -19,6 +21,15 @@ from vlm_server.sessions.store import StoreError
 RETRY_AFTER_S = 2  # an engine that died is back after about as long
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
 
 
@@ -42,8 +53,22 @@ class ApiError(Exception):
         nested = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": nested, **nested, "code": self.status, "object": "error"}
 
-    def response(self) -> Response:
-        return Response(msgspec.json.encode(self.body()), self.status, self.headers, media_type="application/json")
+    def anthropic_body(self, request_id: str | None) -> dict[str, object]:
+        """Anthropic's object. `details` is ours in content: its `error_code` is the same as OpenAI's clients get."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        details = {"error_code": self.code, "param": self.param}
+        return {"type": "error", "error": {"type": kind, "message": self.message, "details": details}, "request_id": request_id}
+
+    def response(self, scope: Scope) -> Response:
+        """In the words of the API that the request of `scope` speaks."""
+        body = self.anthropic_body(scope.get("request_facts", {}).get("id")) if speaks_anthropic(scope) else self.body()
+        return Response(msgspec.json.encode(body), self.status, self.headers, media_type="application/json")
+
+
+def speaks_anthropic(scope: Scope) -> bool:
+    """Whether a request came to one of Anthropic's routes, or with the header that its clients send to all routes."""
+    is_route = scope["path"] == "/v1/messages" or scope["path"].startswith(("/v1/messages/", "/anthropic/"))
+    return is_route or any(name == b"anthropic-version" for name, _ in scope["headers"])
 
 
 def bad_request(code: str, message: str, *, param: str | None = None) -> ApiError:

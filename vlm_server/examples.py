@@ -33,17 +33,23 @@ _PICTURE_CHAT = [
     }
 ]
 
-_WEATHER_CHAT = [{"role": "user", "content": "How is the weather in Hangzhou?"}]
-_TOOLS = [
+_PICTURE_MESSAGES = [
     {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "The weather of a city.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-        },
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "Describe the image please"},
+            {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": RED_CIRCLE.partition(",")[2]}},
+        ],
     }
 ]
+
+_WEATHER_CHAT = [{"role": "user", "content": "How is the weather in Hangzhou?"}]
+_FUNCTION: dict[str, Any] = {
+    "name": "get_weather",
+    "description": "The weather of a city.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+_TOOLS = [{"type": "function", "function": _FUNCTION}]
 
 
 _SEEN = {
@@ -62,6 +68,8 @@ def request_examples(model: str) -> dict[str, dict[str, dict[str, Any]]]:
     return {
         "/v1/chat/completions": _chat(model),
         "/v1/completions": _completions(model),
+        "/v1/messages": _messages(model),
+        "/v1/messages/count_tokens": {"image": _example("A picture", {"model": model, "messages": _PICTURE_MESSAGES})},
         "/v1/embeddings": _embeddings(),
         "/v1/responses": _responses(),
         "/v1/chat/interactive": _interactive(),
@@ -114,6 +122,16 @@ def _responses() -> dict[str, dict[str, Any]]:
         "tools": _example("A function that may be called", call),
         "json": _example("An answer in JSON", {**image, "text": schema}),
         "stream": _example("Streamed, and not kept", {**image, "stream": True, "store": False}),
+    }
+
+
+def _messages(model: str) -> dict[str, dict[str, Any]]:
+    image = {"model": model, "messages": _PICTURE_MESSAGES, "max_tokens": 64}
+    tool = {"name": _FUNCTION["name"], "description": _FUNCTION["description"], "input_schema": _FUNCTION["parameters"]}
+    return {
+        "image": _example("A picture in base64", image),
+        "tools": _example("A tool that may be used", {"model": model, "messages": _WEATHER_CHAT, "tools": [tool], "max_tokens": 64}),
+        "stream": _example("Streamed", {**image, "stream": True}),
     }
 
 

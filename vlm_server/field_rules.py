@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pydantic import BaseModel
 
 from vlm_server.alpaca_protocol import AlpacaChatRequest, AlpacaCompletionRequest, AlpacaEmbeddingsRequest, AlpacaMessage
+from vlm_server.anthropic.protocol import RULES as _ANTHROPIC_RULES
 from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import bad_request
 from vlm_server.file_protocol import ExpiresAfter, FileForm, FileListQuery
@@ -141,6 +142,7 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     FileListQuery: {},
     **{model: {} for model in (Tool, FunctionDefinition, NamedTool, FunctionReference, AllowedToolsChoice, AllowedTools)},
     **{model: {} for model in (ToolCall, CalledFunction)},
+    **_ANTHROPIC_RULES,
 }
 
 

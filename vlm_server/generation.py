@@ -33,6 +33,7 @@ class Delta:
     logprobs: list[TokenLogprobs] | None  # of the tokens whose text is in it or before it
     finish_reason: str | None  # a FinishReason or TOOL_CALLS
     events: list[Event] = field(default_factory=list)
+    stop_string: str | None = None  # with a finish reason: the stop string that ended the answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +112,7 @@ class Answer:
         has_news = bool(text) if self._parser is None else bool(events)
         if not (has_news or logprobs or self.finish_reason):
             return None
-        return Delta(self.index, text, offset, logprobs, self._reported_reason, merged(events))
+        return Delta(self.index, text, offset, logprobs, self._reported_reason, merged(events), self._detokenizer.stop_string)
 
     @property
     def _is_over(self) -> bool:
@@ -169,6 +170,7 @@ class FinishedAnswer:
     events: list[Event] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
+    stop_string: str | None = None
 
     @property
     def text(self) -> str:
@@ -256,7 +258,7 @@ class Generation:
                 answer.events += delta.events
                 if delta.logprobs is not None:
                     answer.logprobs = [*(answer.logprobs or ()), *delta.logprobs]
-                answer.finish_reason = delta.finish_reason
+                answer.finish_reason, answer.stop_string = delta.finish_reason, delta.stop_string
         self.timings_s["generate"] = time.monotonic() - first_s if first_s else 0.0
         return finished
 

@@ -11,7 +11,7 @@ from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlm_server.errors import ApiError, to_api_error
+from vlm_server.errors import ApiError, speaks_anthropic, to_api_error
 from vlm_server.metrics import Metrics
 from vlm_server.stage_timings import StageTimings
 
@@ -48,6 +48,8 @@ class RequestLog:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                if speaks_anthropic(scope):
+                    headers["request-id"] = request_id  # where its clients look
                 if timings.seconds:
                     headers["server-timing"] = timings.header()
             await send(message)
@@ -58,7 +60,7 @@ class RequestLog:
         except Exception as error:
             logger.exception("request %s failed", request_id)
             if not status:
-                await to_api_error(error).response()(scope, receive, send_with_id)
+                await to_api_error(error).response(scope)(scope, receive, send_with_id)
         finally:
             duration_s = time.monotonic() - started_s
             self._metrics.request_ended(_route(scope), status, duration_s)
@@ -119,7 +121,7 @@ class BodyLimit:
             return
         stated = Headers(scope=scope).get("content-length", "")
         if stated.isdecimal() and int(stated) > self._limit_bytes:
-            await self._refusal().response()(scope, receive, send)
+            await self._refusal().response(scope)(scope, receive, send)
             return
         num_bytes = 0
 

@@ -140,7 +140,8 @@ async def _events(
             beginning = shape.first_chunks(generation.num_answers, generation.usage())
             yield b"".join(event(chunk) for chunk in [*beginning, *shape.chunks(first)])
             async for delta in deltas:
-                yield b"".join(event(chunk) for chunk in shape.chunks(delta))
+                if chunks := shape.chunks(delta):
+                    yield b"".join(event(chunk) for chunk in chunks)
         ending = shape.last_chunks(generation.usage())
         if before_end is not None:
             await before_end()

@@ -127,6 +127,7 @@ def test_the_text_ends_at_the_first_stop_string(text: str, stops: list[str], inc
     released = "".join([detokenizer.add(token_id) for token_id in TOKENIZER.encode(text)] + [detokenizer.finish()])
 
     found = _first_stop(text, stops)
+    assert detokenizer.stop_string == (None if found is None else text[found[0] : found[1]])
     assert detokenizer.is_stopped == (found is not None)
     assert released == (text if found is None else text[: found[1] if includes_stop else found[0]])
 

@@ -1,11 +1,12 @@
-"""`GET /v1/models` and `GET /v1/models/{id}`."""
+"""`GET /v1/models` and `GET /v1/models/{id}`. Requests with the header of Anthropic's clients get its shape."""
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from vlm_server.anthropic.models import model_info, model_list
 from vlm_server.context import ServerContext, context_of
-from vlm_server.errors import ApiError
+from vlm_server.errors import ApiError, speaks_anthropic
 from vlm_server.response_schema import ModelCard, ModelList
 
 router = APIRouter(tags=["models"])
@@ -13,12 +14,15 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", response_model=ModelList, summary="What this server serves")
 async def list_models(request: Request) -> Response:
-    return _json({"object": "list", "data": [_card(context_of(request))]})
+    context = context_of(request)
+    return _json(model_list(context) if speaks_anthropic(request.scope) else {"object": "list", "data": [_card(context)]})
 
 
 @router.get("/v1/models/{model_id:path}", response_model=ModelCard, summary="One model; its id may hold slashes")
 async def retrieve_model(request: Request, model_id: str) -> Response:
     context = context_of(request)
+    if speaks_anthropic(request.scope):
+        return _json(model_info(context, model_id))
     if model_id != context.config.model_name:
         raise ApiError(404, "model_not_found", f"the model {model_id!r} does not exist", param="model")
     return _json(_card(context))
