@@ -89,7 +89,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.auth": ".errors",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
+        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image "
+        "vision.service"
     ),
     "vlm_server.built_in_templates": ".role_template",
     "vlm_server.chat_client": ".client",
@@ -111,6 +112,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.detokenizer": "",
     "vlm_server.docs": ".config .examples .response_schema vlm_server",
+    "vlm_server.echo": ".backend .logprobs engine.request",
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
@@ -149,7 +151,9 @@ MAY_IMPORT = {
     "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
     "vlm_server.routes.chat": ".chats .context .protocol .response_schema .shapes .streaming",
-    "vlm_server.routes.completions": ".auth .context .guided .middleware .protocol .response_schema .shapes .streaming engine.request",
+    "vlm_server.routes.completions": (
+        ".auth .context .echo .errors .guided .middleware .protocol .response_schema .shapes .streaming engine.request"
+    ),
     "vlm_server.routes.control": ".context .errors .response_schema",
     "vlm_server.routes.embeddings": (
         ".auth .context .embedding_protocol .errors .middleware .response_schema .shapes .streaming engine.request"
@@ -170,7 +174,7 @@ MAY_IMPORT = {
     "vlm_server.sessions.redis_store": ".sessions.store",
     "vlm_server.sessions.sqlite_store": ".sessions.store",
     "vlm_server.sessions.store": "",
-    "vlm_server.shapes": ".backend .errors .generation .logprobs .parsing.events .protocol .streaming",
+    "vlm_server.shapes": ".backend .echo .errors .generation .logprobs .parsing.events .protocol .streaming",
     "vlm_server.stage_timings": "",
     "vlm_server.streaming": ".errors .generation .middleware",
     "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",

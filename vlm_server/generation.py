@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from engine.request import FinishReason, InvalidRequestError, Prompt, SamplingParams, StepOutput, TokenLogprobs
 from vlm_server.backend import Engine, Tokenizer
@@ -22,6 +23,10 @@ from vlm_server.sampling import for_choice
 
 TOOL_CALLS = "tool_calls"  # the finish reason of an answer that ended with calls
 
+Item = TypeVar("Item")
+
+_NUM_TOKENS_BEFORE = 8  # of the prompt, that say how the answer's first token is written
+
 
 @dataclass(slots=True)
 class Delta:
@@ -29,10 +34,13 @@ class Delta:
 
     index: int
     text: str
-    offset: int  # characters of the answer before it
     logprobs: list[TokenLogprobs] | None  # of the tokens whose text is in it or before it
     finish_reason: str | None  # a FinishReason or TOOL_CALLS
     events: list[Event] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # characters of the answer before each token of `logprobs`
+    token_ids: list[int] = field(default_factory=list)  # generated since the delta before, whether their text is out or not
+    token_logprobs: list[float] | None = None  # one per entry of `token_ids`, where log-probabilities are wanted
+    prompt_logprobs: list[TokenLogprobs] | None = None  # in the answer's first delta, where they are wanted: of all tokens but the first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +82,9 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.token_ids: list[int] = []  # end token included
         self.num_cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs] | None = None  # to be given with the next delta
+        self._token_logprobs: list[float] = []  # as `token_ids`, where they are wanted
+        self._num_given = 0  # tokens that deltas had
         self._detokenizer = detokenizer
         self._includes_stop = includes_stop
         self._parser = parser
@@ -93,8 +104,9 @@ class Answer:
     def take(self, step: StepOutput) -> Delta | None:
         """What the step adds; None while nothing can be released. Raises ApiError where the engine reports an error."""
         _raise_engine_error(step)
+        if step.prompt_logprobs is not None:
+            self.prompt_logprobs = step.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, step.num_cached_tokens)
-        offset = self._detokenizer.num_characters
         text, events = "", list[Event]()
         for place in range(len(step.token_ids)):
             added = self._add(step, place)
@@ -107,11 +119,22 @@ class Answer:
         self.finish_reason = FinishReason.STOP if self._is_over else step.finish_reason
         if self._parser is not None and self.finish_reason is not None:
             events += self._parser.finish()
-        logprobs = self._released() if self.params.logprobs is not None else None
+        released = self._released()
         has_news = bool(text) if self._parser is None else bool(events)
-        if not (has_news or logprobs or self.finish_reason):
+        if not (has_news or released or self.finish_reason or self.prompt_logprobs is not None):
             return None
-        return Delta(self.index, text, offset, logprobs, self._reported_reason, merged(events))
+        return self._delta(text, events, released)
+
+    def _delta(self, text: str, events: list[Event], released: list[_PendingLogprobs]) -> Delta:
+        """With the tokens that were generated since the last one."""
+        logprobs = [pending.token for pending in released] if self.params.logprobs is not None else None
+        delta = Delta(self.index, text, logprobs, self._reported_reason, merged(events), [pending.start for pending in released])
+        delta.token_ids = self.token_ids[self._num_given :]
+        if self.params.logprobs is not None:
+            delta.token_logprobs = self._token_logprobs[self._num_given :]
+        delta.prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        self._num_given = len(self.token_ids)
+        return delta
 
     @property
     def _is_over(self) -> bool:
@@ -130,6 +153,8 @@ class Answer:
         if self._is_over:
             return ""
         self.token_ids.append(step.token_ids[place])
+        if step.logprobs is not None:
+            self._token_logprobs.append(step.logprobs[place].logprob)
         is_end_token = step.finish_reason is FinishReason.STOP and place == len(step.token_ids) - 1
         if is_end_token and not self._includes_stop:
             return ""
@@ -144,11 +169,11 @@ class Answer:
                 pending.end = pending.end or self._detokenizer.num_decoded
         return text
 
-    def _released(self) -> list[TokenLogprobs]:
+    def _released(self) -> list[_PendingLogprobs]:
         """The tokens whose text is out; at the end all but those of the stop string."""
         num_characters = self._detokenizer.num_characters
         if self._detokenizer.is_stopped:
-            released = [pending.token for pending in self._pending if pending.start < num_characters]
+            released = [pending for pending in self._pending if pending.start < num_characters]
             self._pending = []
             return released
         is_finished = self.finish_reason is not None
@@ -157,7 +182,7 @@ class Answer:
             if not is_finished and (pending.end is None or pending.end > num_characters):
                 break
             count += 1
-        released, self._pending = [pending.token for pending in self._pending[:count]], self._pending[count:]
+        released, self._pending = self._pending[:count], self._pending[count:]
         return released
 
 
@@ -168,15 +193,43 @@ class FinishedAnswer:
     pieces: list[str] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
+    offsets: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    token_ids: list[int] = field(default_factory=list)
+    token_logprobs: list[float] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
 
+    @property
+    def mean_logprob(self) -> float:
+        """Of all its tokens, the end token included."""
+        return sum(self.token_logprobs or ()) / max(1, len(self.token_logprobs or ()))
+
+    def add(self, delta: Delta) -> None:
+        """The answer's next piece."""
+        self.pieces.append(delta.text)
+        self.events += delta.events
+        self.offsets += delta.offsets
+        self.token_ids += delta.token_ids
+        self.logprobs = _extended(self.logprobs, delta.logprobs)
+        self.token_logprobs = _extended(self.token_logprobs, delta.token_logprobs)
+        self.prompt_logprobs = _extended(self.prompt_logprobs, delta.prompt_logprobs)
+        self.finish_reason = delta.finish_reason
+
+
+@dataclass(slots=True)
+class _PromptScores:
+    """What the first answer reads off its prompt, for the others to the same prompt, which wait for it."""
+
+    logprobs: list[TokenLogprobs] | None = None
+    is_read: asyncio.Event = field(default_factory=asyncio.Event)
+
 
 class Generation:
-    """All answers to one request: `n` to each prompt, indices in the prompts' order."""
+    """All answers to one request: as many to each prompt, indices in the prompts' order."""
 
     def __init__(
         self,
@@ -198,7 +251,8 @@ class Generation:
         """
         self._engine = engine
         self._prompts = prompts
-        self._num_choices = request.num_choices
+        self._num_candidates = request.num_candidates
+        self._scores = [_PromptScores() for _ in prompts] if params.prompt_logprobs is not None else []
         self._input_field = request.input_field
         self._request_id = request_id
         self._metrics = metrics
@@ -207,9 +261,10 @@ class Generation:
         self._answers = [
             Answer(
                 index,
-                for_choice(params, index % request.num_choices),
+                for_choice(params, index % request.num_candidates),
                 Detokenizer(
                     decoder or tokenizer,
+                    before=prompts[index // request.num_candidates].token_ids[-_NUM_TOKENS_BEFORE:] if request.continues_prompt else (),
                     stops=(*(request.stop or ()), *stop_words),
                     includes_stop=includes_stop,
                     skip_special_tokens=request.skip_special_tokens is not False,
@@ -218,7 +273,7 @@ class Generation:
                 includes_stop=includes_stop,
                 parser=new_parser() if new_parser is not None else None,
             )
-            for index in range(len(prompts) * request.num_choices)
+            for index in range(len(prompts) * request.num_candidates)
         ]
 
     @property
@@ -251,18 +306,13 @@ class Generation:
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
                 first_s = first_s or time.monotonic()
-                answer = finished[delta.index]
-                answer.pieces.append(delta.text)
-                answer.events += delta.events
-                if delta.logprobs is not None:
-                    answer.logprobs = [*(answer.logprobs or ()), *delta.logprobs]
-                answer.finish_reason = delta.finish_reason
+                finished[delta.index].add(delta)
         self.timings_s["generate"] = time.monotonic() - first_s if first_s else 0.0
         return finished
 
     def usage(self) -> Usage:
         """Each prompt counted once, the answers summed."""
-        firsts = self._answers[:: self._num_choices]
+        firsts = self._answers[:: self._num_candidates]
         return Usage(
             prompt_tokens=sum(len(prompt.token_ids) for prompt in self._prompts),
             completion_tokens=sum(answer.num_tokens for answer in self._answers),
@@ -272,11 +322,18 @@ class Generation:
         )
 
     async def _run(self, answer: Answer) -> AsyncGenerator[Delta, None]:
-        prompt = self._prompts[answer.index // self._num_choices]
+        prompt = self._prompts[answer.index // self._num_candidates]
+        scores = self._scores[answer.index // self._num_candidates] if self._scores else None
+        if scores is not None and answer.params.prompt_logprobs is None:
+            await scores.is_read.wait()
+            answer.prompt_logprobs = scores.logprobs
         steps = self._engine.generate(prompt, answer.params, request_id=f"{self._request_id}-{answer.index}")
         async with aclosing(steps):
             try:
                 async for step in steps:
+                    if scores is not None and step.prompt_logprobs is not None:
+                        scores.logprobs = step.prompt_logprobs
+                        scores.is_read.set()
                     self.timings_s = self.timings_s or step.timings_s or {}
                     delta = answer.take(step)
                     if delta is not None:
@@ -313,6 +370,13 @@ class Generation:
             queue.put_nowait(None)
         except Exception as error:  # handed to the reader, who raises it
             queue.put_nowait(error)
+
+
+def _extended(known: list[Item] | None, more: list[Item] | None) -> list[Item] | None:
+    if known is None or more is None:
+        return known if more is None else more
+    known += more
+    return known
 
 
 def _sum_known(numbers: Sequence[int | None]) -> int | None:

@@ -54,6 +54,8 @@ class GenerationFields(BaseModel):
     """What both routes know. A null field is as good as an absent one."""
 
     input_field: ClassVar[str]  # which one holds the prompt
+    default_max_tokens: ClassVar[int | None] = None  # None: to the end of the window
+    continues_prompt: ClassVar[bool] = False  # the answer's text goes on where the prompt's ends
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -99,6 +101,16 @@ class GenerationFields(BaseModel):
     @property
     def num_choices(self) -> int:
         return self.n or 1
+
+    @property
+    def num_candidates(self) -> int:
+        """How many answers are generated to each prompt."""
+        return self.num_choices
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """As `num_logprobs`, of the prompt's tokens."""
+        return None
 
     @property
     def includes_usage(self) -> bool:
@@ -258,6 +270,8 @@ class CompletionRequest(GenerationFields):
     """Text to be continued, without a chat template."""
 
     input_field: ClassVar[str] = "prompt"
+    default_max_tokens: ClassVar[int | None] = 16  # OpenAI's, and LMDeploy's until 0.9
+    continues_prompt: ClassVar[bool] = True
 
     prompt: Annotated[
         Annotated[UnicodeText, Tag("<string>")]
@@ -269,10 +283,16 @@ class CompletionRequest(GenerationFields):
     logprobs: Annotated[int | None, BeforeValidator(lambda value: None if value is False else value)] = Field(
         None, ge=0, le=20, description="Return log probabilities, with as many of the likeliest tokens at each place."
     )
+    max_tokens: int | None = Field(None, ge=0, lt=2**31, description="New tokens at most; 0, with echo: the prompt alone. Default: 16.")
+    echo: bool | None = Field(None, description="Begin with the prompt's text; with logprobs, also those of its tokens.")
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
 
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt."""

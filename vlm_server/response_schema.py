@@ -125,9 +125,9 @@ class ChatCompletionStreamResponse(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
+    token_logprobs: list[float | None] = Field(description="Null for the first token of a prompt that is echoed.")
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description="Characters of the text before each token, those of an echoed prompt included.")
 
 
 class CompletionResponseChoice(BaseModel):

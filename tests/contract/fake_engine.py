@@ -138,8 +138,10 @@ class FakeEngine:
         return EngineStats(num_running=len(self.activity), max_batched_requests=3, num_cached_prompt_tokens=7, num_embedding_cache_hits=2)
 
     def _outputs(self, prompt: Prompt, params: SamplingParams, request_id: str) -> list[StepOutput]:
-        if params.prompt_logprobs is not None and params.max_tokens == 0:
-            scored = [_logprobs(token_id, 0) for token_id in prompt.token_ids[1:]]
+        scored = None
+        if params.prompt_logprobs is not None:
+            scored = [_logprobs(token_id, params.prompt_logprobs) for token_id in prompt.token_ids[1:]]
+        if params.max_tokens == 0 and not params.pools:
             return [StepOutput(request_id=request_id, finish_reason=FinishReason.LENGTH, prompt_logprobs=scored)]
         if params.pools:
             embedding = [float(token_id) for token_id in (*prompt.token_ids, *[0] * HIDDEN_SIZE)[:HIDDEN_SIZE]]
@@ -159,6 +161,7 @@ class FakeEngine:
                 token_ids=group,
                 logprobs=None if params.logprobs is None else [_logprobs(token_id, params.logprobs) for token_id in group],
                 finish_reason=reason if number == len(groups) - 1 else None,
+                prompt_logprobs=scored if number == 0 else None,
                 num_cached_tokens=2,
                 timings_s=dict(FIRST_TOKEN_S) if number == 0 else None,
             )
