@@ -286,9 +286,33 @@ class CompletionRequest(GenerationFields):
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="New tokens at most; 0, with echo: the prompt alone. Default: 16.")
     echo: bool | None = Field(None, description="Begin with the prompt's text; with logprobs, also those of its tokens.")
 
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="Generate as many answers, and return the n with the highest mean log-probability of a token.",
+    )
+
+    @field_validator("best_of")
+    @classmethod
+    def _can_choose(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is None or value == 1 == (info.data.get("n") or 1):
+            return value
+        if value < (info.data.get("n") or 1):
+            raise PydanticCustomError("api:invalid_value", "at least n")
+        if info.data.get("stream"):
+            raise PydanticCustomError("api:invalid_value", "only 1 is allowed with stream: the best answers are known when all have ended")
+        if (info.data.get("num_beams") or 1) > 1:
+            raise PydanticCustomError("api:invalid_value", "only 1 is allowed with num_beams above 1")
+        return value
+
+    @property
+    def num_candidates(self) -> int:
+        return self.best_of or self.num_choices
+
     @property
     def num_logprobs(self) -> int | None:
-        return self.logprobs
+        return 0 if self.logprobs is None and self.num_candidates > self.num_choices else self.logprobs
 
     @property
     def num_prompt_logprobs(self) -> int | None:

@@ -101,6 +101,7 @@ class FakeEngine:
         self.num_restarts = 0
         self.script: Script = reply_to
         self.group = 1
+        self.logprob_of: Callable[[int], float] = lambda token_id: -1.5
         self.hangs_after: int | None = None  # steps, then nothing more comes
         self.refusal: EngineError | None = None
         self.fails_after: int | None = None  # steps, then the engine dies
@@ -140,7 +141,7 @@ class FakeEngine:
     def _outputs(self, prompt: Prompt, params: SamplingParams, request_id: str) -> list[StepOutput]:
         scored = None
         if params.prompt_logprobs is not None:
-            scored = [_logprobs(token_id, params.prompt_logprobs) for token_id in prompt.token_ids[1:]]
+            scored = [self._logprobs(token_id, params.prompt_logprobs) for token_id in prompt.token_ids[1:]]
         if params.max_tokens == 0 and not params.pools:
             return [StepOutput(request_id=request_id, finish_reason=FinishReason.LENGTH, prompt_logprobs=scored)]
         if params.pools:
@@ -159,7 +160,7 @@ class FakeEngine:
             StepOutput(
                 request_id=request_id,
                 token_ids=group,
-                logprobs=None if params.logprobs is None else [_logprobs(token_id, params.logprobs) for token_id in group],
+                logprobs=None if params.logprobs is None else [self._logprobs(token_id, params.logprobs) for token_id in group],
                 finish_reason=reason if number == len(groups) - 1 else None,
                 prompt_logprobs=scored if number == 0 else None,
                 num_cached_tokens=2,
@@ -168,11 +169,11 @@ class FakeEngine:
             for number, group in enumerate(groups)
         ]
 
-
-def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
-    """The sampled token is the second best."""
-    best = [(ord("x"), -0.25), (token_id, -1.5), (0xE4, float("-inf"))]
-    return TokenLogprobs(token_id=token_id, logprob=-1.5, rank=2, top=tuple(best[:num_top]))
+    def _logprobs(self, token_id: int, num_top: int) -> TokenLogprobs:
+        """The sampled token is the second best."""
+        logprob = self.logprob_of(token_id)
+        best = [(ord("x"), -0.25), (token_id, logprob), (0xE4, float("-inf"))]
+        return TokenLogprobs(token_id=token_id, logprob=logprob, rank=2, top=tuple(best[:num_top]))
 
 
 class FakeTemplate:

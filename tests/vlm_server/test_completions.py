@@ -112,10 +112,47 @@ def test_streamed_offsets_are_those_of_the_whole_answer_where_text_is_held_back(
     assert whole["logprobs"]["text_offset"] == [0, 1, 1, 2, 3, 4, 5, 6, 10]
 
 
+def test_the_best_of_several_answers_come_best_first_and_all_are_counted(server: RunningServer) -> None:
+    server.backend.engine.script = lambda prompt, params: [*b"abcd"[(params.seed or 0) :], EOS]
+    server.backend.engine.logprob_of = lambda token_id: {ord("b"): -0.5, ord("d"): -3.0}.get(token_id, -1.0)
+
+    body = post(server, prompt=["x", "y"], best_of=4, n=2, seed=0, logprobs=None).json()
+
+    # Means: abcd -1.3, bcd -1.375, cd -1.667, d -2
+    assert [choice["text"] for choice in body["choices"]] == ["abcd", "bcd"] * 2
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert all(choice["logprobs"] is None for choice in body["choices"])
+    assert body["usage"]["completion_tokens"] == 2 * (5 + 4 + 3 + 2)
+    assert body["usage"]["prompt_tokens"] == 2
+
+
+def test_a_shorter_answer_wins_where_its_tokens_are_likelier(server: RunningServer) -> None:
+    server.backend.engine.script = lambda prompt, params: [*b"abcd"[(params.seed or 0) :], EOS]
+    server.backend.engine.logprob_of = lambda token_id: {ord("d"): -0.5, EOS: -0.1}.get(token_id, -4.0)
+
+    [choice] = choices_of(server, best_of=4, seed=0, logprobs=0, echo=True)
+
+    assert choice["text"] == "héd"
+    assert choice["logprobs"]["token_logprobs"] == [None, -4.0, -4.0, -0.5]
+
+
+def test_as_many_candidates_as_answers_are_all_returned_in_order(server: RunningServer) -> None:
+    assert [choice["text"] for choice in choices_of(server, best_of=2, n=2, seed=1)] == ["seed 1", "seed 2"]
+    assert len(choices_of(server, best_of=1, stream=True)) == 1
+    assert all(params.logprobs is None for _, params in server.backend.engine.requests)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": -1, "echo": True}, "max_tokens"),
     ({"echo": "maybe"}, "echo"),
+    ({"best_of": 0}, "best_of"),
+    ({"best_of": 129}, "best_of"),
+    ({"best_of": 2, "n": 3}, "best_of"),
+    ({"best_of": 1, "n": 2}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
+    ({"best_of": 2, "num_beams": 2}, "best_of"),
+    ({"n": 2, "num_beams": 2}, "num_beams"),
     ({"logprobs": 21}, "logprobs"),
 ]
 
