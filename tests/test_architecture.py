@@ -89,7 +89,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.auth": ".errors",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
+        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image "
+        "vision.service"
     ),
     "vlm_server.built_in_templates": ".role_template",
     "vlm_server.chat_client": ".client",
@@ -125,6 +126,7 @@ MAY_IMPORT = {
     "vlm_server.generation": ".backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request",
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
+    "vlm_server.infill": ".backend",
     "vlm_server.interactive_protocol": ".message_schema .protocol",
     "vlm_server.internlm_tools": "",
     "vlm_server.jinja_process": ".jinja_worker vision.workers",
@@ -151,7 +153,7 @@ MAY_IMPORT = {
     "vlm_server.routes": "",
     "vlm_server.routes.chat": ".chats .context .protocol .response_schema .shapes .streaming",
     "vlm_server.routes.completions": (
-        ".auth .context .echo .errors .guided .middleware .protocol .response_schema .shapes .streaming engine.request"
+        ".auth .context .echo .errors .guided .infill .middleware .protocol .response_schema .shapes .streaming engine.request"
     ),
     "vlm_server.routes.control": ".context .errors .response_schema",
     "vlm_server.routes.embeddings": (

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from starlette.requests import Request
@@ -64,20 +64,25 @@ class ServerContext:
         prompts: list[Prompt],
         *,
         grammar: str | None = None,
+        stop_token_ids: Sequence[int] = (),
         request_id: str,
         decoder: TextDecoder | None = None,
         new_parser: Callable[[], AnswerParser] | None = None,
     ) -> Generation:
-        """All answers to the request, not yet begun. For the last two see `Generation`."""
+        """All answers to the request, not yet begun.
+
+        stop_token_ids: what ends them beside the request's own. For decoder and new_parser see `Generation`.
+        """
         info = self.engine_info
         params = sampling_params(body, self.defaults, num_logprobs=body.num_logprobs, vocab_size=info.vocab_size, grammar=grammar)
         stop_words = StopWords() if body.ignore_eos else self.backend.stop_words
-        stop_token_ids = (token_id for token_id in stop_words.token_ids if token_id < info.vocab_size)
+        ends = () if body.ignore_eos else (*stop_words.token_ids, *stop_token_ids)
+        ends = tuple(token_id for token_id in ends if token_id < info.vocab_size)
         return Generation(
             self.backend.engine,
             self.backend.pipeline.tokenizer,
             prompts,
-            replace(params, stop_token_ids=(*params.stop_token_ids, *stop_token_ids)),
+            replace(params, stop_token_ids=(*params.stop_token_ids, *ends)),
             body,
             stop_words=stop_words.strings,
             request_id=request_id,

@@ -306,6 +306,10 @@ class CompletionRequest(GenerationFields):
             raise PydanticCustomError("api:invalid_value", "only 1 is allowed with num_beams above 1")
         return value
 
+    suffix: UnicodeText | None = Field(
+        None, description="Fill in the text between the prompt and this, with models whose tokenizer has tokens for it."
+    )
+
     @property
     def num_candidates(self) -> int:
         return self.best_of or self.num_choices

@@ -11,6 +11,7 @@ from vlm_server.context import ServerContext, Stopwatch, context_of
 from vlm_server.echo import Echo, echo_of
 from vlm_server.errors import bad_request
 from vlm_server.guided import grammar_of
+from vlm_server.infill import InfillFormat, infill_end_ids, infill_format, infill_tokens
 from vlm_server.middleware import request_timings
 from vlm_server.protocol import CompletionRequest
 from vlm_server.response_schema import CompletionResponse
@@ -26,13 +27,15 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     context = context_of(request)
     warnings = context.accept(request, body)
     _check(body)
+    infill = _infill_format(context, body) if body.suffix else None
     grammar = await grammar_of(body)
     watch = Stopwatch()
     with request_timings(request.scope).stage("tokenize"):
-        prompts = await unless_client_leaves(request, _prompts(context, body, tenant_of(request.scope)))
+        prompts = await unless_client_leaves(request, _prompts(context, body, infill, tenant_of(request.scope)))
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("cmpl")
-    generation = context.generation(body, prompts, grammar=grammar, request_id=response_id)
+    ends = infill_end_ids(infill, context.backend.pipeline.tokenizer) if infill is not None else ()
+    generation = context.generation(body, prompts, grammar=grammar, stop_token_ids=ends, request_id=response_id)
     echoes = await asyncio.to_thread(_echoes, context, body, prompts) if body.echo else []
     shape = CompletionShape(body, context.backend.pipeline.tokenizer, response_id=response_id, warnings=warnings, echoes=echoes)
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
@@ -49,5 +52,22 @@ def _echoes(context: ServerContext, body: CompletionRequest, prompts: list[Promp
     return [echo_of(given, prompt, tokenizer, skip_special_tokens=skips) for given, prompt in zip(body.prompts(), prompts, strict=True)]
 
 
-async def _prompts(context: ServerContext, body: CompletionRequest, tenant: str) -> list[Prompt]:
-    return [await context.text_prompt(prompt, tenant=tenant) for prompt in body.prompts()]
+def _infill_format(context: ServerContext, body: CompletionRequest) -> InfillFormat:
+    """How the model is asked for what is before a suffix. Raises ApiError 400."""
+    infill = infill_format(context.backend.pipeline.tokenizer)
+    if infill is None:
+        message = "suffix: this model's tokenizer has no tokens for text between a prompt and a suffix"
+        raise bad_request("unsupported_parameter", message, param="suffix")
+    if body.echo:
+        raise bad_request("invalid_value", "suffix: only without echo, since the prompt is then not what the model reads", param="suffix")
+    if not all(isinstance(prompt, str) for prompt in body.prompts()):
+        raise bad_request("invalid_value", "suffix: only with prompts that are text", param="suffix")
+    return infill
+
+
+async def _prompts(context: ServerContext, body: CompletionRequest, infill: InfillFormat | None, tenant: str) -> list[Prompt]:
+    given = body.prompts()
+    if infill is not None:
+        tokenizer, suffix = context.backend.pipeline.tokenizer, body.suffix or ""
+        given = [await asyncio.to_thread(infill_tokens, infill, str(prefix), suffix, tokenizer) for prefix in given]
+    return [await context.text_prompt(prompt, tenant=tenant) for prompt in given]
