@@ -81,10 +81,11 @@ MAY_IMPORT = {
     "vision.single_flight": "",
     "vision.workers": ".frames",
     "vlm_server": "",
+    "vlm_server.aborting": "",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.answer_grammar": ".errors .tools engine.guided",
     "vlm_server.app": (
-        ".answer_formats .auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling "
+        ".aborting .answer_formats .auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling "
         ".sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
     ),
     "vlm_server.auth": ".errors",
@@ -97,7 +98,8 @@ MAY_IMPORT = {
     "vlm_server.chat_page": ".config .examples",
     "vlm_server.chat_template": ".internlm_tools .jinja_process engine.request",
     "vlm_server.chats": (
-        ".answer_grammar .auth .context .generation .guided .middleware .protocol .stage_timings .streaming .tools engine.request"
+        ".aborting .answer_grammar .auth .context .generation .guided .middleware .protocol .stage_timings .streaming .tools "
+        "engine.request"
     ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
@@ -107,8 +109,8 @@ MAY_IMPORT = {
     "vlm_server.client": "",
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (
-        ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .generation .interactive_protocol "
-        ".metrics .middleware .parsing.answer .protocol .sampling .token_protocol .turns engine.request"
+        ".aborting .answer_formats .auth .backend .config .detokenizer .embedding_protocol .errors .field_rules .generation "
+        ".interactive_protocol .metrics .middleware .parsing.answer .protocol .sampling .token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
     "vlm_server.docs": ".config .examples .response_schema vlm_server",
@@ -119,11 +121,15 @@ MAY_IMPORT = {
     "vlm_server.errors": ".sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
-        ".embedding_protocol .errors .format_protocol .interactive_protocol .message_schema .protocol .token_protocol .tool_schema"
+        ".embedding_protocol .errors .format_protocol .generate_protocol .interactive_protocol .message_schema .protocol .token_protocol "
+        ".tool_schema"
     ),
     "vlm_server.flags": ".answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
     "vlm_server.format_protocol": ".message_schema",
-    "vlm_server.generation": ".backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request",
+    "vlm_server.generate_protocol": ".aborting",
+    "vlm_server.generation": (
+        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request"
+    ),
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
     "vlm_server.infill": ".backend",
@@ -151,9 +157,11 @@ MAY_IMPORT = {
     "vlm_server.response_schema": "",
     "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
+    "vlm_server.routes.abort": ".aborting .auth .context .errors .field_rules .generate_protocol",
     "vlm_server.routes.chat": ".chats .context .protocol .response_schema .shapes .streaming",
     "vlm_server.routes.completions": (
-        ".auth .context .echo .errors .guided .infill .middleware .protocol .response_schema .shapes .streaming engine.request"
+        ".aborting .auth .context .echo .errors .generation .guided .infill .middleware .protocol .response_schema .shapes .streaming "
+        "engine.request"
     ),
     "vlm_server.routes.control": ".context .errors .response_schema",
     "vlm_server.routes.embeddings": (

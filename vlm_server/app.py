@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from engine.request import EngineError
 from vision.image import MediaError
+from vlm_server.aborting import RunningRequests, TracksAborts
 from vlm_server.answer_formats import AnswerFormats
 from vlm_server.auth import RequireApiKey
 from vlm_server.backend import Backend, OpenBackend, open_backend
@@ -23,7 +24,7 @@ from vlm_server.docs import add_docs
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
-from vlm_server.routes import chat, completions, control, embeddings, health, interactive, models, scoring, tokens
+from vlm_server.routes import abort, chat, completions, control, embeddings, health, interactive, models, scoring, tokens
 from vlm_server.sampling import SamplingDefaults
 from vlm_server.sessions.history import SessionBusyError, Sessions
 from vlm_server.sessions.opening import OpenStore, open_store
@@ -36,6 +37,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     there.
     """
     metrics = Metrics()
+    running = RunningRequests() if config.enable_abort_handling else None
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -45,11 +47,12 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
             sessions = Sessions(store, model=config.model_name, limits=limits, max_bytes=config.max_session_bytes)
             formats = _answer_formats(config, backend)
             async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns:
-                app.state.context = ServerContext(config, backend, defaults, metrics, turns, formats, created_s=int(time.time()))
+                created_s = int(time.time())
+                app.state.context = ServerContext(config, backend, defaults, metrics, turns, formats, created_s, running)
                 yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for module in (models, chat, completions, interactive, embeddings, tokens, scoring, control):
+    for module in (models, chat, completions, interactive, embeddings, tokens, scoring, control, abort):
         app.include_router(module.router)
     app.include_router(health.health_router)
     if config.enable_metrics:
@@ -60,6 +63,8 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     if chat_page is not None:
         chat_page.add_to(app)
     _add_error_handlers(app)
+    if running is not None:
+        app.add_middleware(TracksAborts, running=running)
     _add_middleware(app, config, metrics, open_paths=chat_page.paths if chat_page else ())
     return app
 

@@ -39,6 +39,7 @@ class ServerConfig:
     max_session_bytes: int = 64 << 20  # of one session's pictures
     sse_ping_s: float = 0.0  # seconds between the comment lines of a silent stream; 0: none
     allow_terminate_by_client: bool = False
+    enable_abort_handling: bool = False
     enable_metrics: bool = True
     enable_docs: bool = True
     enable_ui: bool = True

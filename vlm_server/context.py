@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from starlette.requests import Request
 
 from engine.request import EngineDeadError, EngineInfo, Prompt
+from vlm_server.aborting import NO_SESSION, AbortSwitch, RunningRequests, switch_of
 from vlm_server.answer_formats import AnswerFormats
+from vlm_server.auth import tenant_of
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
 from vlm_server.detokenizer import StopWords, TextDecoder
@@ -20,7 +22,7 @@ from vlm_server.interactive_protocol import InteractiveRequest, TurnFields
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import request_facts
 from vlm_server.parsing.answer import AnswerParser
-from vlm_server.protocol import ChatCompletionRequest, CompletionRequest
+from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from vlm_server.sampling import SamplingDefaults, sampling_params
 from vlm_server.token_protocol import TokenRequest
 from vlm_server.turns import Turns
@@ -35,6 +37,7 @@ class ServerContext:
     turns: Turns
     formats: AnswerFormats
     created_s: int  # Unix time of the start
+    running: RunningRequests | None = None  # None without --enable-abort-handling
 
     @property
     def engine_info(self) -> EngineInfo:
@@ -52,7 +55,18 @@ class ServerContext:
         if name != self.config.model_name:
             message = f"the model {name!r} does not exist; this server has {self.config.model_name!r}"
             raise ApiError(404, "model_not_found", message, param="model")
-        return check_fields(body, strict=self.config.strict_fields)
+        warnings = check_fields(body, strict=self.config.strict_fields)
+        if isinstance(body, GenerationFields) and body.session_id not in (None, NO_SESSION) and self.running is None:
+            warnings.append("session_id: it has no effect without --enable-abort-handling")
+        return warnings
+
+    def abortable(self, request: Request, session_id: int | None) -> AbortSwitch | None:
+        """The switch of a request that begins; None without --enable-abort-handling."""
+        if self.running is None:
+            return None
+        switch = switch_of(request.scope)
+        self.running.begin(switch, tenant_of(request.scope), session_id)
+        return switch
 
     async def text_prompt(self, text_or_ids: str | list[int], *, tenant: str) -> Prompt:
         """A prompt without a template, tokenized in a thread."""
@@ -66,12 +80,13 @@ class ServerContext:
         grammar: str | None = None,
         stop_token_ids: Sequence[int] = (),
         request_id: str,
+        abort: AbortSwitch | None = None,
         decoder: TextDecoder | None = None,
         new_parser: Callable[[], AnswerParser] | None = None,
     ) -> Generation:
         """All answers to the request, not yet begun.
 
-        stop_token_ids: what ends them beside the request's own. For decoder and new_parser see `Generation`.
+        stop_token_ids: what ends them beside the request's own. For abort, decoder and new_parser see `Generation`.
         """
         info = self.engine_info
         params = sampling_params(body, self.defaults, num_logprobs=body.num_logprobs, vocab_size=info.vocab_size, grammar=grammar)
@@ -87,6 +102,7 @@ class ServerContext:
             stop_words=stop_words.strings,
             request_id=request_id,
             metrics=self.metrics,
+            abort=abort,
             decoder=decoder,
             new_parser=new_parser,
         )

@@ -42,6 +42,7 @@ _SERVER_TIMING = {
     "schema": {"type": "string"},
 }
 _INTERACTIVE = "/v1/chat/interactive"
+_ABORT = "/abort_request"
 _ERRORS = {
     "400": "The request is wrong; `param` names the field.",
     "401": "The API key is missing or unknown.",
@@ -50,6 +51,7 @@ _ERRORS = {
     "413": "The body is too large.",
     "429": "Too many requests wait; try again after `Retry-After` seconds.",
     "500": "The server failed.",
+    "501": "The server was started without the flag that this needs.",
     "503": "The engine is not ready; try again after `Retry-After` seconds.",
 }
 
@@ -126,6 +128,8 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
 
 def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
     keyed = ["401"] if config.api_keys and path != "/health" else []
+    if path == _ABORT:
+        return ["400", *keyed, "413", "501"]
     if method == "post":
         return ["400", *keyed, "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
     return [*keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import bad_request
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, NamedJsonSchema, RegexFormat, StructuredOutputs, TextFormat
+from vlm_server.generate_protocol import AbortRequest
 from vlm_server.interactive_protocol import InteractiveRequest
 from vlm_server.message_schema import CalledFunction, ChatMessage, ImagePart, ImageUrl, TextPart, ToolCall
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
@@ -21,7 +22,6 @@ NO_OPS = frozenset({"kwargs", "user", "metadata", "store", "service_tier", "safe
 
 # Field → the values, beside null, that ask for nothing.
 _UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
-    "session_id": (-1,),
     "spaces_between_special_tokens": (True,),
     "repetition_ngram_size": (0,),
     "repetition_ngram_threshold": (0,),
@@ -101,6 +101,7 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     PoolingRequest: {"encoding_format": ("float",), "dimensions": ()},
     TokenizeRequest: {"mm_processor_kwargs": ({},)},
     DetokenizeRequest: {},
+    AbortRequest: {"finished_reason": (), "abort_message": ()},
     StreamOptions: {"include_obfuscation": (False,)},
     TextFormat: {},
     JsonObjectFormat: {},

@@ -101,6 +101,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("max-session-bytes", "server", "pictures kept per session", int),
         Flag("sse-ping-s", "server", "seconds between comment lines in a silent stream; 0: none", float),
         Flag("allow-terminate-by-client", "server", "let GET /terminate end the server", bool),
+        Flag("enable-abort-handling", "server", "let POST /abort_request end requests of the same API key", bool),
         Flag("metrics", "server", "GET /metrics", bool, "enable_metrics"),
         Flag("fastapi-docs", "server", "GET / and /openapi.json", bool, "enable_docs"),
         Flag("ui", "server", "the chat page, GET /ui", bool, "enable_ui"),

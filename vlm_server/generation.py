@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from engine.request import FinishReason, InvalidRequestError, Prompt, SamplingParams, StepOutput, TokenLogprobs
+from vlm_server.aborting import AbortSwitch
 from vlm_server.backend import Engine, Tokenizer
 from vlm_server.detokenizer import Detokenizer, TextDecoder
 from vlm_server.errors import ApiError, to_api_error
@@ -24,6 +25,8 @@ from vlm_server.sampling import for_choice
 TOOL_CALLS = "tool_calls"  # the finish reason of an answer that ended with calls
 
 Item = TypeVar("Item")
+
+NO_PROMPT = Prompt(token_ids=(), cache_keys=())  # of a request that was aborted before it had one
 
 _NUM_TOKENS_BEFORE = 8  # of the prompt, that say how the answer's first token is written
 
@@ -104,6 +107,15 @@ class Answer:
     def take(self, step: StepOutput) -> Delta | None:
         """What the step adds; None while nothing can be released. Raises ApiError where the engine reports an error."""
         _raise_engine_error(step)
+        return self._taken(step)
+
+    def abort(self) -> Delta:
+        """The last piece of an answer that is ended from outside: what was held back."""
+        delta = self._taken(StepOutput(request_id="", finish_reason=FinishReason.ABORT))
+        assert delta is not None
+        return delta
+
+    def _taken(self, step: StepOutput) -> Delta | None:
         if step.prompt_logprobs is not None:
             self.prompt_logprobs = step.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, step.num_cached_tokens)
@@ -220,6 +232,10 @@ class FinishedAnswer:
         self.finish_reason = delta.finish_reason
 
 
+class _Aborted(Exception):
+    """Told to who reads the answers: no more comes of those that have not ended."""
+
+
 @dataclass(slots=True)
 class _PromptScores:
     """What the first answer reads off its prompt, for the others to the same prompt, which wait for it."""
@@ -242,10 +258,13 @@ class Generation:
         stop_words: Sequence[str] = (),
         request_id: str,
         metrics: Metrics,
+        abort: AbortSwitch | None = None,
         decoder: TextDecoder | None = None,
         new_parser: Callable[[], AnswerParser] | None = None,
     ) -> None:
         """stop_words: strings that end an answer beside the request's own. decoder: in place of the tokenizer.
+
+        abort: ends all answers where they are, with FinishReason.ABORT.
 
         new_parser: makes what reads one answer's text; None for answers that are text alone.
         """
@@ -256,6 +275,7 @@ class Generation:
         self._input_field = request.input_field
         self._request_id = request_id
         self._metrics = metrics
+        self._abort = abort
         self.timings_s: dict[str, float] = {}  # of the answer that began first: queue, encode, prefill; once collected also generate
         includes_stop = bool(request.include_stop_str_in_output)
         self._answers = [
@@ -289,7 +309,8 @@ class Generation:
         """Every answer's pieces as they come. Closing it aborts what is still running."""
         last_s = [0.0] * len(self._answers)
         started_s = time.monotonic()
-        async with aclosing(self._merged() if len(self._answers) > 1 else self._run(self._answers[0])) as deltas:
+        is_simple = len(self._answers) == 1 and self._abort is None
+        async with aclosing(self._run(self._answers[0]) if is_simple else self._merged()) as deltas:
             async for delta in deltas:
                 now_s = time.monotonic()
                 if last_s[delta.index]:
@@ -345,12 +366,17 @@ class Generation:
         raise ApiError(500, "internal_error", "the engine ended the answer without a finish reason")
 
     async def _merged(self) -> AsyncGenerator[Delta, None]:
+        """All answers' deltas, each answer computed by a task of its own, so that an abort reaches it whoever waits for what."""
         queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._pump(answer, queue)) for answer in self._answers]
+        if self._abort is not None:
+            self._abort.when_set(lambda: _end_all(tasks, queue))
         try:
             num_running = len(tasks)
             while num_running:
                 item = await queue.get()
+                if isinstance(item, _Aborted):
+                    break
                 if isinstance(item, Exception):
                     raise item
                 if item is None:
@@ -361,6 +387,13 @@ class Generation:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        while not queue.empty():  # only after an abort: what was on its way
+            item = queue.get_nowait()
+            if isinstance(item, Delta):
+                yield item
+        for answer in self._answers:
+            if answer.finish_reason is None:
+                yield answer.abort()
 
     async def _pump(self, answer: Answer, queue: "asyncio.Queue[Delta | Exception | None]") -> None:
         try:
@@ -370,6 +403,12 @@ class Generation:
             queue.put_nowait(None)
         except Exception as error:  # handed to the reader, who raises it
             queue.put_nowait(error)
+
+
+def _end_all(tasks: "Sequence[asyncio.Task[None]]", queue: "asyncio.Queue[Delta | Exception | None]") -> None:
+    for task in tasks:
+        task.cancel()
+    queue.put_nowait(_Aborted())
 
 
 def _extended(known: list[Item] | None, more: list[Item] | None) -> list[Item] | None:

@@ -96,6 +96,9 @@ class GenerationFields(BaseModel):
     structured_outputs: StructuredOutputs | None = Field(None, description="The same in vLLM's words, and choices and grammars.")
     stream: bool | None = Field(None, description="Answer as server-sent events.")
     stream_options: StreamOptions | None = None
+    session_id: int | None = Field(
+        None, ge=-_MAX_INT64 - 1, le=_MAX_INT64, description="The number by which POST /abort_request ends this request; -1: none."
+    )
     user: str | None = Field(None, description="Accepted, without effect.")
 
     @property

@@ -61,8 +61,8 @@ class AssistantMessage(BaseModel):
     tool_calls: list[MessageToolCall] | None = None
 
 
-FinishReasonName = Literal["stop", "length"]
-ChatFinishReasonName = Literal["stop", "length", "tool_calls"]
+FinishReasonName = Literal["stop", "length", "abort"]  # abort: POST /abort_request ended it
+ChatFinishReasonName = Literal["stop", "length", "tool_calls", "abort"]
 
 
 class ChatCompletionResponseChoice(BaseModel):

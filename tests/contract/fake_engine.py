@@ -66,8 +66,8 @@ class Activity:
             raise
         self._note(self._running.discard, name)
 
-    def has_begun_within(self, limit_s: float) -> bool:
-        return self._wait(lambda: self._num_begun > 0, limit_s)
+    def has_begun_within(self, limit_s: float, *, count: int = 1) -> bool:
+        return self._wait(lambda: self._num_begun >= count, limit_s)
 
     def was_left_within(self, limit_s: float) -> bool:
         """Whether nothing runs any more, and something was ended early."""

@@ -6,10 +6,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.request import Prompt
+from vlm_server.aborting import unless_aborted
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
 from vlm_server.echo import Echo, echo_of
 from vlm_server.errors import bad_request
+from vlm_server.generation import NO_PROMPT
 from vlm_server.guided import grammar_of
 from vlm_server.infill import InfillFormat, infill_end_ids, infill_format, infill_tokens
 from vlm_server.middleware import request_timings
@@ -26,16 +28,19 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Text or token ids in, text out, without a chat template. Answers to several prompts are numbered in the prompts' order."""
     context = context_of(request)
     warnings = context.accept(request, body)
+    abort = context.abortable(request, body.session_id)
     _check(body)
     infill = _infill_format(context, body) if body.suffix else None
     grammar = await grammar_of(body)
     watch = Stopwatch()
     with request_timings(request.scope).stage("tokenize"):
-        prompts = await unless_client_leaves(request, _prompts(context, body, infill, tenant_of(request.scope)))
+        work = _prompts(context, body, infill, tenant_of(request.scope))
+        no_prompts = [NO_PROMPT for _ in body.prompts()]
+        prompts = await unless_client_leaves(request, unless_aborted(abort, work, instead=no_prompts))
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("cmpl")
     ends = infill_end_ids(infill, context.backend.pipeline.tokenizer) if infill is not None else ()
-    generation = context.generation(body, prompts, grammar=grammar, stop_token_ids=ends, request_id=response_id)
+    generation = context.generation(body, prompts, grammar=grammar, stop_token_ids=ends, request_id=response_id, abort=abort)
     echoes = await asyncio.to_thread(_echoes, context, body, prompts) if body.echo else []
     shape = CompletionShape(body, context.backend.pipeline.tokenizer, response_id=response_id, warnings=warnings, echoes=echoes)
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
