@@ -126,7 +126,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.flags": ".answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
     "vlm_server.format_protocol": ".message_schema",
-    "vlm_server.generate_protocol": ".aborting",
+    "vlm_server.generate_protocol": ".aborting .message_schema .protocol",
+    "vlm_server.generate_shape": ".errors .generation .streaming",
     "vlm_server.generation": (
         ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request"
     ),
@@ -149,9 +150,10 @@ MAY_IMPORT = {
     "vlm_server.parsing.reasoning": ".parsing.events .parsing.scanner",
     "vlm_server.parsing.scanner": "",
     "vlm_server.parsing.tool_formats": ".parsing.calls .parsing.scanner",
+    "vlm_server.picture_places": ".tokenizer engine.request vision.families",
     "vlm_server.pipeline": (
-        ".chat_template .detokenizer .jinja_process .stage_timings .template_choice .tokenizer .transcript engine.request vision.families "
-        "vision.image"
+        ".chat_template .detokenizer .jinja_process .picture_places .stage_timings .template_choice .tokenizer .transcript engine.request "
+        "vision.families vision.image"
     ),
     "vlm_server.protocol": ".format_protocol .message_schema .nesting .tool_schema",
     "vlm_server.response_schema": "",
@@ -166,6 +168,10 @@ MAY_IMPORT = {
     "vlm_server.routes.control": ".context .errors .response_schema",
     "vlm_server.routes.embeddings": (
         ".auth .context .embedding_protocol .errors .middleware .response_schema .shapes .streaming engine.request"
+    ),
+    "vlm_server.routes.generate": (
+        ".aborting .auth .context .errors .generate_protocol .generate_shape .generation .guided .middleware .response_schema .shapes "
+        ".streaming engine.request"
     ),
     "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
     "vlm_server.routes.interactive": (

@@ -24,7 +24,7 @@ from vlm_server.docs import add_docs
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
-from vlm_server.routes import abort, chat, completions, control, embeddings, health, interactive, models, scoring, tokens
+from vlm_server.routes import abort, chat, completions, control, embeddings, generate, health, interactive, models, scoring, tokens
 from vlm_server.sampling import SamplingDefaults
 from vlm_server.sessions.history import SessionBusyError, Sessions
 from vlm_server.sessions.opening import OpenStore, open_store
@@ -52,7 +52,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
                 yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for module in (models, chat, completions, interactive, embeddings, tokens, scoring, control, abort):
+    for module in (models, chat, completions, generate, interactive, embeddings, tokens, scoring, control, abort):
         app.include_router(module.router)
     app.include_router(health.health_router)
     if config.enable_metrics:

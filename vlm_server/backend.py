@@ -108,6 +108,16 @@ class PromptPipeline(Protocol):
 
     def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript: ...
 
+    async def picture_prompt(
+        self,
+        text_or_ids: str | Sequence[int],
+        pictures: Sequence[dict[str, Any]],
+        *,
+        params: Sequence[str],
+        tenant: str = "",
+        timings: StageTimings | None = None,
+    ) -> Prompt: ...
+
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt: ...
 
     def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...

@@ -18,11 +18,11 @@ from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import ApiError
 from vlm_server.field_rules import check_fields
 from vlm_server.generation import Generation
-from vlm_server.interactive_protocol import InteractiveRequest, TurnFields
+from vlm_server.interactive_protocol import InteractiveRequest
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import request_facts
 from vlm_server.parsing.answer import AnswerParser
-from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
+from vlm_server.protocol import GenerationFields
 from vlm_server.sampling import SamplingDefaults, sampling_params
 from vlm_server.token_protocol import TokenRequest
 from vlm_server.turns import Turns
@@ -46,9 +46,7 @@ class ServerContext:
             raise EngineDeadError("the engine is starting")
         return self.backend.engine.info
 
-    def accept(
-        self, request: Request, body: ChatCompletionRequest | CompletionRequest | EmbeddingsRequest | InteractiveRequest | TokenRequest
-    ) -> list[str]:
+    def accept(self, request: Request, body: GenerationFields | EmbeddingsRequest | InteractiveRequest | TokenRequest) -> list[str]:
         """The warnings for a request that we can serve. Raises ApiError 404 or 400."""
         name = self.config.model_name if body.model is None else body.model
         request_facts(request.scope)["model"] = name if name == self.config.model_name else "unknown"
@@ -74,7 +72,7 @@ class ServerContext:
 
     def generation(
         self,
-        body: ChatCompletionRequest | CompletionRequest | TurnFields,
+        body: GenerationFields,
         prompts: list[Prompt],
         *,
         grammar: str | None = None,

@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 from vlm_server import __version__
 from vlm_server.config import ServerConfig
 from vlm_server.examples import request_examples
-from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionStreamResponse, ErrorResponse
+from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionStreamResponse, ErrorResponse, GenerateResponse
 
 ASSETS = Path(__file__).parent / "ui" / "swagger"
 
@@ -34,7 +34,11 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
-_STREAMED = {"/v1/chat/completions": ChatCompletionStreamResponse, "/v1/completions": CompletionStreamResponse}
+_STREAMED = {
+    "/v1/chat/completions": ChatCompletionStreamResponse,
+    "/v1/completions": CompletionStreamResponse,
+    "/generate": GenerateResponse,
+}
 _SERVER_TIMING = {
     "description": "Milliseconds by stage, as in `template;dur=0.4, pictures;dur=31.2, …`: template, pictures (fetched, decoded, "
     "resized; the slowest of each as picture-fetch, picture-decode, picture-preprocess), tokenize, then in the engine queue, encode "

@@ -111,6 +111,11 @@ class GenerationFields(BaseModel):
         return self.num_choices
 
     @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are wanted beside each new one's own log-probability; None: not even that."""
+        return None
+
+    @property
     def num_prompt_logprobs(self) -> int | None:
         """As `num_logprobs`, of the prompt's tokens."""
         return None

@@ -163,6 +163,27 @@ class CompletionStreamResponse(BaseModel):
     warnings: list[str] = Field(default_factory=list)
 
 
+class GenerateFinishReason(BaseModel):
+    type: FinishReasonName
+
+
+class GenerateMeta(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int = Field(description="So far.")
+    finish_reason: GenerateFinishReason | None = Field(description="Streamed, null but in the last piece.")
+    output_token_logprobs: list[tuple[float, int]] | None = Field(description="Log probability and id of each of output_ids.")
+    routed_experts: None = None
+
+
+class GenerateResponse(BaseModel):
+    """An answer; streamed, one of its pieces, which each hold what is new."""
+
+    text: str
+    output_ids: list[int] = Field(description="All generated tokens, the end token and those of a stop string too.")
+    meta_info: GenerateMeta
+    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+
+
 class ErrorDetail(BaseModel):
     message: str
     type: str

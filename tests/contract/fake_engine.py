@@ -257,6 +257,26 @@ class FakePipeline:
             token_ids += part["text"].encode() if part["type"] == "text" else [IMAGE] * TOKENS_PER_IMAGE
         return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
 
+    async def picture_prompt(
+        self,
+        text_or_ids: str | Sequence[int],
+        pictures: Sequence[dict[str, Any]],
+        *,
+        params: Sequence[str],
+        tenant: str = "",
+        timings: StageTimings | None = None,
+    ) -> Prompt:
+        """The pictures first."""
+        for picture, param in zip(pictures, params, strict=True):
+            await self._load(picture["url"], param)
+        token_ids = [IMAGE] * TOKENS_PER_IMAGE * len(pictures)
+        token_ids += self.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
+        images = tuple(ImageInput(picture["url"].encode(), TOKENS_PER_IMAGE, {}) for picture in pictures)
+        spans = tuple(ImageSpan(TOKENS_PER_IMAGE * index, TOKENS_PER_IMAGE, index) for index in range(len(pictures)))
+        return Prompt(
+            token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, images, spans, salt=tenant), images=images, spans=spans
+        )
+
     async def turn_prompt(
         self,
         messages: list[dict[str, Any]],
