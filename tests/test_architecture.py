@@ -90,16 +90,14 @@ MAY_IMPORT = {
     ),
     "vlm_server.auth": ".errors",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image "
-        "vision.service"
+        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
     ),
     "vlm_server.built_in_templates": ".role_template",
     "vlm_server.chat_client": ".client",
     "vlm_server.chat_page": ".config .examples",
     "vlm_server.chat_template": ".internlm_tools .jinja_process engine.request",
     "vlm_server.chats": (
-        ".aborting .answer_grammar .auth .context .generation .guided .middleware .protocol .stage_timings .streaming .tools "
-        "engine.request"
+        ".aborting .answer_grammar .auth .context .generation .guided .middleware .protocol .stage_timings .streaming .tools engine.request"
     ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
