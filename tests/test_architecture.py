@@ -86,6 +86,7 @@ MAY_IMPORT = {
     "vision.urls": ".image",
     "vision.workers": ".frames",
     "vlm_server": "",
+    "vlm_server.aborting": "",
     "vlm_server.alpaca": "",
     "vlm_server.alpaca_protocol": ".alpaca .embedding_protocol .message_schema .protocol",
     "vlm_server.alpaca_shapes": ".alpaca .errors .generation .streaming",
@@ -101,8 +102,8 @@ MAY_IMPORT = {
     "vlm_server.anthropic.turns": ".anthropic.field_names .anthropic.protocol",
     "vlm_server.api_calls": "",
     "vlm_server.app": (
-        ".answer_formats .auth .backend .chat_page .config .context .docs .errors .files .metrics .middleware .responses.records "
-        ".routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
+        ".aborting .answer_formats .auth .backend .chat_page .config .context .docs .errors .files .metrics .middleware "
+        ".responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
     ),
     "vlm_server.auth": ".errors",
     "vlm_server.backend": (
@@ -113,7 +114,8 @@ MAY_IMPORT = {
     "vlm_server.chat_page": ".config .examples",
     "vlm_server.chat_template": ".internlm_tools .jinja_process engine.request",
     "vlm_server.chats": (
-        ".answer_grammar .auth .context .files .generation .guided .middleware .protocol .stage_timings .streaming .tools engine.request"
+        ".aborting .answer_grammar .auth .context .files .generation .guided .middleware .protocol .stage_timings .streaming .tools "
+        "engine.request"
     ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
@@ -124,28 +126,34 @@ MAY_IMPORT = {
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.connections": ".config",
     "vlm_server.context": (
-        ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .files .generation .interactive_protocol "
-        ".metrics .middleware .parsing.answer .protocol .responses.records .responses.request .sampling .token_protocol .turns "
-        "engine.request"
+        ".aborting .answer_formats .auth .backend .config .detokenizer .embedding_protocol .errors .field_rules .files .generation "
+        ".interactive_protocol .metrics .middleware .parsing.answer .protocol .responses.records .responses.request .sampling "
+        ".token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
     "vlm_server.docs": ".anthropic.response_schema .config .examples .response_schema .responses.schema vlm_server",
+    "vlm_server.echo": ".backend .logprobs engine.request",
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
     "vlm_server.errors": ".sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
-        ".alpaca_protocol .anthropic.protocol .embedding_protocol .errors .file_protocol .format_protocol .interactive_protocol "
-        ".message_schema .protocol .responses.request .token_protocol .tool_schema"
+        ".alpaca_protocol .anthropic.protocol .embedding_protocol .errors .file_protocol .format_protocol .generate_protocol "
+        ".interactive_protocol .message_schema .protocol .responses.request .token_protocol .tool_schema"
     ),
     "vlm_server.file_protocol": ".message_schema",
     "vlm_server.files": ".errors .sessions.store",
     "vlm_server.flags": ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
     "vlm_server.format_protocol": ".message_schema",
-    "vlm_server.generation": ".backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request",
+    "vlm_server.generate_protocol": ".aborting .message_schema .protocol",
+    "vlm_server.generate_shape": ".errors .generation .streaming",
+    "vlm_server.generation": (
+        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request"
+    ),
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
+    "vlm_server.infill": ".backend",
     "vlm_server.interactive_protocol": ".message_schema .protocol",
     "vlm_server.internlm_tools": "",
     "vlm_server.jinja_process": ".jinja_worker vision.workers",
@@ -162,9 +170,10 @@ MAY_IMPORT = {
     "vlm_server.parsing.reasoning": ".parsing.events .parsing.scanner",
     "vlm_server.parsing.scanner": "",
     "vlm_server.parsing.tool_formats": ".parsing.calls .parsing.scanner",
+    "vlm_server.picture_places": ".tokenizer engine.request vision.families",
     "vlm_server.pipeline": (
-        ".chat_template .detokenizer .jinja_process .stage_timings .template_choice .tokenizer .transcript engine.request vision.families "
-        "vision.image"
+        ".chat_template .detokenizer .jinja_process .picture_places .stage_timings .template_choice .tokenizer .transcript engine.request "
+        "vision.families vision.image"
     ),
     "vlm_server.protocol": ".format_protocol .message_schema .nesting .tool_schema",
     "vlm_server.response_schema": "",
@@ -182,18 +191,26 @@ MAY_IMPORT = {
     "vlm_server.responses.translation": ".errors .format_protocol .protocol .responses.field_paths .responses.items .responses.request",
     "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
+    "vlm_server.routes.abort": ".aborting .auth .context .errors .field_rules .generate_protocol",
     "vlm_server.routes.alpaca": (
         ".alpaca .alpaca_protocol .alpaca_shapes .auth .context .embedding_protocol .field_rules .generation .guided .middleware "
         ".protocol .routes.embeddings .shapes .streaming"
     ),
     "vlm_server.routes.chat": ".chats .context .protocol .response_schema .shapes .streaming",
-    "vlm_server.routes.completions": ".auth .context .guided .middleware .protocol .response_schema .shapes .streaming engine.request",
+    "vlm_server.routes.completions": (
+        ".aborting .auth .context .echo .errors .generation .guided .infill .middleware .protocol .response_schema .shapes .streaming "
+        "engine.request"
+    ),
     "vlm_server.routes.control": ".context .errors .response_schema",
     "vlm_server.routes.embeddings": (
         ".auth .context .embedding_protocol .errors .files .middleware .response_schema .shapes .streaming engine.request"
     ),
     "vlm_server.routes.files": (
         ".auth .config .context .errors .field_rules .file_protocol .files .response_schema .streaming .uploads vision.image"
+    ),
+    "vlm_server.routes.generate": (
+        ".aborting .auth .context .errors .generate_protocol .generate_shape .generation .guided .middleware .response_schema .shapes "
+        ".streaming engine.request"
     ),
     "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
     "vlm_server.routes.interactive": (
@@ -219,7 +236,7 @@ MAY_IMPORT = {
     "vlm_server.sessions.redis_store": ".sessions.store",
     "vlm_server.sessions.sqlite_store": ".sessions.store",
     "vlm_server.sessions.store": "",
-    "vlm_server.shapes": ".backend .errors .generation .logprobs .parsing.events .protocol .streaming",
+    "vlm_server.shapes": ".backend .echo .errors .generation .logprobs .parsing.events .protocol .streaming",
     "vlm_server.stage_timings": "",
     "vlm_server.streaming": ".errors .generation .middleware",
     "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from engine.request import EngineError
 from vision.image import MediaError
+from vlm_server.aborting import RunningRequests, TracksAborts
 from vlm_server.answer_formats import AnswerFormats
 from vlm_server.auth import RequireApiKey
 from vlm_server.backend import Backend, OpenBackend, open_backend
@@ -26,12 +27,14 @@ from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
 from vlm_server.responses.records import ResponseRecords
 from vlm_server.routes import (
+    abort,
     alpaca,
     chat,
     completions,
     control,
     embeddings,
     files,
+    generate,
     health,
     interactive,
     messages,
@@ -52,6 +55,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     there.
     """
     metrics = Metrics()
+    running = RunningRequests() if config.enable_abort_handling else None
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -63,15 +67,13 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
             records = ResponseRecords(store, limits=kept, max_bytes=config.max_session_bytes)
             formats = _answer_formats(config, backend)
             async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns:
-                uploads = _files(config, store)
-                app.state.context = ServerContext(
-                    config, backend, defaults, metrics, turns, formats, uploads, records, created_s=int(time.time())
-                )
+                uploads, created_s = _files(config, store), int(time.time())
+                app.state.context = ServerContext(config, backend, defaults, metrics, turns, formats, uploads, records, created_s, running)
                 yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     answering = (alpaca,) if config.compat == ALPACA else (chat, completions, embeddings)
-    for module in (models, *answering, responses, messages, interactive, tokens, scoring, files, control):
+    for module in (models, *answering, responses, messages, generate, interactive, tokens, scoring, files, control, abort):
         app.include_router(module.router)
     app.include_router(messages.models_router)
     app.include_router(messages.router, prefix="/anthropic", include_in_schema=False)  # all of Anthropic's under one base address
@@ -84,6 +86,8 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     if chat_page is not None:
         chat_page.add_to(app)
     _add_error_handlers(app)
+    if running is not None:
+        app.add_middleware(TracksAborts, running=running)
     _add_middleware(app, config, metrics, open_paths=chat_page.paths if chat_page else ())
     return app
 

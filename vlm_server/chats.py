@@ -10,11 +10,12 @@ from typing import Any
 from starlette.requests import Request
 
 from engine.request import Prompt
+from vlm_server.aborting import AbortSwitch, unless_aborted
 from vlm_server.answer_grammar import answer_grammar, check_calls
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch
 from vlm_server.files import images_in
-from vlm_server.generation import Generation
+from vlm_server.generation import NO_PROMPT, Generation
 from vlm_server.guided import grammar_of
 from vlm_server.middleware import request_timings
 from vlm_server.protocol import ChatCompletionRequest
@@ -34,8 +35,13 @@ class Chat:
     is_plain: bool
 
 
-async def begin_chat(request: Request, context: ServerContext, body: ChatCompletionRequest, *, response_id: str) -> Chat:
-    """Raises what stands between a request and its answers: ApiError, MediaError or EngineError, each naming the field."""
+async def begin_chat(
+    request: Request, context: ServerContext, body: ChatCompletionRequest, *, response_id: str, abort: AbortSwitch | None = None
+) -> Chat:
+    """abort: ends the answers with the finish reason `abort`, for APIs that can say so.
+
+    Raises what stands between a request and its answers: ApiError, MediaError or EngineError, each naming the field.
+    """
     warnings = context.accept(request, body) + _without_effect(context, body)
     plan = plan_answer(body, context.formats)
     form = await grammar_of(body)
@@ -43,7 +49,8 @@ async def begin_chat(request: Request, context: ServerContext, body: ChatComplet
     await check_calls(plan, tokenizer.added_token_id)
     watch = Stopwatch()
     timings = request_timings(request.scope)
-    prompt = await unless_client_leaves(request, _prompt(context, body, plan, tenant_of(request.scope), timings))
+    work = _prompt(context, body, plan, tenant_of(request.scope), timings)
+    prompt = await unless_client_leaves(request, unless_aborted(abort, work, instead=NO_PROMPT))
     context.metrics.prompt_prepared(watch.elapsed_s)
     prompt_end = tokenizer.decode(prompt.token_ids[-_NUM_END_TOKENS:], skip_special_tokens=False)
     in_reasoning = plan.begins_in_reasoning(prompt_end, body.continued_text())
@@ -52,6 +59,7 @@ async def begin_chat(request: Request, context: ServerContext, body: ChatComplet
         [prompt],
         grammar=answer_grammar(plan, form, token_id_of=tokenizer.added_token_id, in_reasoning=in_reasoning),
         request_id=response_id,
+        abort=abort,
         decoder=tokenizer.showing(plan.markers) if plan.markers else None,
         new_parser=lambda: plan.parser(in_reasoning=in_reasoning),
     )

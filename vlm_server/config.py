@@ -66,6 +66,7 @@ class ServerConfig:
     drain_timeout_s: float = 30.0  # for running requests, when the server is told to stop
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     allow_terminate_by_client: bool = False
+    enable_abort_handling: bool = False
     enable_metrics: bool = True
     enable_docs: bool = True
     enable_ui: bool = True

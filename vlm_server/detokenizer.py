@@ -33,13 +33,15 @@ class IncrementalDecoder:
     (bytes of one character, spaces between words).
     """
 
-    def __init__(self, decoder: TextDecoder, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, decoder: TextDecoder, *, before: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+        """before: the last tokens of the text that is continued, whose own text is not given again."""
         self._decoder = decoder
         self._skip_special_tokens = skip_special_tokens
-        self._window: list[int] = []
-        self._text = ""  # of the window
-        self._num_given = 0  # characters of it that were returned
-        self._boundaries = [0, 0]  # the last two places in the window where every character was complete
+        self._window = list(before)
+        self._text = self._decode(self._window) if before else ""  # of the window
+        self._num_given = len(self._text.rstrip(_REPLACEMENT))  # characters of it that were returned
+        is_whole = self._num_given == len(self._text)
+        self._boundaries = [0, len(before) if is_whole else 0]  # the last two places in the window where every character was complete
 
     def add(self, token_id: int) -> str:
         """The text that became certain; never a part of a character."""
@@ -137,12 +139,14 @@ class Detokenizer:
         self,
         decoder: TextDecoder,
         *,
+        before: Sequence[int] = (),
         stops: Sequence[str] = (),
         includes_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
     ) -> None:
-        self._decoder = IncrementalDecoder(decoder, skip_special_tokens=skip_special_tokens)
+        """before: the last tokens of the text that the answer continues."""
+        self._decoder = IncrementalDecoder(decoder, before=before, skip_special_tokens=skip_special_tokens)
         self._matcher = StopMatcher(stops)
         self._includes_stop = includes_stop
         self._min_tokens = min_tokens  # text of earlier tokens is not searched for stop strings

@@ -15,7 +15,7 @@ from vlm_server import __version__
 from vlm_server.anthropic.response_schema import AnthropicErrorResponse, MessageStreamEvent
 from vlm_server.config import ALPACA, ServerConfig
 from vlm_server.examples import alpaca_examples, request_examples
-from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionStreamResponse, ErrorResponse
+from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionStreamResponse, ErrorResponse, GenerateResponse
 from vlm_server.responses.schema import ResponseStreamEvent
 
 ASSETS = Path(__file__).parent / "ui" / "swagger"
@@ -42,6 +42,7 @@ _STREAMED: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionStreamResponse,
     "/v1/completions": CompletionStreamResponse,
     _RESPONSES: ResponseStreamEvent,
+    "/generate": GenerateResponse,
 }
 _SERVER_TIMING = {
     "description": "Milliseconds by stage, as in `template;dur=0.4, pictures;dur=31.2, …`: files (uploaded ones, read from the store), "
@@ -52,6 +53,7 @@ _SERVER_TIMING = {
 _INTERACTIVE = "/v1/chat/interactive"
 _FILES = "/v1/files"
 _MESSAGES = "/v1/messages"
+_ABORT = "/abort_request"
 _ERRORS = {
     "400": "The request is wrong; `param` names the field.",
     "401": "The API key is missing or unknown.",
@@ -60,6 +62,7 @@ _ERRORS = {
     "413": "The body is too large, or the API key has too many files.",
     "429": "Too many requests wait; try again after `Retry-After` seconds.",
     "500": "The server failed.",
+    "501": "The server was started without the flag that this needs.",
     "503": "The engine, or the session store, is not ready; try again after `Retry-After` seconds.",
 }
 
@@ -150,6 +153,8 @@ def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
     keyed = ["401"] if config.api_keys and path != "/health" else []
     if path.startswith(_FILES):
         return [*(["404"] if "{" in path else ["400"]), *keyed, *(["413"] if method == "post" else []), "503"]
+    if path == _ABORT:
+        return ["400", *keyed, "413", "501"]
     if method == "post":
         return ["400", *keyed, "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
     if path.startswith(_RESPONSES):

@@ -70,6 +70,7 @@ def request_examples(model: str) -> dict[str, dict[str, dict[str, Any]]]:
         "/v1/completions": _completions(model),
         "/v1/messages": _messages(model),
         "/v1/messages/count_tokens": {"image": _example("A picture", {"model": model, "messages": _PICTURE_MESSAGES})},
+        "/generate": _generate(),
         "/v1/embeddings": _embeddings(),
         "/v1/responses": _responses(),
         "/v1/chat/interactive": _interactive(),
@@ -148,7 +149,19 @@ def _completions(model: str) -> dict[str, dict[str, Any]]:
     prompt = "two steps to build a house:"
     return {
         "string": _example("One prompt", {"model": model, "prompt": prompt, "max_tokens": 32}),
+        "echo": _example(
+            "The prompt's log probabilities", {"model": model, "prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 0}
+        ),
         "list": _example("Several prompts", {"model": model, "prompt": [prompt, "The capital of China is"], "max_tokens": 16}),
+    }
+
+
+def _generate() -> dict[str, dict[str, Any]]:
+    return {
+        "prompt": _example(
+            "A text, with log probabilities", {"prompt": "The capital of China is", "max_tokens": 16, "return_logprob": True}
+        ),
+        "image": _example("A picture before a text", {"prompt": "A picture of", "image_data": RED_CIRCLE, "max_tokens": 16}),
     }
 
 

@@ -14,6 +14,7 @@ from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import bad_request
 from vlm_server.file_protocol import ExpiresAfter, FileForm, FileListQuery
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, NamedJsonSchema, RegexFormat, StructuredOutputs, TextFormat
+from vlm_server.generate_protocol import AbortRequest, GenerateRequest
 from vlm_server.interactive_protocol import InteractiveRequest
 from vlm_server.message_schema import CalledFunction, ChatMessage, ImagePart, ImageUrl, TextPart, ToolCall
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
@@ -26,7 +27,6 @@ NO_OPS = frozenset({"kwargs", "user", "metadata", "store", "service_tier", "safe
 
 # Field → the values, beside null, that ask for nothing.
 _UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
-    "session_id": (-1,),
     "spaces_between_special_tokens": (True,),
     "repetition_ngram_size": (0,),
     "repetition_ngram_threshold": (0,),
@@ -87,6 +87,17 @@ _UNSUPPORTED_IN_TURN: dict[str, tuple[object, ...]] = {
     "chat_template_kwargs": ({},),
     "enable_thinking": (),
 }
+# What the other routes have, or SGLang's route of this name.
+_UNSUPPORTED_IN_GENERATE: dict[str, tuple[object, ...]] = {
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "messages": (),
+    "tools": ([],),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "text": (),
+    "sampling_params": ({},),
+}
 # Fields of our own and of OpenAI's answers, that clients send back with the history.
 _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "function_call": (),
@@ -121,6 +132,8 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     PoolingRequest: {"encoding_format": ("float",), "dimensions": ()},
     TokenizeRequest: {"mm_processor_kwargs": ({},)},
     DetokenizeRequest: {},
+    GenerateRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_GENERATE,
+    AbortRequest: {"finished_reason": (), "abort_message": ()},
     StreamOptions: {"include_obfuscation": (False,)},
     TextFormat: {},
     JsonObjectFormat: {},

@@ -133,6 +133,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("head-timeout-s", "connections", "seconds for a request's line and headers", float, "head_s"),
         Flag("body-timeout-s", "connections", "seconds for a request's body", float, "body_s"),
         Flag("allow-terminate-by-client", "server", "let GET /terminate end the server", bool),
+        Flag("enable-abort-handling", "server", "let POST /abort_request end requests of the same API key", bool),
         Flag("metrics", "server", "GET /metrics", bool, "enable_metrics"),
         Flag("fastapi-docs", "server", "GET / and /openapi.json", bool, "enable_docs"),
         Flag("ui", "server", "the chat page, GET /ui", bool, "enable_ui"),

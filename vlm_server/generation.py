@@ -9,8 +9,10 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from engine.request import FinishReason, InvalidRequestError, Prompt, SamplingParams, StepOutput, TokenLogprobs
+from vlm_server.aborting import AbortSwitch
 from vlm_server.backend import Engine, Tokenizer
 from vlm_server.detokenizer import Detokenizer, TextDecoder
 from vlm_server.errors import ApiError, to_api_error
@@ -22,6 +24,12 @@ from vlm_server.sampling import for_choice
 
 TOOL_CALLS = "tool_calls"  # the finish reason of an answer that ended with calls
 
+Item = TypeVar("Item")
+
+NO_PROMPT = Prompt(token_ids=(), cache_keys=())  # of a request that was aborted before it had one
+
+_NUM_TOKENS_BEFORE = 8  # of the prompt, that say how the answer's first token is written
+
 
 @dataclass(slots=True)
 class Delta:
@@ -29,11 +37,14 @@ class Delta:
 
     index: int
     text: str
-    offset: int  # characters of the answer before it
     logprobs: list[TokenLogprobs] | None  # of the tokens whose text is in it or before it
     finish_reason: str | None  # a FinishReason or TOOL_CALLS
     events: list[Event] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # characters of the answer before each token of `logprobs`
     stop_string: str | None = None  # with a finish reason: the stop string that ended the answer
+    token_ids: list[int] = field(default_factory=list)  # generated since the delta before, whether their text is out or not
+    token_logprobs: list[float] | None = None  # one per entry of `token_ids`, where log-probabilities are wanted
+    prompt_logprobs: list[TokenLogprobs] | None = None  # in the answer's first delta, where they are wanted: of all tokens but the first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +86,9 @@ class Answer:
         self.finish_reason: FinishReason | None = None
         self.token_ids: list[int] = []  # end token included
         self.num_cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs] | None = None  # to be given with the next delta
+        self._token_logprobs: list[float] = []  # as `token_ids`, where they are wanted
+        self._num_given = 0  # tokens that deltas had
         self._detokenizer = detokenizer
         self._includes_stop = includes_stop
         self._parser = parser
@@ -94,8 +108,18 @@ class Answer:
     def take(self, step: StepOutput) -> Delta | None:
         """What the step adds; None while nothing can be released. Raises ApiError where the engine reports an error."""
         _raise_engine_error(step)
+        return self._taken(step)
+
+    def abort(self) -> Delta:
+        """The last piece of an answer that is ended from outside: what was held back."""
+        delta = self._taken(StepOutput(request_id="", finish_reason=FinishReason.ABORT))
+        assert delta is not None
+        return delta
+
+    def _taken(self, step: StepOutput) -> Delta | None:
+        if step.prompt_logprobs is not None:
+            self.prompt_logprobs = step.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, step.num_cached_tokens)
-        offset = self._detokenizer.num_characters
         text, events = "", list[Event]()
         for place in range(len(step.token_ids)):
             added = self._add(step, place)
@@ -108,11 +132,23 @@ class Answer:
         self.finish_reason = FinishReason.STOP if self._is_over else step.finish_reason
         if self._parser is not None and self.finish_reason is not None:
             events += self._parser.finish()
-        logprobs = self._released() if self.params.logprobs is not None else None
+        released = self._released()
         has_news = bool(text) if self._parser is None else bool(events)
-        if not (has_news or logprobs or self.finish_reason):
+        if not (has_news or released or self.finish_reason or self.prompt_logprobs is not None):
             return None
-        return Delta(self.index, text, offset, logprobs, self._reported_reason, merged(events), self._detokenizer.stop_string)
+        return self._delta(text, events, released)
+
+    def _delta(self, text: str, events: list[Event], released: list[_PendingLogprobs]) -> Delta:
+        """With the tokens that were generated since the last one."""
+        logprobs = [pending.token for pending in released] if self.params.logprobs is not None else None
+        delta = Delta(self.index, text, logprobs, self._reported_reason, merged(events), [pending.start for pending in released])
+        delta.stop_string = self._detokenizer.stop_string
+        delta.token_ids = self.token_ids[self._num_given :]
+        if self.params.logprobs is not None:
+            delta.token_logprobs = self._token_logprobs[self._num_given :]
+        delta.prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        self._num_given = len(self.token_ids)
+        return delta
 
     @property
     def _is_over(self) -> bool:
@@ -131,6 +167,8 @@ class Answer:
         if self._is_over:
             return ""
         self.token_ids.append(step.token_ids[place])
+        if step.logprobs is not None:
+            self._token_logprobs.append(step.logprobs[place].logprob)
         is_end_token = step.finish_reason is FinishReason.STOP and place == len(step.token_ids) - 1
         if is_end_token and not self._includes_stop:
             return ""
@@ -145,11 +183,11 @@ class Answer:
                 pending.end = pending.end or self._detokenizer.num_decoded
         return text
 
-    def _released(self) -> list[TokenLogprobs]:
+    def _released(self) -> list[_PendingLogprobs]:
         """The tokens whose text is out; at the end all but those of the stop string."""
         num_characters = self._detokenizer.num_characters
         if self._detokenizer.is_stopped:
-            released = [pending.token for pending in self._pending if pending.start < num_characters]
+            released = [pending for pending in self._pending if pending.start < num_characters]
             self._pending = []
             return released
         is_finished = self.finish_reason is not None
@@ -158,7 +196,7 @@ class Answer:
             if not is_finished and (pending.end is None or pending.end > num_characters):
                 break
             count += 1
-        released, self._pending = [pending.token for pending in self._pending[:count]], self._pending[count:]
+        released, self._pending = self._pending[:count], self._pending[count:]
         return released
 
 
@@ -169,16 +207,48 @@ class FinishedAnswer:
     pieces: list[str] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
+    offsets: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_string: str | None = None
+    token_ids: list[int] = field(default_factory=list)
+    token_logprobs: list[float] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
 
+    @property
+    def mean_logprob(self) -> float:
+        """Of all its tokens, the end token included."""
+        return sum(self.token_logprobs or ()) / max(1, len(self.token_logprobs or ()))
+
+    def add(self, delta: Delta) -> None:
+        """The answer's next piece."""
+        self.pieces.append(delta.text)
+        self.events += delta.events
+        self.offsets += delta.offsets
+        self.token_ids += delta.token_ids
+        self.logprobs = _extended(self.logprobs, delta.logprobs)
+        self.token_logprobs = _extended(self.token_logprobs, delta.token_logprobs)
+        self.prompt_logprobs = _extended(self.prompt_logprobs, delta.prompt_logprobs)
+        self.finish_reason, self.stop_string = delta.finish_reason, delta.stop_string
+
+
+class _Aborted(Exception):
+    """Told to who reads the answers: no more comes of those that have not ended."""
+
+
+@dataclass(slots=True)
+class _PromptScores:
+    """What the first answer reads off its prompt, for the others to the same prompt, which wait for it."""
+
+    logprobs: list[TokenLogprobs] | None = None
+    is_read: asyncio.Event = field(default_factory=asyncio.Event)
+
 
 class Generation:
-    """All answers to one request: `n` to each prompt, indices in the prompts' order."""
+    """All answers to one request: as many to each prompt, indices in the prompts' order."""
 
     def __init__(
         self,
@@ -191,27 +261,33 @@ class Generation:
         stop_words: Sequence[str] = (),
         request_id: str,
         metrics: Metrics,
+        abort: AbortSwitch | None = None,
         decoder: TextDecoder | None = None,
         new_parser: Callable[[], AnswerParser] | None = None,
     ) -> None:
         """stop_words: strings that end an answer beside the request's own. decoder: in place of the tokenizer.
 
+        abort: ends all answers where they are, with FinishReason.ABORT.
+
         new_parser: makes what reads one answer's text; None for answers that are text alone.
         """
         self._engine = engine
         self._prompts = prompts
-        self._num_choices = request.num_choices
+        self._num_candidates = request.num_candidates
+        self._scores = [_PromptScores() for _ in prompts] if params.prompt_logprobs is not None else []
         self._input_field = request.input_field
         self._request_id = request_id
         self._metrics = metrics
+        self._abort = abort
         self.timings_s: dict[str, float] = {}  # of the answer that began first: queue, encode, prefill; once collected also generate
         includes_stop = bool(request.include_stop_str_in_output)
         self._answers = [
             Answer(
                 index,
-                for_choice(params, index % request.num_choices),
+                for_choice(params, index % request.num_candidates),
                 Detokenizer(
                     decoder or tokenizer,
+                    before=prompts[index // request.num_candidates].token_ids[-_NUM_TOKENS_BEFORE:] if request.continues_prompt else (),
                     stops=(*(request.stop or ()), *stop_words),
                     includes_stop=includes_stop,
                     skip_special_tokens=request.skip_special_tokens is not False,
@@ -220,7 +296,7 @@ class Generation:
                 includes_stop=includes_stop,
                 parser=new_parser() if new_parser is not None else None,
             )
-            for index in range(len(prompts) * request.num_choices)
+            for index in range(len(prompts) * request.num_candidates)
         ]
 
     @property
@@ -236,7 +312,8 @@ class Generation:
         """Every answer's pieces as they come. Closing it aborts what is still running."""
         last_s = [0.0] * len(self._answers)
         started_s = time.monotonic()
-        async with aclosing(self._merged() if len(self._answers) > 1 else self._run(self._answers[0])) as deltas:
+        is_simple = len(self._answers) == 1 and self._abort is None
+        async with aclosing(self._run(self._answers[0]) if is_simple else self._merged()) as deltas:
             async for delta in deltas:
                 now_s = time.monotonic()
                 if last_s[delta.index]:
@@ -253,18 +330,13 @@ class Generation:
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
                 first_s = first_s or time.monotonic()
-                answer = finished[delta.index]
-                answer.pieces.append(delta.text)
-                answer.events += delta.events
-                if delta.logprobs is not None:
-                    answer.logprobs = [*(answer.logprobs or ()), *delta.logprobs]
-                answer.finish_reason, answer.stop_string = delta.finish_reason, delta.stop_string
+                finished[delta.index].add(delta)
         self.timings_s["generate"] = time.monotonic() - first_s if first_s else 0.0
         return finished
 
     def usage(self) -> Usage:
         """Each prompt counted once, the answers summed."""
-        firsts = self._answers[:: self._num_choices]
+        firsts = self._answers[:: self._num_candidates]
         return Usage(
             prompt_tokens=sum(len(prompt.token_ids) for prompt in self._prompts),
             completion_tokens=sum(answer.num_tokens for answer in self._answers),
@@ -274,11 +346,18 @@ class Generation:
         )
 
     async def _run(self, answer: Answer) -> AsyncGenerator[Delta, None]:
-        prompt = self._prompts[answer.index // self._num_choices]
+        prompt = self._prompts[answer.index // self._num_candidates]
+        scores = self._scores[answer.index // self._num_candidates] if self._scores else None
+        if scores is not None and answer.params.prompt_logprobs is None:
+            await scores.is_read.wait()
+            answer.prompt_logprobs = scores.logprobs
         steps = self._engine.generate(prompt, answer.params, request_id=f"{self._request_id}-{answer.index}")
         async with aclosing(steps):
             try:
                 async for step in steps:
+                    if scores is not None and step.prompt_logprobs is not None:
+                        scores.logprobs = step.prompt_logprobs
+                        scores.is_read.set()
                     self.timings_s = self.timings_s or step.timings_s or {}
                     delta = answer.take(step)
                     if delta is not None:
@@ -290,12 +369,17 @@ class Generation:
         raise ApiError(500, "internal_error", "the engine ended the answer without a finish reason")
 
     async def _merged(self) -> AsyncGenerator[Delta, None]:
+        """All answers' deltas, each answer computed by a task of its own, so that an abort reaches it whoever waits for what."""
         queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._pump(answer, queue)) for answer in self._answers]
+        if self._abort is not None:
+            self._abort.when_set(lambda: _end_all(tasks, queue))
         try:
             num_running = len(tasks)
             while num_running:
                 item = await queue.get()
+                if isinstance(item, _Aborted):
+                    break
                 if isinstance(item, Exception):
                     raise item
                 if item is None:
@@ -306,6 +390,13 @@ class Generation:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        while not queue.empty():  # only after an abort: what was on its way
+            item = queue.get_nowait()
+            if isinstance(item, Delta):
+                yield item
+        for answer in self._answers:
+            if answer.finish_reason is None:
+                yield answer.abort()
 
     async def _pump(self, answer: Answer, queue: "asyncio.Queue[Delta | Exception | None]") -> None:
         try:
@@ -315,6 +406,19 @@ class Generation:
             queue.put_nowait(None)
         except Exception as error:  # handed to the reader, who raises it
             queue.put_nowait(error)
+
+
+def _end_all(tasks: "Sequence[asyncio.Task[None]]", queue: "asyncio.Queue[Delta | Exception | None]") -> None:
+    for task in tasks:
+        task.cancel()
+    queue.put_nowait(_Aborted())
+
+
+def _extended(known: list[Item] | None, more: list[Item] | None) -> list[Item] | None:
+    if known is None or more is None:
+        return known if more is None else more
+    known += more
+    return known
 
 
 def _sum_known(numbers: Sequence[int | None]) -> int | None:

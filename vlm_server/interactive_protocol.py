@@ -37,10 +37,6 @@ class TurnFields(GenerationFields):
 
     input_field: ClassVar[str] = "prompt"
 
-    @property
-    def num_logprobs(self) -> None:
-        return None
-
 
 class InteractiveRequest(BaseModel):
     """One turn of a conversation that the server keeps, or a whole one that it does not. A null field is as good as an absent one."""

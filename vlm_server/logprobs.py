@@ -27,18 +27,15 @@ def _chat_entry(token_id: int, logprob: float, tokenizer: TokenBytes) -> dict[st
     return {"token": data.decode("utf-8", "replace"), "bytes": list(data), "logprob": max(logprob, _LOWEST)}
 
 
-def completion_logprobs(tokens: Sequence[TokenLogprobs], tokenizer: TokenBytes, *, offset: int) -> dict[str, list[object]]:
-    """`choices[].logprobs` of a completion or of a chunk whose text begins `offset` characters into the answer."""
-    result: dict[str, list[object]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    text = b""
+def completion_logprobs(tokens: Sequence[TokenLogprobs], tokenizer: TokenBytes, *, offsets: Sequence[int]) -> dict[str, list[object]]:
+    """`choices[].logprobs` of a completion or of a chunk. offsets: characters of the text before each token."""
+    result: dict[str, list[object]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": list(offsets)}
     for token in tokens:
         data = tokenizer.token_bytes(token.token_id)
         result["tokens"].append(_completion_token(data))
         result["token_logprobs"].append(max(token.logprob, _LOWEST))
         best = {_completion_token(tokenizer.token_bytes(token_id)): max(logprob, _LOWEST) for token_id, logprob in token.top}
         result["top_logprobs"].append(best | {_completion_token(data): max(token.logprob, _LOWEST)})
-        result["text_offset"].append(offset + len(text.decode("utf-8", "ignore")))
-        text += data
     return result
 
 

@@ -5,8 +5,9 @@ does, and says which slots take which rows of which picture. Knows nothing of HT
 """
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
 from vlm_server.chat_template import Message, TemplateError
 from vlm_server.detokenizer import StopWords
 from vlm_server.jinja_process import JinjaProcess
+from vlm_server.picture_places import ids_with_pictures, text_with_placeholders
 from vlm_server.stage_timings import StageTimings
 from vlm_server.template_choice import PromptTemplate, load_chat_template
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
@@ -224,6 +226,39 @@ class Pipeline:
         text = "".join(self._guarded(part["text"], marker) if part["type"] == "text" else placeholder for part in plain)
         return (await self._loaded_prompt(_held(refs, pictures), text, marker, tenant, StageTimings())).prompt
 
+    async def picture_prompt(
+        self,
+        text_or_ids: str | Sequence[int],
+        pictures: Sequence[dict[str, Any]],
+        *,
+        params: Sequence[str],
+        tenant: str = "",
+        timings: StageTimings | None = None,
+    ) -> Prompt:
+        """The prompt for a text or token ids with pictures, without a template; where they stand, `picture_places` says.
+
+        pictures: objects as `image_url` of a part, named by `params`. Raises as `chat_prompt`, and InvalidRequestError.
+        """
+        marker = _new_marker()
+        timings = timings or StageTimings()
+        refs: list[ImageRef] = []
+        for image, param in zip(pictures, params, strict=True):
+            _plain_part({"type": "image_url", "image_url": image}, param, refs)
+        if self.family is None or self._images is None:
+            raise ImagesNotSupportedError(params[0])
+        family = self.family
+        if isinstance(text_or_ids, str):
+            text = text_with_placeholders(text_or_ids, len(refs), family, guarded=lambda piece: str(self._guarded(piece, marker)))
+            return (await self._loaded_prompt(refs, text, marker, tenant, timings)).prompt
+        loaded = await self._loaded(refs, tenant, timings)
+
+        def prompt() -> Prompt:
+            token_ids = ids_with_pictures(text_or_ids, [image.layout for image in loaded], family, self.tokenizer)
+            return self._prompt_of(tuple(token_ids), loaded, tenant)
+
+        with timings.stage("tokenize"), _closing_on_error(loaded):
+            return await self._in_thread(prompt)
+
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
         """The prompt for a text, or for token ids, without a template. Blocks while a text is tokenized; may be called in any thread.
 
@@ -275,13 +310,8 @@ class Pipeline:
     ) -> TurnPrompt:
         """The prompt for a text with a placeholder for each picture."""
         loaded = await self._loaded(refs, tenant, timings)
-        try:
-            with timings.stage("tokenize"):
-                return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant, known))
-        except BaseException:
-            for array in (array for image in loaded for array in image.arrays.values()):
-                array.close()
-            raise
+        with timings.stage("tokenize"), _closing_on_error(loaded):
+            return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant, known))
 
     async def _loaded(self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings) -> list[ProcessedImage]:
         if not refs or self._images is None:
@@ -296,7 +326,9 @@ class Pipeline:
         if not token_ids:
             raise InvalidRequestError("prompt: it has no tokens; at least one is needed")
         if self.family is not None and self.family.image_token_id in token_ids:
-            raise InvalidRequestError(f"prompt: token {self.family.image_token_id} stands for a picture; send pictures as chat messages")
+            raise InvalidRequestError(
+                f"prompt: token {self.family.image_token_id} stands for a picture; send pictures as chat messages or image_data"
+            )
         return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
 
     def _guarded(self, value: Any, marker: str) -> Any:
@@ -314,13 +346,16 @@ class Pipeline:
     def _prompt(self, text: str, images: Sequence[ProcessedImage], marker: str, tenant: str, known: Sequence[Segment]) -> TurnPrompt:
         segments, num_kept = self._segments(text, images, marker, known)
         transcript = Transcript(segments)
-        token_ids = transcript.token_ids
+        prompt = self._prompt_of(transcript.token_ids, images, tenant)
+        return TurnPrompt(prompt, transcript, sum(len(segment.token_ids) for segment in segments[:num_kept]))
+
+    def _prompt_of(self, token_ids: tuple[int, ...], images: Sequence[ProcessedImage], tenant: str) -> Prompt:
+        """Tokens that have all of the pictures' slots, as the engine takes them."""
         inputs = tuple(ImageInput(image.content_hash, image.num_tokens, image.arrays) for image in images)
         spans = self._spans(token_ids, inputs)
         positions, delta = self._positions(len(token_ids), spans, images)
         keys = make_cache_keys(token_ids, inputs, spans, salt=tenant)
-        prompt = Prompt(token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta)
-        return TurnPrompt(prompt, transcript, sum(len(segment.token_ids) for segment in segments[:num_kept]))
+        return Prompt(token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta)
 
     def _segments(
         self, text: str, images: Sequence[ProcessedImage], marker: str, known: Sequence[Segment]
@@ -401,6 +436,16 @@ class Pipeline:
             return None, 0
         starts = [span.start for span in spans if span.offset == 0]
         return self.family.positions(num_slots, [(start, image.layout) for start, image in zip(starts, images, strict=True)])
+
+
+@contextlib.contextmanager
+def _closing_on_error(images: Sequence[ProcessedImage]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for array in (array for image in images for array in image.arrays.values()):
+            array.close()
+        raise
 
 
 def _split_images(messages: Sequence[Message], names: Mapping[str, str]) -> tuple[list[ImageRef], list[Message]]:

@@ -54,6 +54,8 @@ class GenerationFields(BaseModel):
     """What both routes know. A null field is as good as an absent one."""
 
     input_field: ClassVar[str]  # which one holds the prompt
+    default_max_tokens: ClassVar[int | None] = None  # None: to the end of the window
+    continues_prompt: ClassVar[bool] = False  # the answer's text goes on where the prompt's ends
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -94,11 +96,29 @@ class GenerationFields(BaseModel):
     structured_outputs: StructuredOutputs | None = Field(None, description="The same in vLLM's words, and choices and grammars.")
     stream: bool | None = Field(None, description="Answer as server-sent events.")
     stream_options: StreamOptions | None = None
+    session_id: int | None = Field(
+        None, ge=-_MAX_INT64 - 1, le=_MAX_INT64, description="The number by which POST /abort_request ends this request; -1: none."
+    )
     user: str | None = Field(None, description="Accepted, without effect.")
 
     @property
     def num_choices(self) -> int:
         return self.n or 1
+
+    @property
+    def num_candidates(self) -> int:
+        """How many answers are generated to each prompt."""
+        return self.num_choices
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are wanted beside each new one's own log-probability; None: not even that."""
+        return None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """As `num_logprobs`, of the prompt's tokens."""
+        return None
 
     @property
     def includes_usage(self) -> bool:
@@ -258,6 +278,8 @@ class CompletionRequest(GenerationFields):
     """Text to be continued, without a chat template."""
 
     input_field: ClassVar[str] = "prompt"
+    default_max_tokens: ClassVar[int | None] = 16  # OpenAI's, and LMDeploy's until 0.9
+    continues_prompt: ClassVar[bool] = True
 
     prompt: Annotated[
         Annotated[UnicodeText, Tag("<string>")]
@@ -269,10 +291,44 @@ class CompletionRequest(GenerationFields):
     logprobs: Annotated[int | None, BeforeValidator(lambda value: None if value is False else value)] = Field(
         None, ge=0, le=20, description="Return log probabilities, with as many of the likeliest tokens at each place."
     )
+    max_tokens: int | None = Field(None, ge=0, lt=2**31, description="New tokens at most; 0, with echo: the prompt alone. Default: 16.")
+    echo: bool | None = Field(None, description="Begin with the prompt's text; with logprobs, also those of its tokens.")
+
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="Generate as many answers, and return the n with the highest mean log-probability of a token.",
+    )
+
+    @field_validator("best_of")
+    @classmethod
+    def _can_choose(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is None or value == 1 == (info.data.get("n") or 1):
+            return value
+        if value < (info.data.get("n") or 1):
+            raise PydanticCustomError("api:invalid_value", "at least n")
+        if info.data.get("stream"):
+            raise PydanticCustomError("api:invalid_value", "only 1 is allowed with stream: the best answers are known when all have ended")
+        if (info.data.get("num_beams") or 1) > 1:
+            raise PydanticCustomError("api:invalid_value", "only 1 is allowed with num_beams above 1")
+        return value
+
+    suffix: UnicodeText | None = Field(
+        None, description="Fill in the text between the prompt and this, with models whose tokenizer has tokens for it."
+    )
+
+    @property
+    def num_candidates(self) -> int:
+        return self.best_of or self.num_choices
 
     @property
     def num_logprobs(self) -> int | None:
-        return self.logprobs
+        return 0 if self.logprobs is None and self.num_candidates > self.num_choices else self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
 
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt."""

@@ -61,8 +61,8 @@ class AssistantMessage(BaseModel):
     tool_calls: list[MessageToolCall] | None = None
 
 
-FinishReasonName = Literal["stop", "length"]
-ChatFinishReasonName = Literal["stop", "length", "tool_calls"]
+FinishReasonName = Literal["stop", "length", "abort"]  # abort: POST /abort_request ended it
+ChatFinishReasonName = Literal["stop", "length", "tool_calls", "abort"]
 
 
 class ChatCompletionResponseChoice(BaseModel):
@@ -125,9 +125,9 @@ class ChatCompletionStreamResponse(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
+    token_logprobs: list[float | None] = Field(description="Null for the first token of a prompt that is echoed.")
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description="Characters of the text before each token, those of an echoed prompt included.")
 
 
 class CompletionResponseChoice(BaseModel):
@@ -161,6 +161,27 @@ class CompletionStreamResponse(BaseModel):
     choices: list[CompletionResponseStreamChoice]
     usage: UsageInfo | None
     warnings: list[str] = Field(default_factory=list)
+
+
+class GenerateFinishReason(BaseModel):
+    type: FinishReasonName
+
+
+class GenerateMeta(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int = Field(description="So far.")
+    finish_reason: GenerateFinishReason | None = Field(description="Streamed, null but in the last piece.")
+    output_token_logprobs: list[tuple[float, int]] | None = Field(description="Log probability and id of each of output_ids.")
+    routed_experts: None = None
+
+
+class GenerateResponse(BaseModel):
+    """An answer; streamed, one of its pieces, which each hold what is new."""
+
+    text: str
+    output_ids: list[int] = Field(description="All generated tokens, the end token and those of a stop string too.")
+    meta_info: GenerateMeta
+    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
 
 
 class ErrorDetail(BaseModel):

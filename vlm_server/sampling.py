@@ -10,11 +10,10 @@ from pathlib import Path
 
 from engine.request import InvalidRequestError, SamplingParams
 from vlm_server.errors import bad_request
-from vlm_server.protocol import CompletionRequest, GenerationFields
+from vlm_server.protocol import GenerationFields
 
 LMDEPLOY = "lmdeploy"  # a value of --generation-config, as is "auto"
 
-_COMPLETION_MAX_TOKENS = 16  # OpenAI's, and LMDeploy's until 0.9
 _MAX_SEED = 2**63 - 1
 
 
@@ -77,6 +76,7 @@ def sampling_params(
             ignore_eos=bool(request.ignore_eos),
             num_beams=request.num_beams or 1,
             logprobs=num_logprobs,
+            prompt_logprobs=request.num_prompt_logprobs,
             grammar=grammar,
         )
     except InvalidRequestError as error:  # a checkpoint's generation config out of bounds
@@ -84,8 +84,11 @@ def sampling_params(
 
 
 def for_choice(params: SamplingParams, index: int) -> SamplingParams:
-    """Answer `index` of n: the seed moves on by one each."""
-    return params if params.seed is None or index == 0 else replace(params, seed=(params.seed + index) & _MAX_SEED)
+    """Answer `index` of n: the seed moves on by one each, and only the first reads the prompt."""
+    if index == 0:
+        return params
+    seed = None if params.seed is None else (params.seed + index) & _MAX_SEED
+    return replace(params, seed=seed, prompt_logprobs=None)
 
 
 def _is_sampled(request: GenerationFields) -> bool:
@@ -102,7 +105,7 @@ def _given(value: float | None, default: float) -> float:
 def _max_tokens(request: GenerationFields) -> int | None:
     """None: to the end of the window."""
     given = request.max_completion_tokens or request.max_tokens
-    return _COMPLETION_MAX_TOKENS if given is None and isinstance(request, CompletionRequest) else given
+    return request.default_max_tokens if given is None else given
 
 
 def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlm_server.backend import Tokenizer
+from vlm_server.echo import Echo
 from vlm_server.errors import ApiError
 from vlm_server.generation import Delta, FinishedAnswer, Usage
 from vlm_server.logprobs import chat_logprobs, completion_logprobs
 from vlm_server.parsing.events import ArgumentPiece, CallBegun, CallEnded, Content, Event, Reasoning
-from vlm_server.protocol import GenerationFields
+from vlm_server.protocol import CompletionRequest, GenerationFields
 from vlm_server.streaming import OPENAI_EVENTS
 
 
@@ -110,22 +111,28 @@ def _call(name: str, arguments: str) -> dict[str, Any]:
 
 
 class CompletionShape:
-    """`text_completion`, streamed or whole."""
+    """`text_completion`, streamed or whole. echoes: the prompts that answers begin with; none without `echo`."""
 
     events = OPENAI_EVENTS
 
-    def __init__(self, request: GenerationFields, tokenizer: Tokenizer, *, response_id: str, warnings: Sequence[str]) -> None:
+    def __init__(
+        self, request: CompletionRequest, tokenizer: Tokenizer, *, response_id: str, warnings: Sequence[str], echoes: Sequence[Echo] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._head = {"id": response_id, "object": "text_completion", "created": int(time.time()), "model": request.model}
         self._warnings = {"warnings": list(warnings)} if warnings else {}
         self._includes_usage = request.includes_usage
+        self._shows_logprobs = request.logprobs is not None
+        self._num_candidates, self._num_choices = request.num_candidates, request.num_choices
+        self._echoes = echoes
+        self._begun: set[int] = set()  # answers that have a chunk
 
     def first_chunks(self, num_answers: int, usage: Usage) -> list[dict[str, Any]]:
         return []
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        logprobs = completion_logprobs(delta.logprobs, self._tokenizer, offset=delta.offset) if delta.logprobs is not None else None
-        choice = {"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+        choice = self._choice(delta.index, delta.index, delta, begins=delta.index not in self._begun)
+        self._begun.add(delta.index)
         chunk = {**self._head, "choices": [choice], "usage": None}
         return [chunk | self._warnings if delta.finish_reason else chunk]
 
@@ -137,12 +144,33 @@ class CompletionShape:
         return error.body()
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
-        choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
+        chosen = self._chosen(answers)
+        choices = [self._choice(place, index, answers[index], begins=True) for place, index in enumerate(chosen)]
         return {**self._head, "choices": choices, "usage": usage.as_dict(), **self._warnings}
 
-    def _choice(self, index: int, answer: FinishedAnswer) -> dict[str, Any]:
-        logprobs = completion_logprobs(answer.logprobs, self._tokenizer, offset=0) if answer.logprobs is not None else None
-        return {"index": index, "text": answer.text, "logprobs": logprobs, "finish_reason": answer.finish_reason}
+    def _chosen(self, answers: list[FinishedAnswer]) -> list[int]:
+        """The answers that are shown, in order: all, or of each prompt's candidates the best ones, the best one first."""
+        if self._num_candidates == self._num_choices:
+            return list(range(len(answers)))
+        groups = (range(start, start + self._num_candidates) for start in range(0, len(answers), self._num_candidates))
+        ranked = (sorted(group, key=lambda index: -answers[index].mean_logprob) for group in groups)
+        return [index for group in ranked for index in group[: self._num_choices]]
+
+    def _choice(self, place: int, index: int, piece: Delta | FinishedAnswer, *, begins: bool) -> dict[str, Any]:
+        """Answer `index`, or a piece of it, as choice `place`. begins: with the prompt, where that is echoed."""
+        echo = self._echoes[index // self._num_candidates] if self._echoes else _NO_ECHO
+        logprobs = None
+        if self._shows_logprobs and (piece.logprobs is not None or piece.prompt_logprobs is not None):
+            offsets = [len(echo.text) + offset for offset in piece.offsets]
+            logprobs = completion_logprobs(piece.logprobs or (), self._tokenizer, offsets=offsets)
+        if logprobs is not None and piece.prompt_logprobs is not None:
+            before = echo.logprobs(piece.prompt_logprobs, self._tokenizer)
+            logprobs = {name: before[name] + values for name, values in logprobs.items()}
+        text = echo.text + piece.text if begins else piece.text
+        return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+
+_NO_ECHO = Echo("", ())
 
 
 def new_id(prefix: str) -> str:

@@ -67,8 +67,8 @@ class Activity:
             raise
         self._note(self._running.discard, name)
 
-    def has_begun_within(self, limit_s: float) -> bool:
-        return self._wait(lambda: self._num_begun > 0, limit_s)
+    def has_begun_within(self, limit_s: float, *, count: int = 1) -> bool:
+        return self._wait(lambda: self._num_begun >= count, limit_s)
 
     def was_left_within(self, limit_s: float) -> bool:
         """Whether nothing runs any more, and something was ended early."""
@@ -102,6 +102,7 @@ class FakeEngine:
         self.num_restarts = 0
         self.script: Script = reply_to
         self.group = 1
+        self.logprob_of: Callable[[int], float] = lambda token_id: -1.5
         self.hangs_after: int | None = None  # steps, then nothing more comes
         self.gate: Callable[[], Awaitable[None]] | None = None  # awaited after the first step
         self.refusal: EngineError | None = None
@@ -142,8 +143,10 @@ class FakeEngine:
         return EngineStats(num_running=len(self.activity), max_batched_requests=3, num_cached_prompt_tokens=7, num_embedding_cache_hits=2)
 
     def _outputs(self, prompt: Prompt, params: SamplingParams, request_id: str) -> list[StepOutput]:
-        if params.prompt_logprobs is not None and params.max_tokens == 0:
-            scored = [_logprobs(token_id, 0) for token_id in prompt.token_ids[1:]]
+        scored = None
+        if params.prompt_logprobs is not None:
+            scored = [self._logprobs(token_id, params.prompt_logprobs) for token_id in prompt.token_ids[1:]]
+        if params.max_tokens == 0 and not params.pools:
             return [StepOutput(request_id=request_id, finish_reason=FinishReason.LENGTH, prompt_logprobs=scored)]
         if params.pools:
             embedding = [float(token_id) for token_id in (*prompt.token_ids, *[0] * HIDDEN_SIZE)[:HIDDEN_SIZE]]
@@ -161,19 +164,20 @@ class FakeEngine:
             StepOutput(
                 request_id=request_id,
                 token_ids=group,
-                logprobs=None if params.logprobs is None else [_logprobs(token_id, params.logprobs) for token_id in group],
+                logprobs=None if params.logprobs is None else [self._logprobs(token_id, params.logprobs) for token_id in group],
                 finish_reason=reason if number == len(groups) - 1 else None,
+                prompt_logprobs=scored if number == 0 else None,
                 num_cached_tokens=2,
                 timings_s=dict(FIRST_TOKEN_S) if number == 0 else None,
             )
             for number, group in enumerate(groups)
         ]
 
-
-def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
-    """The sampled token is the second best."""
-    best = [(ord("x"), -0.25), (token_id, -1.5), (0xE4, float("-inf"))]
-    return TokenLogprobs(token_id=token_id, logprob=-1.5, rank=2, top=tuple(best[:num_top]))
+    def _logprobs(self, token_id: int, num_top: int) -> TokenLogprobs:
+        """The sampled token is the second best."""
+        logprob = self.logprob_of(token_id)
+        best = [(ord("x"), -0.25), (token_id, logprob), (0xE4, float("-inf"))]
+        return TokenLogprobs(token_id=token_id, logprob=logprob, rank=2, top=tuple(best[:num_top]))
 
 
 class FakeTemplate:
@@ -265,6 +269,26 @@ class FakePipeline:
                 await self._load(part["image_url"]["url"], f"{param}[{index}].image_url", pictures)
             token_ids += part["text"].encode() if part["type"] == "text" else [IMAGE] * TOKENS_PER_IMAGE
         return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
+
+    async def picture_prompt(
+        self,
+        text_or_ids: str | Sequence[int],
+        pictures: Sequence[dict[str, Any]],
+        *,
+        params: Sequence[str],
+        tenant: str = "",
+        timings: StageTimings | None = None,
+    ) -> Prompt:
+        """The pictures first."""
+        for picture, param in zip(pictures, params, strict=True):
+            await self._load(picture["url"], param)
+        token_ids = [IMAGE] * TOKENS_PER_IMAGE * len(pictures)
+        token_ids += self.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
+        images = tuple(ImageInput(picture["url"].encode(), TOKENS_PER_IMAGE, {}) for picture in pictures)
+        spans = tuple(ImageSpan(TOKENS_PER_IMAGE * index, TOKENS_PER_IMAGE, index) for index in range(len(pictures)))
+        return Prompt(
+            token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, images, spans, salt=tenant), images=images, spans=spans
+        )
 
     async def turn_prompt(
         self,

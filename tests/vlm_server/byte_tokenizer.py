@@ -20,6 +20,9 @@ class ByteTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return [*([BOS] if add_special_tokens else []), *text.encode()]
 
+    def encode_after(self, token_id: int, text: str) -> list[int]:
+        return self.encode(text)
+
     def showing(self, words: Collection[str]) -> "ByteTokenizer":
         """None of the words is a special token here."""
         return self

@@ -47,15 +47,14 @@ UNSUPPORTED_IN_CHAT = {
     "migration_request": {},
     "with_cache": True,
     "preserve_cache": True,
-}
-UNSUPPORTED_ANYWHERE = {
-    "session_id": 3,
-    "spaces_between_special_tokens": False,
-    "repetition_ngram_size": 2,
-    "repetition_ngram_threshold": 2,
     "best_of": 2,
     "echo": True,
     "suffix": "x",
+}
+UNSUPPORTED_ANYWHERE = {
+    "spaces_between_special_tokens": False,
+    "repetition_ngram_size": 2,
+    "repetition_ngram_threshold": 2,
     "adapter_name": "x",
     "prompt_cache_retention": "24h",
 }

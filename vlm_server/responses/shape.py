@@ -59,7 +59,7 @@ class ResponseShape:
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
         [answer] = answers
-        self.chunks(Delta(0, answer.text, 0, answer.logprobs, answer.finish_reason, answer.events))
+        self.chunks(Delta(0, answer.text, answer.logprobs, answer.finish_reason, answer.events))
         self._writer.finish(is_cut=self._is_cut)
         return self._finished(usage)
 

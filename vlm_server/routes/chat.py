@@ -18,7 +18,8 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     """Messages of text and pictures in, an assistant message out; with `stream`, as server-sent events."""
     context = context_of(request)
     response_id = new_id("chatcmpl")
-    chat = await begin_chat(request, context, body, response_id=response_id)
+    abort = context.abortable(request, body.session_id)
+    chat = await begin_chat(request, context, body, response_id=response_id, abort=abort)
     tokenizer = context.backend.pipeline.tokenizer
     shape = ChatShape(body, tokenizer, response_id=response_id, warnings=chat.warnings, is_plain=chat.is_plain)
     return await answer(request, chat.generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)

@@ -1,12 +1,19 @@
 """`POST /v1/completions`."""
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.request import Prompt
+from vlm_server.aborting import unless_aborted
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
+from vlm_server.echo import Echo, echo_of
+from vlm_server.errors import bad_request
+from vlm_server.generation import NO_PROMPT
 from vlm_server.guided import grammar_of
+from vlm_server.infill import InfillFormat, infill_end_ids, infill_format, infill_tokens
 from vlm_server.middleware import request_timings
 from vlm_server.protocol import CompletionRequest
 from vlm_server.response_schema import CompletionResponse
@@ -21,16 +28,51 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Text or token ids in, text out, without a chat template. Answers to several prompts are numbered in the prompts' order."""
     context = context_of(request)
     warnings = context.accept(request, body)
+    abort = context.abortable(request, body.session_id)
+    _check(body)
+    infill = _infill_format(context, body) if body.suffix else None
     grammar = await grammar_of(body)
     watch = Stopwatch()
     with request_timings(request.scope).stage("tokenize"):
-        prompts = await unless_client_leaves(request, _prompts(context, body, tenant_of(request.scope)))
+        work = _prompts(context, body, infill, tenant_of(request.scope))
+        no_prompts = [NO_PROMPT for _ in body.prompts()]
+        prompts = await unless_client_leaves(request, unless_aborted(abort, work, instead=no_prompts))
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("cmpl")
-    generation = context.generation(body, prompts, grammar=grammar, request_id=response_id)
-    shape = CompletionShape(body, context.backend.pipeline.tokenizer, response_id=response_id, warnings=warnings)
+    ends = infill_end_ids(infill, context.backend.pipeline.tokenizer) if infill is not None else ()
+    generation = context.generation(body, prompts, grammar=grammar, stop_token_ids=ends, request_id=response_id, abort=abort)
+    echoes = await asyncio.to_thread(_echoes, context, body, prompts) if body.echo else []
+    shape = CompletionShape(body, context.backend.pipeline.tokenizer, response_id=response_id, warnings=warnings, echoes=echoes)
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 
-async def _prompts(context: ServerContext, body: CompletionRequest, tenant: str) -> list[Prompt]:
-    return [await context.text_prompt(prompt, tenant=tenant) for prompt in body.prompts()]
+def _check(body: CompletionRequest) -> None:
+    """Raises ApiError 400 for what fields ask for together and cannot have."""
+    if body.max_tokens == 0 and not body.max_completion_tokens and not body.echo:
+        raise bad_request("invalid_value", "max_tokens: at least 1, or 0 with echo: true, which gives the prompt alone", param="max_tokens")
+
+
+def _echoes(context: ServerContext, body: CompletionRequest, prompts: list[Prompt]) -> list[Echo]:
+    tokenizer, skips = context.backend.pipeline.tokenizer, body.skip_special_tokens is not False
+    return [echo_of(given, prompt, tokenizer, skip_special_tokens=skips) for given, prompt in zip(body.prompts(), prompts, strict=True)]
+
+
+def _infill_format(context: ServerContext, body: CompletionRequest) -> InfillFormat:
+    """How the model is asked for what is before a suffix. Raises ApiError 400."""
+    infill = infill_format(context.backend.pipeline.tokenizer)
+    if infill is None:
+        message = "suffix: this model's tokenizer has no tokens for text between a prompt and a suffix"
+        raise bad_request("unsupported_parameter", message, param="suffix")
+    if body.echo:
+        raise bad_request("invalid_value", "suffix: only without echo, since the prompt is then not what the model reads", param="suffix")
+    if not all(isinstance(prompt, str) for prompt in body.prompts()):
+        raise bad_request("invalid_value", "suffix: only with prompts that are text", param="suffix")
+    return infill
+
+
+async def _prompts(context: ServerContext, body: CompletionRequest, infill: InfillFormat | None, tenant: str) -> list[Prompt]:
+    given = body.prompts()
+    if infill is not None:
+        tokenizer, suffix = context.backend.pipeline.tokenizer, body.suffix or ""
+        given = [await asyncio.to_thread(infill_tokens, infill, str(prefix), suffix, tokenizer) for prefix in given]
+    return [await context.text_prompt(prompt, tenant=tenant) for prompt in given]

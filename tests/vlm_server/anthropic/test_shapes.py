@@ -46,8 +46,8 @@ def deltas_of(pieces: list[str], finish_reason: str, stop_string: str | None) ->
     reasoning = ReasoningReader(REASONING_FORMATS["think"], is_open=False)
     parser = AnswerParser(reasoning=reasoning, calls=CallReader(TOOL_FORMATS["hermes"].read, ["look"]))
     steps = [parser.feed(piece) for piece in pieces]
-    deltas = [Delta(0, "", 0, None, None, events) for events in steps if events]
-    return [*deltas, Delta(0, "", 0, None, finish_reason, parser.finish(), stop_string)]
+    deltas = [Delta(0, "", None, None, events) for events in steps if events]
+    return [*deltas, Delta(0, "", None, finish_reason, parser.finish(), stop_string=stop_string)]
 
 
 def on_the_wire(value: Any) -> Any:
@@ -61,7 +61,8 @@ def streamed(shape: MessageShape, deltas: list[Delta]) -> list[dict[str, Any]]:
 
 def whole(shape: MessageShape, deltas: list[Delta]) -> dict[str, Any]:
     events = [event for delta in deltas for event in delta.events]
-    answer = FinishedAnswer([], events, None, deltas[-1].finish_reason, deltas[-1].stop_string)
+    ending = deltas[-1]
+    answer = FinishedAnswer([], events, finish_reason=ending.finish_reason, stop_string=ending.stop_string)
     return dict(on_the_wire(shape.response([answer], USAGE)))
 
 
@@ -121,7 +122,7 @@ def test_answers_have_the_shape_that_the_document_states(text: str, ending: tupl
 
 
 def blocks(*events: Event, **fields: Any) -> Any:
-    return without_ids(whole(new_shape(**fields), [Delta(0, "", 0, None, "stop", list(events))]))["content"]
+    return without_ids(whole(new_shape(**fields), [Delta(0, "", None, "stop", list(events))]))["content"]
 
 
 def test_blocks_come_in_the_models_order() -> None:
@@ -149,7 +150,7 @@ def test_thinking_can_be_omitted() -> None:
 
 
 def test_cached_tokens_are_not_among_the_input_tokens() -> None:
-    usage = whole(new_shape(), [Delta(0, "", 0, None, "stop", [])])["usage"]
+    usage = whole(new_shape(), [Delta(0, "", None, "stop", [])])["usage"]
 
     assert usage == {
         "input_tokens": 5,
@@ -174,7 +175,7 @@ def test_cached_tokens_are_not_among_the_input_tokens() -> None:
     ],
 )
 def test_an_end_has_anthropics_name(finish: tuple[str, str | None], max_tokens: int, reason: str, sequence: str | None) -> None:
-    message = whole(new_shape(max_tokens=max_tokens, stop_sequences=["own"]), [Delta(0, "", 0, None, finish[0], [], finish[1])])
+    message = whole(new_shape(max_tokens=max_tokens, stop_sequences=["own"]), [Delta(0, "", None, finish[0], [], stop_string=finish[1])])
 
     assert (message["stop_reason"], message["stop_sequence"]) == (reason, sequence)
 

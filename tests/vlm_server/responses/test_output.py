@@ -42,9 +42,9 @@ def streamed(events: list[Event], cuts: list[bool], finish_reason: str) -> list[
     for event, is_end in zip(events, cuts, strict=True):
         step.append(event)
         if is_end:
-            chunks += written.chunks(Delta(0, "", 0, None, None, merged(step)))
+            chunks += written.chunks(Delta(0, "", None, None, merged(step)))
             step = []
-    chunks += written.chunks(Delta(0, "", 0, None, finish_reason, merged(step)))
+    chunks += written.chunks(Delta(0, "", None, finish_reason, merged(step)))
     return chunks + written.last_chunks(USAGE)
 
 
@@ -88,7 +88,7 @@ def test_a_stream_folds_to_its_last_response_and_the_whole_one(data: st.DataObje
     cuts = data.draw(st.lists(st.booleans(), min_size=len(events), max_size=len(events)))
 
     chunks = streamed(events, cuts, finish_reason)
-    whole = shape().response([FinishedAnswer([""], merged(events), None, finish_reason)], USAGE)
+    whole = shape().response([FinishedAnswer([""], merged(events), finish_reason=finish_reason)], USAGE)
 
     final = chunks[-1]["response"]
     assert [chunk["sequence_number"] for chunk in chunks] == list(range(len(chunks)))
@@ -116,7 +116,7 @@ def test_every_text_of_the_answer_is_in_the_output_once(events: list[Event]) -> 
 def test_a_stream_that_fails_ends_with_what_it_has() -> None:
     written = shape()
     written.first_chunks(1, USAGE)
-    written.chunks(Delta(0, "", 0, None, None, [Content("Hel")]))
+    written.chunks(Delta(0, "", None, None, [Content("Hel")]))
 
     failed = written.error_chunk(ApiError(503, "engine_unavailable", "the engine process ended"))
 
