@@ -66,14 +66,15 @@ MAY_IMPORT = {
     "vision.decode": ".frames .image .pixels",
     "vision.decode_pool": ".config .decode .frames .image .shared_array .workers",
     "vision.encoder": ".families",
-    "vision.families": "",
+    "vision.families": ".resolution",
     "vision.fetcher": ".addresses .config .data_url .image .single_flight",
     "vision.frames": ".image .shared_array",
     "vision.image": ".shared_array",
     "vision.pixels": ".image .shared_array",
     "vision.preprocess": ".frames .image .shared_array",
     "vision.preprocess_pool": ".config .frames .image .preprocess .shared_array .workers",
-    "vision.processor": ".families .image",
+    "vision.processor": ".families .image .resolution",
+    "vision.resolution": ".image",
     "vision.service": (
         ".addresses .cache .config .decode_pool .fetcher .image .preprocess .preprocess_pool .shared_array .single_flight .workers"
     ),
