@@ -125,12 +125,13 @@ MAY_IMPORT = {
     "vlm_server.generation": ".backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request",
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
+    "vlm_server.image_protocol": "vision.resolution",
     "vlm_server.interactive_protocol": ".message_schema .protocol",
     "vlm_server.internlm_tools": "",
     "vlm_server.jinja_process": ".jinja_worker vision.workers",
     "vlm_server.jinja_worker": "",
     "vlm_server.logprobs": "engine.request",
-    "vlm_server.message_schema": ".nesting",
+    "vlm_server.message_schema": ".image_protocol .nesting",
     "vlm_server.metrics": "engine.request vision.service",
     "vlm_server.middleware": ".errors .metrics .stage_timings",
     "vlm_server.nesting": "",
@@ -141,11 +142,12 @@ MAY_IMPORT = {
     "vlm_server.parsing.reasoning": ".parsing.events .parsing.scanner",
     "vlm_server.parsing.scanner": "",
     "vlm_server.parsing.tool_formats": ".parsing.calls .parsing.scanner",
+    "vlm_server.picture_parts": ".chat_template engine.request vision.config vision.families vision.image",
     "vlm_server.pipeline": (
-        ".chat_template .detokenizer .jinja_process .stage_timings .template_choice .tokenizer .transcript engine.request vision.families "
-        "vision.image"
+        ".chat_template .detokenizer .jinja_process .picture_parts .stage_timings .template_choice .tokenizer .transcript engine.request "
+        "vision.config vision.families vision.image"
     ),
-    "vlm_server.protocol": ".format_protocol .message_schema .nesting .tool_schema",
+    "vlm_server.protocol": ".format_protocol .image_protocol .message_schema .nesting .tool_schema",
     "vlm_server.response_schema": "",
     "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
@@ -176,7 +178,7 @@ MAY_IMPORT = {
     "vlm_server.streaming": ".errors .generation .middleware",
     "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
     "vlm_server.terminal": ".chat_client",
-    "vlm_server.token_protocol": ".message_schema .protocol .tool_schema",
+    "vlm_server.token_protocol": ".image_protocol .message_schema .protocol .tool_schema",
     "vlm_server.tokenizer": "vision",
     "vlm_server.tool_schema": ".message_schema .nesting",
     "vlm_server.tools": (

@@ -65,6 +65,7 @@ async def _prompt(context: ServerContext, body: ChatCompletionRequest, plan: Ans
         messages,
         tools=plan.template_tools(),
         template_kwargs=body.template_kwargs() or None,
+        image_settings=body.image_settings(),
         tenant=tenant,
         timings=timings,
         add_generation_prompt=body.adds_generation_prompt,

@@ -54,10 +54,10 @@ _UNSUPPORTED_IN_CHAT: dict[str, tuple[object, ...]] = {
     "input_ids": (),
     "image_data": ([],),
     "media_io_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
 }
 # What the other routes have under this name, or under another one.
 _UNSUPPORTED_IN_TURN: dict[str, tuple[object, ...]] = {
+    "mm_processor_kwargs": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -89,6 +89,8 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "audio": (),
     "annotations": ([],),
 }
+# A picture's size in the words of one family or another.
+_OTHER_SIZES: dict[str, tuple[object, ...]] = {"resized_height": (), "resized_width": (), "max_dynamic_patch": ()}
 
 _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     ChatCompletionRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT,
@@ -99,7 +101,7 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     EncodeRequest: {},
     PerplexityRequest: {},
     PoolingRequest: {"encoding_format": ("float",), "dimensions": ()},
-    TokenizeRequest: {"mm_processor_kwargs": ({},)},
+    TokenizeRequest: {},
     DetokenizeRequest: {},
     StreamOptions: {"include_obfuscation": (False,)},
     TextFormat: {},
@@ -114,8 +116,8 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
         "whitespace_pattern": (),
         "structural_tag": (),
     },
-    ImageUrl: {"min_pixels": (), "max_pixels": (), "file_id": ()},
-    ImagePart: {"uuid": ()},
+    ImageUrl: {"file_id": (), **_OTHER_SIZES},
+    ImagePart: {"uuid": (), **_OTHER_SIZES},
     TextPart: {},
     **{model: {} for model in (Tool, FunctionDefinition, NamedTool, FunctionReference, AllowedToolsChoice, AllowedTools)},
     **{model: {} for model in (ToolCall, CalledFunction)},

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from vlm_server.image_protocol import MaxPixels, MinPixels
 from vlm_server.nesting import is_too_deep
 
 _OTHER_MEDIA = {
@@ -43,7 +44,12 @@ class ImageUrl(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     url: UnicodeText = Field(description="An http, https or data: URL; file: only under --allowed-local-media-path.")
-    detail: Literal["auto", "low", "high"] | None = Field(None, description="The picture's resolution as the model sees it.")
+    detail: Literal["auto", "low", "high"] | None = Field(
+        None,
+        description="low: at most 512 × 512 pixels, in one tile where the model can; auto: its default; high: that, with Gemma 3's crops.",
+    )
+    min_pixels: MinPixels = None
+    max_pixels: MaxPixels = None
 
 
 class TextPart(BaseModel):
@@ -65,6 +71,8 @@ class ImagePart(BaseModel):
 
     type: Literal["image_url"]
     image_url: Annotated[Annotated[UnicodeText, Tag("<string>")] | Annotated[ImageUrl, Tag("<other>")], Discriminator(_is_string)]
+    min_pixels: MinPixels = None
+    max_pixels: MaxPixels = None
 
     def as_dict(self) -> dict[str, Any]:
         """What the client sent; a bare string as `image_url` is written out as an object."""
