@@ -68,7 +68,7 @@ MAY_IMPORT = {
     "vision.decode_pool": ".config .decode .frames .image .shared_array .workers",
     "vision.download": ".addresses .body .config .host_slots .http_cache .image .urls",
     "vision.encoder": ".families",
-    "vision.families": "",
+    "vision.families": ".resolution",
     "vision.fetcher": ".addresses .config .data_url .download .http_cache .image .single_flight .urls",
     "vision.frames": ".image .shared_array",
     "vision.host_slots": "",
@@ -77,7 +77,8 @@ MAY_IMPORT = {
     "vision.pixels": ".image .shared_array",
     "vision.preprocess": ".frames .image .shared_array",
     "vision.preprocess_pool": ".config .frames .image .preprocess .shared_array .workers",
-    "vision.processor": ".families .image",
+    "vision.processor": ".families .image .resolution",
+    "vision.resolution": ".image",
     "vision.service": (
         ".addresses .cache .config .decode_pool .fetcher .image .preprocess .preprocess_pool .shared_array .single_flight .workers"
     ),
@@ -153,13 +154,14 @@ MAY_IMPORT = {
     ),
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
+    "vlm_server.image_protocol": "vision.resolution",
     "vlm_server.infill": ".backend",
     "vlm_server.interactive_protocol": ".message_schema .protocol",
     "vlm_server.internlm_tools": "",
     "vlm_server.jinja_process": ".jinja_worker vision.workers",
     "vlm_server.jinja_worker": "",
     "vlm_server.logprobs": "engine.request",
-    "vlm_server.message_schema": ".nesting",
+    "vlm_server.message_schema": ".image_protocol .nesting",
     "vlm_server.metrics": "engine.request vision.service",
     "vlm_server.middleware": ".errors .metrics .stage_timings",
     "vlm_server.nesting": "",
@@ -170,12 +172,13 @@ MAY_IMPORT = {
     "vlm_server.parsing.reasoning": ".parsing.events .parsing.scanner",
     "vlm_server.parsing.scanner": "",
     "vlm_server.parsing.tool_formats": ".parsing.calls .parsing.scanner",
+    "vlm_server.picture_parts": ".chat_template engine.request vision.config vision.families vision.image",
     "vlm_server.picture_places": ".tokenizer engine.request vision.families",
     "vlm_server.pipeline": (
-        ".chat_template .detokenizer .jinja_process .picture_places .stage_timings .template_choice .tokenizer .transcript engine.request "
-        "vision.families vision.image"
+        ".chat_template .detokenizer .jinja_process .picture_parts .picture_places .stage_timings .template_choice .tokenizer .transcript "
+        "engine.request vision.config vision.families vision.image"
     ),
-    "vlm_server.protocol": ".format_protocol .message_schema .nesting .tool_schema",
+    "vlm_server.protocol": ".format_protocol .image_protocol .message_schema .nesting .tool_schema",
     "vlm_server.response_schema": "",
     "vlm_server.responses": "",
     "vlm_server.responses.field_paths": ".errors engine.request vision.image",
@@ -241,7 +244,7 @@ MAY_IMPORT = {
     "vlm_server.streaming": ".errors .generation .middleware",
     "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
     "vlm_server.terminal": ".chat_client",
-    "vlm_server.token_protocol": ".message_schema .protocol .tool_schema",
+    "vlm_server.token_protocol": ".image_protocol .message_schema .protocol .tool_schema",
     "vlm_server.tokenizer": "vision",
     "vlm_server.tool_schema": ".message_schema .nesting",
     "vlm_server.tools": (

@@ -7,13 +7,15 @@ from pathlib import Path
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+MAX_PICTURE_PIXELS = 50_000_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig:
     """One server's limits. A limit is never switched off, only set."""
 
     max_picture_bytes: int = 20 << 20  # as sent, before decoding
-    max_picture_pixels: int = 50_000_000  # width × height as its header says
+    max_picture_pixels: int = MAX_PICTURE_PIXELS  # width × height as its header says
     max_pictures_in_flight: int = 64  # between their URL and their processed arrays; more wait
 
     max_redirects: int = 3

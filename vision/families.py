@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vision.resolution import FIXED_SIZE, GEMMA3, IDEFICS3, LLAVA_NEXT, QWEN_VL, Resolution
+
 if TYPE_CHECKING:
     import torch
 
@@ -39,6 +41,7 @@ class Rules:
     is_atomic: bool = False  # a picture's slots attend to each other in both directions
     frame: tuple[str, str] = ("", "")  # what a chat template writes before and after the placeholder
     gap: str = ""  # what it writes between a picture and its neighbours
+    resolution: Resolution = FIXED_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +345,11 @@ def _picture_positions(first: int, rows: int, columns: int) -> np.ndarray:
 # --- The table ------------------------------------------------------------------------------------------------------------------------
 
 _IDEFICS3 = Rules(
-    arrange=_arrange_idefics3, expand=_expand_idefics3, encode=_encode_idefics3, processor_options={"return_row_col_info": True}
+    arrange=_arrange_idefics3,
+    expand=_expand_idefics3,
+    encode=_encode_idefics3,
+    processor_options={"return_row_col_info": True},
+    resolution=IDEFICS3,
 )
 _QWEN_VL = Rules(
     placeholder="<|image_pad|>",
@@ -351,10 +358,17 @@ _QWEN_VL = Rules(
     expand=_expand_qwen_vl,
     encode=_encode_qwen_vl,
     grid=_grid_of_qwen_vl,
+    resolution=QWEN_VL,
 )
+_PAN_AND_SCAN = {
+    "do_pan_and_scan": False,
+    "pan_and_scan_min_crop_size": 256,
+    "pan_and_scan_max_num_crops": 4,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}
 FAMILIES: dict[str, Rules] = {
     "llava": Rules(gap="\n", arrange=_arrange_llava, expand=_expand_repeated, encode=_encode_llava),
-    "llava_next": Rules(gap="\n", arrange=_arrange_llava_next, expand=_expand_repeated, encode=_encode_llava_next),
+    "llava_next": Rules(gap="\n", arrange=_arrange_llava_next, expand=_expand_repeated, encode=_encode_llava_next, resolution=LLAVA_NEXT),
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,
     "qwen2_vl": _QWEN_VL,
@@ -365,7 +379,8 @@ FAMILIES: dict[str, Rules] = {
         arrange=_arrange_gemma3,
         expand=_expand_gemma3,
         encode=_encode_gemma3,
-        processor_options={"do_pan_and_scan": False},
+        processor_options=_PAN_AND_SCAN,
         is_atomic=True,
+        resolution=GEMMA3,
     ),
 }

@@ -16,6 +16,7 @@ class ImageOptions:
     detail: str = "auto"  # auto | low | high, as OpenAI
     min_pixels: int | None = None
     max_pixels: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # of the image processor, as `Resolution.settings` of its family allows
 
 
 @dataclass(frozen=True, slots=True)

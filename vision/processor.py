@@ -6,20 +6,23 @@ reference's values bit for bit (tried when the processor is loaded), else as the
 
 import hashlib
 import json
-import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as transforms
 from transformers import AutoImageProcessor
 
 from vision.families import MEAN_AND_STD, Family, load_family, normalize
 from vision.image import ImageOptions
+from vision.resolution import Plan
 
-LOW_DETAIL_PIXELS = 512 * 512  # what `detail: low` leaves of a picture, as in OpenAI's own budget
+MAX_ELEMENTS = 300_000_000  # of one tensor: a picture of 50 million pixels, as two frames of a video
+MAX_USUAL_ASPECT = 50  # up to here no processor makes more of a picture than fits, unless the request asks for it
 
 _PROBE_SIZES = ((41, 300), (700, 90))  # one below and one above a usual tile, neither square: both are padded, cropped or tiled
 _RAW = {"do_rescale": False, "do_normalize": False}
@@ -37,6 +40,7 @@ class ImagePreprocessor:
             raise ValueError(f"the model in {model_folder} takes no pictures")
         self._family: Family = family
         self._processor = AutoImageProcessor.from_pretrained(model_folder, trust_remote_code=trust_remote_code, backend="torchvision")
+        self._own = self._processor.to_dict()
         self._mean_and_std = self._find_mean_and_std()
         self.fingerprint = self._make_fingerprint()
 
@@ -50,26 +54,46 @@ class ImagePreprocessor:
 
         pixels: (height, width, 3) uint8, not kept. Raises ValueError where the model cannot take a picture of this shape.
         """
-        picture = _fit(_channels_first(pixels), options)
+        size = pixels.shape[0], pixels.shape[1]
+        plan = self._plan(size, options)
+        if _may_grow(size, options):
+            self._measure(size, plan, limit=MAX_ELEMENTS)
+        picture = _resized(_channels_first(pixels), plan)
         if self._mean_and_std is None:
-            arrays, layout = self._run(picture)
+            arrays, layout = self._run(picture, plan.settings)
         else:
-            arrays, layout = self._run(picture, **_RAW)
+            arrays, layout = self._run(picture, {**plan.settings, **_RAW})
             arrays = {**arrays, "pixel_values": _as_uint8(arrays["pixel_values"]), MEAN_AND_STD: self._mean_and_std}
         return arrays, layout, self._family.num_tokens(layout)
 
     def measure(self, size: tuple[int, int], options: ImageOptions) -> tuple[dict[str, Any], int]:
-        """Layout and rows as `process` gives them for a picture of `size` = (height, width), without its pixels.
+        """Layout and rows as `process` gives them for a picture of `size` = (height, width), without its pixels. Raises as it does.
 
         The reference's own code decides: it runs over tensors that have a shape and no memory (torch's meta device).
         """
-        picture = _fit(torch.empty(3, *size, dtype=torch.uint8, device="meta"), options)
-        _, layout = self._run(picture, **_RAW)
+        limit = MAX_ELEMENTS if _may_grow(size, options) else None
+        layout = self._measure(size, self._plan(size, options), limit=limit)
         return layout, self._family.num_tokens(layout)
 
-    def _run(self, picture: torch.Tensor, **options: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def _plan(self, size: tuple[int, int], options: ImageOptions) -> Plan:
+        """For `detail: low` that of `auto` where fewer pixels would be more tokens: rounding may give them a further row of patches."""
+        resolution = self._family.rules.resolution
+        plan = resolution.plan(size, options, self._own)
+        if options.detail != "low" or plan.size == size:
+            return plan
+        auto = resolution.plan(size, replace(options, detail="auto"), self._own)
+        low_tokens, auto_tokens = (self._family.num_tokens(self._measure(size, each)) for each in (plan, auto))
+        return plan if low_tokens <= auto_tokens else auto
+
+    def _measure(self, size: tuple[int, int], plan: Plan, *, limit: int | None = None) -> dict[str, Any]:
+        """The layout. Raises ValueError where a tensor on the way would have more than `limit` elements."""
+        with _TensorLimit(limit):
+            picture = _resized(torch.empty(3, *size, dtype=torch.uint8, device="meta"), plan)
+            return self._run(picture, {**plan.settings, **_RAW})[1]
+
+    def _run(self, picture: torch.Tensor, settings: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """picture: (3, height, width) uint8."""
-        options = {"input_data_format": "channels_first", "return_tensors": "pt", **self._family.rules.processor_options, **options}
+        options = {"input_data_format": "channels_first", "return_tensors": "pt", **self._family.rules.processor_options, **settings}
         outputs = self._processor(images=picture, **options)
         height, width = picture.shape[1:]
         return self._family.arrange({name: _as_array(value) for name, value in outputs.items()}, (height, width))
@@ -88,8 +112,8 @@ class ImagePreprocessor:
         return candidate if all(self._is_exact(probe, candidate) for probe in probes) else None
 
     def _is_exact(self, picture: torch.Tensor, mean_and_std: np.ndarray) -> bool:
-        expected = self._run(picture)[0]["pixel_values"]
-        raw = self._run(picture, **_RAW)[0]["pixel_values"]
+        expected = self._run(picture, {})[0]["pixel_values"]
+        raw = self._run(picture, _RAW)[0]["pixel_values"]
         if not np.array_equal(raw, raw.astype(np.uint8)):
             return False
         return np.array_equal(normalize(torch.from_numpy(_as_uint8(raw)), torch.from_numpy(mean_and_std)).numpy(), expected)
@@ -97,7 +121,7 @@ class ImagePreprocessor:
     def _make_fingerprint(self) -> str:
         """Changes with everything that changes an encoder's inputs from equal pixels."""
         settings = {
-            "processor": self._processor.to_dict(),
+            "processor": self._own,
             "options": dict(self._family.rules.processor_options),
             "family": self._family.model_type,
             "raw": self.gives_raw_pixels,
@@ -125,15 +149,28 @@ def _channels_first(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _fit(picture: torch.Tensor, options: ImageOptions) -> torch.Tensor:
-    """The picture, (3, height, width), within the request's pixel budget, its aspect kept; `detail: auto` and `high` leave it as it is."""
-    height, width = picture.shape[1:]
-    most = min(options.max_pixels or math.inf, LOW_DETAIL_PIXELS if options.detail == "low" else math.inf)
-    least = min(options.min_pixels or 0, most)
-    wanted = min(max(height * width, least), most)
-    if wanted == height * width:
+def _resized(picture: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """picture: (3, height, width)."""
+    if picture.shape[1:] == plan.size:
         return picture
-    scale = math.sqrt(wanted / (height * width))
-    rounded = math.floor if scale < 1 else math.ceil
-    size = [max(1, rounded(side * scale)) for side in (height, width)]
-    return transforms.resize(picture, size, transforms.InterpolationMode.BICUBIC, antialias=True)
+    return transforms.resize(picture, list(plan.size), transforms.InterpolationMode.BICUBIC, antialias=True)
+
+
+def _may_grow(size: tuple[int, int], options: ImageOptions) -> bool:
+    """Whether a processor could make far more of a picture than it is."""
+    is_asked_for = options.min_pixels is not None or options.max_pixels is not None or bool(options.settings)
+    return is_asked_for or max(size) > MAX_USUAL_ASPECT * min(size)
+
+
+class _TensorLimit(TorchDispatchMode):
+    """Refuses to make large tensors; over those without memory it costs none to find them."""
+
+    def __init__(self, max_elements: int | None) -> None:
+        super().__init__()
+        self._max_elements = max_elements
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if self._max_elements is not None and isinstance(output, torch.Tensor) and output.numel() > self._max_elements:
+            raise ValueError(f"{output.numel()} elements on the way; at most {self._max_elements} are allowed")
+        return output

@@ -76,6 +76,7 @@ class PromptPipeline(Protocol):
         *,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        image_settings: Mapping[str, Any] | None = None,
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -89,6 +90,7 @@ class PromptPipeline(Protocol):
         *,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        image_settings: Mapping[str, Any] | None = None,
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -174,6 +176,7 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
             meta_instruction=config.meta_instruction,
             trust_remote_code=trusts,
             jinja=jinja,
+            max_picture_pixels=config.vision.max_picture_pixels,
         )
         stack.callback(pipeline.close)
         if pipeline.family is not None:

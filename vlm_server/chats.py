@@ -93,6 +93,7 @@ async def _written(
         "pictures": await _uploaded(context, messages, tenant, timings),
         "tools": plan.template_tools(),
         "template_kwargs": body.template_kwargs() or None,
+        "image_settings": body.image_settings(),
         "add_generation_prompt": body.adds_generation_prompt,
         "continue_final_message": bool(body.continue_final_message),
         "tenant": tenant,

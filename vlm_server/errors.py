@@ -113,6 +113,8 @@ def validation_error(errors: Sequence[Mapping[str, object]], *, is_json: bool) -
     assert isinstance(location, tuple)
     if kind == "json_invalid":
         return bad_request("invalid_json", f"the body is not JSON, seen at character {location[-1]}")
+    if kind == "extra_forbidden":
+        message = "there is no such setting"
     param = field_path(location[1:]) or None
     return bad_request(_code_of(kind), f"{param}: {message}" if param else message, param=param)
 

@@ -59,10 +59,10 @@ _UNSUPPORTED_IN_CHAT: dict[str, tuple[object, ...]] = {
     "input_ids": (),
     "image_data": ([],),
     "media_io_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
 }
 # What the other routes have under this name, or under another one.
 _UNSUPPORTED_IN_TURN: dict[str, tuple[object, ...]] = {
+    "mm_processor_kwargs": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -105,6 +105,8 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "audio": (),
     "annotations": ([],),
 }
+# A picture's size in the words of one family or another.
+_OTHER_SIZES: dict[str, tuple[object, ...]] = {"resized_height": (), "resized_width": (), "max_dynamic_patch": ()}
 
 # `--compat alpaca`: its reference took these and ignored them, or they belong to templates that are not its.
 _UNSUPPORTED_IN_ALPACA: dict[str, tuple[object, ...]] = {
@@ -130,7 +132,7 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     EncodeRequest: {},
     PerplexityRequest: {},
     PoolingRequest: {"encoding_format": ("float",), "dimensions": ()},
-    TokenizeRequest: {"mm_processor_kwargs": ({},)},
+    TokenizeRequest: {},
     DetokenizeRequest: {},
     GenerateRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_GENERATE,
     AbortRequest: {"finished_reason": (), "abort_message": ()},
@@ -147,8 +149,8 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
         "whitespace_pattern": (),
         "structural_tag": (),
     },
-    ImageUrl: {"min_pixels": (), "max_pixels": ()},
-    ImagePart: {"uuid": ()},
+    ImageUrl: _OTHER_SIZES,
+    ImagePart: {"uuid": (), **_OTHER_SIZES},
     TextPart: {},
     FileForm: {},
     ExpiresAfter: {},

@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from vlm_server.image_protocol import MaxPixels, MinPixels
 from vlm_server.nesting import is_too_deep
 
 _OTHER_MEDIA = {
@@ -57,7 +58,12 @@ class ImageUrl(BaseModel):
     url: UnicodeText | None = Field(
         None, validate_default=True, description="An http, https or data: URL; file: only under --allowed-local-media-path."
     )
-    detail: Literal["auto", "low", "high"] | None = Field(None, description="The picture's resolution as the model sees it.")
+    detail: Literal["auto", "low", "high"] | None = Field(
+        None,
+        description="low: at most 512 × 512 pixels, in one tile where the model can; auto: its default; high: that, with Gemma 3's crops.",
+    )
+    min_pixels: MinPixels = None
+    max_pixels: MaxPixels = None
 
     @field_validator("url")
     @classmethod
@@ -89,6 +95,8 @@ class ImagePart(BaseModel):
 
     type: Literal["image_url"]
     image_url: Annotated[Annotated[UnicodeText, Tag("<string>")] | Annotated[ImageUrl, Tag("<other>")], Discriminator(_is_string)]
+    min_pixels: MinPixels = None
+    max_pixels: MaxPixels = None
 
     def as_dict(self) -> dict[str, Any]:
         """What the client sent, without nulls; a bare string as `image_url` is written out as an object."""

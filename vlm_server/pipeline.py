@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys
+from vision.config import MAX_PICTURE_PIXELS
 from vision.families import Family, load_family
-from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
+from vision.image import ImageRef, MeasuredImage, ProcessedImage
 from vlm_server.chat_template import Message, TemplateError
 from vlm_server.detokenizer import StopWords
 from vlm_server.jinja_process import JinjaProcess
+from vlm_server.picture_parts import PictureParts
 from vlm_server.picture_places import ids_with_pictures, text_with_placeholders
 from vlm_server.stage_timings import StageTimings
 from vlm_server.template_choice import PromptTemplate, load_chat_template
@@ -64,6 +66,7 @@ class Pipeline:
         *,
         family: Family | None = None,
         images: ImageLoader | None = None,
+        max_picture_pixels: int = MAX_PICTURE_PIXELS,
     ) -> None:
         if family is not None and tokenizer.token_id(family.image_token) != family.image_token_id:
             raise ValueError(f"the tokenizer's {family.image_token} is not token {family.image_token_id}, as config.json says")
@@ -71,6 +74,7 @@ class Pipeline:
         self.template = template
         self.family = family
         self._images = images
+        self._pictures = PictureParts(family, max_picture_pixels)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenize")
 
     @classmethod
@@ -85,6 +89,7 @@ class Pipeline:
         meta_instruction: str | None = None,
         trust_remote_code: bool = False,
         jinja: JinjaProcess | None = None,
+        max_picture_pixels: int = MAX_PICTURE_PIXELS,
     ) -> "Pipeline":
         """The pipeline of the checkpoint in `model_folder`; blocks while its tokenizer is read.
 
@@ -103,7 +108,7 @@ class Pipeline:
             meta_instruction=meta_instruction,
             process=jinja,
         )
-        return cls(TextTokenizer(tokenizer), template, family=family, images=images)
+        return cls(TextTokenizer(tokenizer), template, family=family, images=images, max_picture_pixels=max_picture_pixels)
 
     @property
     def stop_words(self) -> StopWords:
@@ -120,6 +125,7 @@ class Pipeline:
         *,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        image_settings: Mapping[str, Any] | None = None,
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -129,6 +135,7 @@ class Pipeline:
         """The prompt for a conversation whose shape is already checked.
 
         pictures: files that are here already, by the URL that the messages name them with.
+        image_settings: the request's `mm_processor_kwargs`.
         timings: is given the stages template, pictures (and within it picture-fetch, -decode, -preprocess) and tokenize.
         Raises TemplateError, ImagesNotSupportedError, or the vision service's MediaError, each naming the field.
         """
@@ -140,6 +147,7 @@ class Pipeline:
                 marker,
                 tools=tools,
                 template_kwargs=template_kwargs,
+                image_settings=image_settings,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 pictures=pictures,
@@ -191,6 +199,7 @@ class Pipeline:
         *,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        image_settings: Mapping[str, Any] | None = None,
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -203,6 +212,7 @@ class Pipeline:
             marker,
             tools=tools,
             template_kwargs=template_kwargs,
+            image_settings=image_settings,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             pictures=pictures,
@@ -219,7 +229,8 @@ class Pipeline:
         """
         marker = _new_marker()
         refs: list[ImageRef] = []
-        plain = [_plain_part(part, f"{param}[{index}]", refs) for index, part in enumerate(parts)]
+        defaults = self._pictures.defaults(None)
+        plain = [self._pictures.plain(part, f"{param}[{index}]", refs, defaults) for index, part in enumerate(parts)]
         if refs and (self.family is None or self._images is None):
             raise ImagesNotSupportedError(refs[0].param)
         placeholder = self.family.placeholder if self.family else ""
@@ -242,8 +253,9 @@ class Pipeline:
         marker = _new_marker()
         timings = timings or StageTimings()
         refs: list[ImageRef] = []
+        defaults = self._pictures.defaults(None)
         for image, param in zip(pictures, params, strict=True):
-            _plain_part({"type": "image_url", "image_url": image}, param, refs)
+            self._pictures.plain({"type": "image_url", "image_url": image}, param, refs, defaults)
         if self.family is None or self._images is None:
             raise ImagesNotSupportedError(params[0])
         family = self.family
@@ -285,13 +297,14 @@ class Pipeline:
         *,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        image_settings: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         names: Mapping[str, str] | None = None,
         pictures: Mapping[str, bytes] | None = None,
     ) -> tuple[list[ImageRef], str]:
         """The pictures in order, and the template's text with a placeholder for each."""
-        refs, plain = _split_images(messages, names or {})
+        refs, plain = self._pictures.split(messages, names or {}, self._pictures.defaults(image_settings))
         if refs and (self.family is None or self._images is None):
             raise ImagesNotSupportedError(refs[0].param)
         text = await self._in_thread(
@@ -448,31 +461,9 @@ def _closing_on_error(images: Sequence[ProcessedImage]) -> Iterator[None]:
         raise
 
 
-def _split_images(messages: Sequence[Message], names: Mapping[str, str]) -> tuple[list[ImageRef], list[Message]]:
-    """The pictures in order, and the messages with a part `{"type": "image"}` in place of each."""
-    refs: list[ImageRef] = []
-    plain: list[Message] = []
-    for number, message in enumerate(messages):
-        content = message.get("content")
-        if isinstance(content, list):
-            paths = (f"messages[{number}].content[{index}].image_url" for index in range(len(content)))
-            content = [_plain_part(part, names.get(path, path), refs) for part, path in zip(content, paths, strict=True)]
-        plain.append({**message, "content": content})
-    return refs, plain
-
-
 def _held(refs: Sequence[ImageRef], pictures: Mapping[str, bytes] | None) -> list[ImageRef]:
     """With the files that are here already."""
     return [replace(ref, data=(pictures or {}).get(ref.url)) for ref in refs]
-
-
-def _plain_part(part: dict[str, Any], param: str, refs: list[ImageRef]) -> dict[str, Any]:
-    if part["type"] != "image_url":
-        return {"type": "text", "text": part["text"]}
-    image = part["image_url"]
-    options = ImageOptions(detail=image.get("detail") or "auto", min_pixels=image.get("min_pixels"), max_pixels=image.get("max_pixels"))
-    refs.append(ImageRef(url=image["url"], param=param, options=options))
-    return {"type": "image"}
 
 
 def _runs(slots: Sequence[int], image: int, is_atomic: bool) -> list[ImageSpan]:

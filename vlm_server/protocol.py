@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from vlm_server.format_protocol import ResponseFormat, StructuredOutputs, TextFormat
+from vlm_server.image_protocol import ProcessorSettings
 from vlm_server.message_schema import ChatMessage, TextPart, UnicodeText, check_ending
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
 from vlm_server.tool_schema import NamedTool, Tool, ToolChoice, Tools, forces_a_call, may_be_called, names_in
@@ -181,6 +182,7 @@ class ChatCompletionRequest(GenerationFields):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         None, description="Short for chat_template_kwargs.reasoning_effort, which wins."
     )
+    mm_processor_kwargs: ProcessorSettings | None = Field(None, description="Settings of the model's image processor, for all pictures.")
     tools: Tools = Field(None, description="Functions that the model may call.")
     tool_choice: ToolChoice | None = Field(
         None, description="auto (default), none, required, one function, or OpenAI's allowed_tools: some of them."
@@ -188,6 +190,13 @@ class ChatCompletionRequest(GenerationFields):
     parallel_tool_calls: bool | None = Field(None, description="false: the answer ends after its first call.")
     add_generation_prompt: bool | None = Field(None, description="false: without the beginning of an answer behind the messages.")
     continue_final_message: bool | None = Field(None, description="Go on with the last message, the assistant's, in place of a new one.")
+
+    @field_validator("mm_processor_kwargs")
+    @classmethod
+    def _need_pictures(cls, value: ProcessorSettings | None, info: ValidationInfo) -> ProcessorSettings | None:
+        if value and value.as_dict() and isinstance(info.data.get("messages"), str):
+            raise PydanticCustomError("api:invalid_value", "not with messages as a plain string, which has no pictures")
+        return value
 
     @field_validator("tools")
     @classmethod
@@ -232,6 +241,9 @@ class ChatCompletionRequest(GenerationFields):
     def template_kwargs(self) -> dict[str, Any]:
         short = {"enable_thinking": self.enable_thinking, "reasoning_effort": self.reasoning_effort}
         return {name: value for name, value in short.items() if value is not None} | (self.chat_template_kwargs or {})
+
+    def image_settings(self) -> dict[str, Any] | None:
+        return self.mm_processor_kwargs.as_dict() if self.mm_processor_kwargs else None
 
     def callable_tools(self) -> list[Tool]:
         """The tools that the answer may call."""

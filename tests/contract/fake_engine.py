@@ -200,6 +200,7 @@ class FakePipeline:
         self.tokenizer = ByteTokenizer()
         self.template = FakeTemplate()
         self.template_kwargs: dict[str, Any] | None = None
+        self.image_settings: Mapping[str, Any] | None = None
         self.turns: list[tuple[list[dict[str, Any]], dict[str, bytes]]] = []  # messages and files of every `turn_prompt`
 
     async def chat_prompt(
@@ -208,6 +209,7 @@ class FakePipeline:
         *,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        image_settings: Mapping[str, Any] | None = None,
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -215,6 +217,7 @@ class FakePipeline:
         timings: StageTimings | None = None,
     ) -> Prompt:
         self.template_kwargs = template_kwargs
+        self.image_settings = image_settings
         token_ids, images, spans = [BOS], [], []
         token_ids += json.dumps(tools).encode() if tools else b""
         for number, message in enumerate(messages):
@@ -244,6 +247,7 @@ class FakePipeline:
         *,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        image_settings: Mapping[str, Any] | None = None,
         tenant: str = "",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -253,6 +257,7 @@ class FakePipeline:
             messages,
             tools=tools,
             template_kwargs=template_kwargs,
+            image_settings=image_settings,
             tenant=tenant,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,

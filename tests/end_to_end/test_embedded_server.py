@@ -12,6 +12,7 @@ import aiohttp
 import openai
 import pytest
 
+from tests.end_to_end.counted import DETAILS, chat, counted, tokens_before
 from tests.end_to_end.pictures import drawn
 from tests.server_process import ServerProcess, data_url, server_process
 
@@ -68,6 +69,35 @@ async def test_usage_counts_the_tokens_of_a_picture(client):
     details = answer.usage.prompt_tokens_details.model_dump()
     assert details["image_tokens"] == 64
     assert answer.usage.prompt_tokens > 64
+
+
+@pytest.mark.parametrize("detail", DETAILS)
+async def test_a_pictures_header_tells_what_a_chat_with_it_is_charged(server, detail):
+    sizes = ((1, 1), (1, 900), (700, 1300))
+
+    results = [await asyncio.to_thread(counted, server.url, size, detail, is_on_its_side=size == (700, 1300)) for size in sizes]
+
+    assert all(result.before == result.charged > 64 for result in results)
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "param"),
+    [
+        ({}, {"do_pan_and_scan": True}, "mm_processor_kwargs.do_pan_and_scan"),
+        ({"min_pixels": 10**9}, {}, "messages[0].content[1].min_pixels"),
+        ({"max_pixels": 9}, {"min_pixels": 10}, "messages[0].content[1].max_pixels"),
+    ],
+)
+async def test_a_resolution_that_cannot_be_had_is_refused_by_name(server, client, fields, settings, param):
+    messages = chat(drawn(1), **fields)
+
+    with pytest.raises(openai.BadRequestError) as refused:
+        await client.chat.completions.create(
+            model=await served_name(client), messages=messages, extra_body={"mm_processor_kwargs": settings}
+        )
+
+    assert refused.value.param == param
+    assert tokens_before(server.url, messages, mm_processor_kwargs=settings) == (400, "invalid_value")
 
 
 async def test_tools_are_in_the_prompt_and_a_picture_may_be_a_result(client):

@@ -89,12 +89,14 @@ async def test_one_service_through_hits_misses_tenants_options_and_errors(servic
 
     # Options and tenants are part of what is known; other pictures have other hashes.
     (sized,) = await service.load(refs(data_url(png()), max_pixels=100))
+    (whole,) = await service.load(refs(data_url(png()), settings={"do_image_splitting": False}))
+    (tiled,) = await service.load(refs(data_url(png()), settings={"do_image_splitting": True}))
     (other,) = await service.load(refs(data_url(png(seed=2))))
     (theirs,) = await service.load(refs(data_url(png())), tenant="other")
-    assert len({first.content_hash, sized.content_hash, other.content_hash}) == 3
+    assert len({image.content_hash for image in (first, sized, whole, tiled, other)}) == 5
     assert theirs.content_hash == first.content_hash
-    assert service.stats().num_done["preprocess"] == 4
-    close([sized, other, theirs])
+    assert service.stats().num_done["preprocess"] == 6
+    close([sized, whole, tiled, other, theirs])
 
     # The first error cancels the rest and names its part of the request.
     gate = server.pages["/gate"] = Gate(png())
@@ -117,10 +119,10 @@ async def test_one_service_through_hits_misses_tenants_options_and_errors(servic
     )
     assert [result.param for result in results if isinstance(result, MediaError)] == ["a", "b"]
 
-    # Nothing is in flight any more, and only the four cached pictures' descriptors are open.
+    # Nothing is in flight any more, and only the six cached pictures' descriptors are open.
     stats = service.stats()
     assert stats.num_in_flight == {"fetch": 0, "decode": 0, "preprocess": 0}
-    assert stats.cache_bytes == 4 * (3 * 4 * 3 + 2 * 8)
+    assert stats.cache_bytes == 6 * (3 * 4 * 3 + 2 * 8)
     await service.close()
     await until(lambda: num_descriptors() < before)
 

@@ -40,7 +40,6 @@ UNSUPPORTED_IN_CHAT = {
     "input_ids": [1],
     "image_data": "x",
     "media_io_kwargs": {"image": {"a": 1}},
-    "mm_processor_kwargs": {"image": {"a": 1}},
     "return_logprob": True,
     "return_token_ids": True,
     "return_routed_experts": True,
@@ -96,6 +95,7 @@ NO_OPS: dict[str, Any] = {
     "functions": [],
     "response_format": {"type": "text"},
     "modalities": ["text"],
+    "mm_processor_kwargs": {},
     "num_beams": 1,
     "best_of": 1,
     "echo": False,
@@ -157,6 +157,10 @@ def nested(depth: int) -> Any:
     return value
 
 
+def pictured(*, image: dict[str, Any] | None = None, **fields: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x", **(image or {})}, **fields}]}]
+
+
 TOOL = tool(parameters={"type": "object", "properties": {"a": {"type": "integer"}}})
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 DEEP = nested(100)
@@ -182,6 +186,21 @@ INVALID: list[tuple[dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x", "detail": "best"}}]}]},
         "messages[0].content[0].image_url.detail",
     ),
+    ({"messages": pictured(image={"detail": "original"})}, "messages[0].content[0].image_url.detail"),
+    ({"messages": pictured(image={"min_pixels": 0})}, "messages[0].content[0].image_url.min_pixels"),
+    ({"messages": pictured(image={"max_pixels": 1.5})}, "messages[0].content[0].image_url.max_pixels"),
+    ({"messages": pictured(max_pixels=-1)}, "messages[0].content[0].max_pixels"),
+    ({"messages": pictured(min_pixels="many")}, "messages[0].content[0].min_pixels"),
+    ({"messages": pictured(resized_height=28)}, "messages[0].content[0].resized_height"),
+    ({"messages": pictured(image={"max_dynamic_patch": 6})}, "messages[0].content[0].image_url.max_dynamic_patch"),
+    ({"mm_processor_kwargs": {"max_pixels": 3}}, "mm_processor_kwargs.max_pixels"),
+    ({"mm_processor_kwargs": {"do_resize": False}}, "mm_processor_kwargs.do_resize"),
+    ({"mm_processor_kwargs": {"image": {"fps": 1}}}, "mm_processor_kwargs.image.fps"),
+    ({"mm_processor_kwargs": {"video": {"max_pixels": 1}}}, "mm_processor_kwargs.video"),
+    ({"mm_processor_kwargs": {"size": {"height": 28}}}, "mm_processor_kwargs.size.height"),
+    ({"mm_processor_kwargs": {"size": {"longest_edge": -1}}}, "mm_processor_kwargs.size.longest_edge"),
+    ({"mm_processor_kwargs": {"do_pan_and_scan": [1]}}, "mm_processor_kwargs.do_pan_and_scan"),
+    ({"mm_processor_kwargs": {"max_pixels": 9}, "messages": "raw"}, "mm_processor_kwargs"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].function"),

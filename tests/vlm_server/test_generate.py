@@ -119,7 +119,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"image_data": "bad"}, "image_data"),
     ({"image_data": [RED_CIRCLE, {"url": "bad"}]}, "image_data[1]"),
     ({"image_data": [{"detail": "low"}]}, "image_data[0].url"),
-    ({"image_data": {"url": RED_CIRCLE, "min_pixels": 5}}, "image_data.min_pixels"),
     ({"return_routed_experts": True}, "return_routed_experts"),
     ({"repetition_ngram_size": 2}, "repetition_ngram_size"),
     ({"repetition_ngram_threshold": 2}, "repetition_ngram_threshold"),

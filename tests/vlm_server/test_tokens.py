@@ -53,6 +53,18 @@ def test_a_chat_with_tools_is_counted_as_it_is_charged(server: RunningServer) ->
     assert counted["count"] > post(server, "/tokenize", messages=turns).json()["count"]
 
 
+def test_settings_for_pictures_are_those_that_the_chat_would_have(server: RunningServer) -> None:
+    settings = {"max_pixels": 9, "image": {"do_image_splitting": False}, "size": None}
+
+    assert post(server, "/tokenize", messages=CHAT, mm_processor_kwargs=settings).status_code == 200
+    counted_with = server.backend.pipeline.image_settings
+    post(server, "/v1/chat/completions", model=server.model, messages=CHAT, mm_processor_kwargs=settings)
+
+    assert counted_with == server.backend.pipeline.image_settings == {"max_pixels": 9, "image": {"do_image_splitting": False}}
+    refused = post(server, "/tokenize", messages=CHAT, mm_processor_kwargs={"max_pixels": 0})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "mm_processor_kwargs.max_pixels")
+
+
 def test_a_chat_that_is_continued_is_counted_without_its_end(server: RunningServer) -> None:
     begun = [*CHAT, {"role": "assistant", "content": "Once"}]
 
@@ -124,6 +136,7 @@ def test_models_are_checked_and_unknown_fields_warned_about(server: RunningServe
         ("/tokenize", {"messages": CHAT, "add_special_tokens": False}, "add_special_tokens"),
         ("/tokenize", {"prompt": "x", "add_generation_prompt": False}, "add_generation_prompt"),
         ("/tokenize", {"prompt": "x", "tools": [TOOL]}, "tools"),
+        ("/tokenize", {"prompt": "x", "mm_processor_kwargs": {"max_pixels": 9}}, "mm_processor_kwargs"),
         ("/v1/encode", {"input": "x", "do_preprocess": True, "add_bos": False}, "add_bos"),
     ],
 )

@@ -20,7 +20,7 @@ from vlm_server.tools import check_tools
 router = APIRouter(tags=["tokens"])
 
 _OF_PROMPTS = frozenset({"add_special_tokens"})
-_OF_CHATS = frozenset({"add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"})
+_OF_CHATS = frozenset({"add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools", "mm_processor_kwargs"})
 
 
 @router.post("/tokenize", response_model=TokenizeResponse, summary="The tokens of a prompt or a conversation")
@@ -76,6 +76,7 @@ async def _tokens(context: ServerContext, body: TokenizeRequest, tenant: str) ->
         messages,
         tools=[tool.as_dict() for tool in body.tools or ()] or None,
         template_kwargs=body.chat_template_kwargs,
+        image_settings=body.mm_processor_kwargs.as_dict() if body.mm_processor_kwargs else None,
         tenant=tenant,
         add_generation_prompt=body.adds_generation_prompt,
         continue_final_message=body.continue_final_message,
