@@ -6,7 +6,7 @@ whatever happens. Knows nothing of HTTP or of the shape of a response.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -390,7 +390,12 @@ class Generation:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        while not queue.empty():  # only after an abort: what was on its way
+        for delta in self._ends(queue):
+            yield delta
+
+    def _ends(self, queue: "asyncio.Queue[Delta | Exception | None]") -> Iterator[Delta]:
+        """After an abort: what was on its way, then the ends of the answers that have none."""
+        while not queue.empty():
             item = queue.get_nowait()
             if isinstance(item, Delta):
                 yield item

@@ -12,7 +12,9 @@ import requests
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.server_process import ServerProcess, server_process
+from tests.end_to_end.test_families_served import QUESTION, messages, png
+from tests.image_fixtures import reference_processor, tiny_folder
+from tests.server_process import ServerProcess, data_url, server_process
 from tests.tiny_models import write_tiny
 
 TOLERANCE = 1e-4
@@ -148,3 +150,24 @@ def wait_until(server: ServerProcess, metric: str, is_met: Callable[[float], boo
     deadline_s = time.monotonic() + 30
     while not is_met(server.metric(metric)):
         assert time.monotonic() < deadline_s, f"{metric} is {server.metric(metric)}"
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_pictures_of_generate_are_seen_as_those_of_a_chat(name: str) -> None:
+    url, content = data_url(png()), [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    prompt = reference_processor(name).apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    with server_process(tiny_folder(name), "--model-name", "tiny", "--session-len", "1024") as server:
+        chat_messages = messages({"type": "image_url", "image_url": {"url": url}})
+        chat = post(server, "/v1/chat/completions", model="tiny", messages=chat_messages, max_tokens=8, **GREEDY).json()
+        chat_ids = post(server, "/tokenize", messages=chat_messages).json()["tokens"]
+
+        by_text = post(server, "/generate", prompt=prompt, image_data=url, max_tokens=8, **GREEDY).json()
+        by_ids = post(server, "/generate", input_ids=chat_ids, image_data=[{"url": url}], max_tokens=8, **GREEDY).json()
+        without = post(server, "/generate", input_ids=chat_ids, max_tokens=8)
+
+    assert by_text["meta_info"]["prompt_tokens"] == by_ids["meta_info"]["prompt_tokens"] == chat["usage"]["prompt_tokens"]
+    assert by_text["output_ids"] == by_ids["output_ids"]
+    assert by_text["text"] == chat["choices"][0]["message"]["content"]
+    assert (without.status_code, without.json()["error"]["param"]) == (400, "input_ids")

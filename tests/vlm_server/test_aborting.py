@@ -1,5 +1,6 @@
 """`/abort_request`: requests that are ended from another one keep what they have, give the engine back, and are their tenant's alone."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,13 +9,15 @@ from typing import Any
 import pytest
 import requests
 
-from engine.request import SamplingParams, StepOutput, TokenLogprobs
-from tests.contract.fake_engine import DEFAULT_REPLY
+from engine.request import Prompt, SamplingParams, StepOutput, TokenLogprobs
+from tests.contract.fake_engine import DEFAULT_REPLY, FakeBackend
 from tests.contract.running import RunningServer, fake_config, running_server
 from tests.vlm_server.byte_tokenizer import ByteTokenizer
 from vlm_server.aborting import AbortSwitch, RunningRequests
 from vlm_server.detokenizer import Detokenizer
-from vlm_server.generation import Answer
+from vlm_server.generation import Answer, Generation
+from vlm_server.metrics import Metrics
+from vlm_server.protocol import CompletionRequest
 
 HELLO = [{"role": "user", "content": "hi"}]
 KEYS = ("mine", "theirs")
@@ -182,6 +185,32 @@ def test_without_its_flag_nothing_can_be_aborted_and_a_number_has_no_effect() ->
     assert "--enable-abort-handling" in response.json()["error"]["message"]
     assert named["warnings"] == ["session_id: it has no effect without --enable-abort-handling"]
     assert "warnings" not in unnamed
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("num_read", [1, 4, 7])
+async def test_the_engine_is_free_at_once_though_nobody_reads_the_answer(n: int, num_read: int) -> None:
+    backend, switch = FakeBackend(), AbortSwitch()
+    backend.engine.hangs_after = 10
+    body = CompletionRequest(model="m", prompt="hi", n=n)
+    prompt = Prompt(token_ids=(104, 105), cache_keys=(104, 105))
+    generation = Generation(
+        backend.engine, ByteTokenizer(), [prompt], SamplingParams(), body, request_id="x", metrics=Metrics(), abort=switch
+    )
+    deltas = generation.deltas()
+    pieces = [await anext(deltas) for _ in range(num_read)]
+
+    switch.set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+    assert len(backend.activity) == 0
+    pieces += [delta async for delta in deltas]
+    for index in range(n):
+        own = [piece for piece in pieces if piece.index == index]
+        assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + ["abort"]
+        assert "".join(piece.text for piece in own).encode() == bytes(token_id for piece in own for token_id in piece.token_ids)
+    assert generation.usage().completion_tokens == sum(len(piece.token_ids) for piece in pieces)
 
 
 def test_a_switch_that_is_set_early_or_twice_calls_once() -> None:
