@@ -41,13 +41,16 @@ def new_shape(*, eager: bool = False, **fields: Any) -> MessageShape:
     return MessageShape(request, response_id="msg_1", request_id="req_1", warnings=["x: no"])
 
 
+def delta(events: list[Event], finish_reason: str | None = None, stop_string: str | None = None) -> Delta:
+    return Delta(index=0, text="", logprobs=None, finish_reason=finish_reason, events=events, stop_string=stop_string)
+
+
 def deltas_of(pieces: list[str], finish_reason: str, stop_string: str | None) -> list[Delta]:
     """As a generation gives them: none without news but the last."""
     reasoning = ReasoningReader(REASONING_FORMATS["think"], is_open=False)
     parser = AnswerParser(reasoning=reasoning, calls=CallReader(TOOL_FORMATS["hermes"].read, ["look"]))
     steps = [parser.feed(piece) for piece in pieces]
-    deltas = [Delta(0, "", None, None, events) for events in steps if events]
-    return [*deltas, Delta(0, "", None, finish_reason, parser.finish(), stop_string=stop_string)]
+    return [*(delta(events) for events in steps if events), delta(parser.finish(), finish_reason, stop_string)]
 
 
 def on_the_wire(value: Any) -> Any:
@@ -55,14 +58,13 @@ def on_the_wire(value: Any) -> Any:
 
 
 def streamed(shape: MessageShape, deltas: list[Delta]) -> list[dict[str, Any]]:
-    chunks = [*shape.first_chunks(1, USAGE), *(chunk for delta in deltas for chunk in shape.chunks(delta)), *shape.last_chunks(USAGE)]
+    chunks = [*shape.first_chunks(1, USAGE), *(chunk for piece in deltas for chunk in shape.chunks(piece)), *shape.last_chunks(USAGE)]
     return [on_the_wire(chunk) for chunk in chunks]
 
 
 def whole(shape: MessageShape, deltas: list[Delta]) -> dict[str, Any]:
-    events = [event for delta in deltas for event in delta.events]
-    ending = deltas[-1]
-    answer = FinishedAnswer([], events, finish_reason=ending.finish_reason, stop_string=ending.stop_string)
+    events = [event for piece in deltas for event in piece.events]
+    answer = FinishedAnswer(events=events, finish_reason=deltas[-1].finish_reason, stop_string=deltas[-1].stop_string)
     return dict(on_the_wire(shape.response([answer], USAGE)))
 
 
@@ -122,7 +124,7 @@ def test_answers_have_the_shape_that_the_document_states(text: str, ending: tupl
 
 
 def blocks(*events: Event, **fields: Any) -> Any:
-    return without_ids(whole(new_shape(**fields), [Delta(0, "", None, "stop", list(events))]))["content"]
+    return without_ids(whole(new_shape(**fields), [delta(list(events), "stop")]))["content"]
 
 
 def test_blocks_come_in_the_models_order() -> None:
@@ -150,7 +152,7 @@ def test_thinking_can_be_omitted() -> None:
 
 
 def test_cached_tokens_are_not_among_the_input_tokens() -> None:
-    usage = whole(new_shape(), [Delta(0, "", None, "stop", [])])["usage"]
+    usage = whole(new_shape(), [delta([], "stop")])["usage"]
 
     assert usage == {
         "input_tokens": 5,
@@ -175,7 +177,7 @@ def test_cached_tokens_are_not_among_the_input_tokens() -> None:
     ],
 )
 def test_an_end_has_anthropics_name(finish: tuple[str, str | None], max_tokens: int, reason: str, sequence: str | None) -> None:
-    message = whole(new_shape(max_tokens=max_tokens, stop_sequences=["own"]), [Delta(0, "", None, finish[0], [], stop_string=finish[1])])
+    message = whole(new_shape(max_tokens=max_tokens, stop_sequences=["own"]), [delta([], *finish)])
 
     assert (message["stop_reason"], message["stop_sequence"]) == (reason, sequence)
 
