@@ -81,13 +81,15 @@ MAY_IMPORT = {
     "vision.single_flight": "",
     "vision.workers": ".frames",
     "vlm_server": "",
+    "vlm_server.admission": ".auth .errors .metering .middleware .quotas",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.answer_grammar": ".errors .tools engine.guided",
+    "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
-        ".answer_formats .auth .backend .chat_page .config .context .docs .errors .metrics .middleware .routes.* .sampling "
-        ".sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
+        ".admission .answer_formats .api_keys .auth .backend .chat_page .config .context .docs .errors .metered_engine .metrics "
+        ".middleware .quotas .routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
     ),
-    "vlm_server.auth": ".errors",
+    "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
         ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
     ),
@@ -100,7 +102,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
-        ".chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal engine.config "
+        ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal engine.config "
         "vision.config vlm_server"
     ),
     "vlm_server.client": "",
@@ -114,7 +116,7 @@ MAY_IMPORT = {
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
-    "vlm_server.errors": ".sessions.history .sessions.store engine.request vision.image",
+    "vlm_server.errors": ".quotas .sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
         ".embedding_protocol .errors .format_protocol .interactive_protocol .message_schema .protocol .token_protocol .tool_schema"
@@ -130,6 +132,8 @@ MAY_IMPORT = {
     "vlm_server.jinja_worker": "",
     "vlm_server.logprobs": "engine.request",
     "vlm_server.message_schema": ".nesting",
+    "vlm_server.metered_engine": ".backend .metering engine.request",
+    "vlm_server.metering": ".quotas engine.request",
     "vlm_server.metrics": "engine.request vision.service",
     "vlm_server.middleware": ".errors .metrics .stage_timings",
     "vlm_server.nesting": "",
@@ -141,10 +145,11 @@ MAY_IMPORT = {
     "vlm_server.parsing.scanner": "",
     "vlm_server.parsing.tool_formats": ".parsing.calls .parsing.scanner",
     "vlm_server.pipeline": (
-        ".chat_template .detokenizer .jinja_process .stage_timings .template_choice .tokenizer .transcript engine.request vision.families "
-        "vision.image"
+        ".chat_template .detokenizer .jinja_process .metering .stage_timings .template_choice .tokenizer .transcript engine.request "
+        "vision.families vision.image"
     ),
     "vlm_server.protocol": ".format_protocol .message_schema .nesting .tool_schema",
+    "vlm_server.quotas": "",
     "vlm_server.response_schema": "",
     "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
@@ -162,7 +167,7 @@ MAY_IMPORT = {
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
     "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
-    "vlm_server.serving": ".app .backend .config .sessions.opening .sessions.store engine.request",
+    "vlm_server.serving": ".api_keys .app .auth .backend .config .sessions.opening .sessions.store engine.request",
     "vlm_server.sessions": "",
     "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
     "vlm_server.sessions.lease": ".sessions.store",

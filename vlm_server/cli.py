@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from vlm_server import __version__
 from vlm_server.config import DEFAULT_PORT, ServerConfig
@@ -15,6 +16,8 @@ from vlm_server.flags import add_serve_flags, normalized, values_for
 logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "VLM_SERVER_API_KEY"
+
+_SECRET_VARIABLES = ("VLM_SERVER_API_KEYS",)  # not for the processes that the server starts
 
 _LEGACY_WORDS = {"api_server": "serve", "api_client": "chat", "gradio": "gradio"}  # lmdeploy serve api_server MODEL, … api_client URL
 
@@ -38,7 +41,8 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
     from vlm_server.checkpoint import find_adapter, find_checkpoint, find_tokenizer
     from vlm_server.template_choice import read_chosen
 
-    read_chosen(parsed.chat_template, parsed.chat_template_args, parsed.meta_instruction)  # a mistake is known before a download
+    secrets = _secrets(parsed)  # a mistake is known before a download
+    read_chosen(parsed.chat_template, parsed.chat_template_args, parsed.meta_instruction)
     checkpoint = find_checkpoint(
         parsed.model, revision=parsed.revision, download_dir=parsed.download_dir, trust_remote_code=parsed.trust_remote_code
     )
@@ -51,7 +55,17 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
         model_root=checkpoint.root,
         tokenizer_folder=find_tokenizer(parsed.tokenizer_path, adapter=adapter),
         **values_for("server", parsed),
+        **secrets,
     )
+
+
+def _secrets(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Keys, of flags and environment, as fields of the config. Raises ApiKeysError."""
+    from vlm_server.api_keys import ENVIRONMENT_VARIABLE, key_sources, load_keys
+
+    keys, files = key_sources(parsed.api_keys, parsed.api_keys_file, os.environ.get(ENVIRONMENT_VARIABLE))
+    load_keys(keys, files)
+    return {"api_keys": tuple(keys), "api_key_files": tuple(files)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,7 +126,10 @@ def _serve(parsed: argparse.Namespace) -> int:
     from vlm_server.serving import ServingError, serve
 
     try:
-        serve(server_config(parsed))
+        config = server_config(parsed)
+        for name in _SECRET_VARIABLES:
+            os.environ.pop(name, None)
+        serve(config)
     except (CheckpointError, ServingError, ValueError) as error:
         print(f"vlm-server: {error}", file=sys.stderr)
         return 1

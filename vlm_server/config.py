@@ -20,7 +20,8 @@ class ServerConfig:
     server_name: str = "0.0.0.0"
     server_port: int = DEFAULT_PORT
     root_path: str = ""  # the prefix that a reverse proxy strips
-    api_keys: tuple[str, ...] = ()  # none: every key is accepted
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # without these and files every key is accepted
+    api_key_files: tuple[str, ...] = ()  # TOML, with names and quotas; see api_keys
     allow_origins: tuple[str, ...] = ("*",)
     allow_methods: tuple[str, ...] = ("*",)
     allow_headers: tuple[str, ...] = ("*",)
@@ -49,7 +50,6 @@ class ServerConfig:
             ("model_name", bool(self.model_name), "a name"),
             ("server_port", 0 <= self.server_port < 65536, "0 to 65535"),
             ("root_path", self.root_path == "" or self.root_path[0] == "/" != self.root_path[-1], "/a/path or nothing"),
-            ("api_keys", all(self.api_keys), "keys that are not empty"),
             ("max_body_bytes", self.max_body_bytes >= 1, "at least 1"),
             ("session_store", bool(self.session_store), "a file, redis://…, memory or auto"),
             ("session_ttl_s", self.session_ttl_s > 0, "above 0 seconds"),
@@ -59,3 +59,8 @@ class ServerConfig:
         ):
             if not is_valid:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed, only {allowed}")
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether only those who bring a key are served."""
+        return bool(self.api_keys or self.api_key_files)

@@ -16,6 +16,7 @@ from vlm_server.examples import request_examples
 from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionStreamResponse, ErrorResponse
 
 ASSETS = Path(__file__).parent / "ui" / "swagger"
+DOCS_PATHS = frozenset({"/", "/openapi.json"}).union(f"/swagger-ui/{path.name}" for path in ASSETS.iterdir())  # need no key
 
 # All addresses are relative, so that the page also works behind a prefix.
 _PAGE = """<!doctype html>
@@ -48,7 +49,7 @@ _ERRORS = {
     "404": "The model does not exist.",
     "409": "Another turn of the session is under way.",
     "413": "The body is too large.",
-    "429": "Too many requests wait; try again after `Retry-After` seconds.",
+    "429": "Too many requests wait, or the key's quota is used up; try again after `Retry-After` seconds.",
     "500": "The server failed.",
     "503": "The engine is not ready; try again after `Retry-After` seconds.",
 }
@@ -86,7 +87,7 @@ def openapi_schema(app: FastAPI, config: ServerConfig) -> dict[str, Any]:
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             _complete(path, method, operation, config)
-    if config.api_keys:
+    if config.needs_key:
         schema["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"ApiKey": []}]
     return schema
@@ -125,7 +126,7 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
 
 
 def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
-    keyed = ["401"] if config.api_keys and path != "/health" else []
+    keyed = ["401"] if config.needs_key and path != "/health" else []
     if method == "post":
         return ["400", *keyed, "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
     return [*keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]

@@ -18,6 +18,7 @@ from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
 from vlm_server.chat_template import Message, TemplateError
 from vlm_server.detokenizer import StopWords
 from vlm_server.jinja_process import JinjaProcess
+from vlm_server.metering import admit_pictures, charge_pixels
 from vlm_server.stage_timings import StageTimings
 from vlm_server.template_choice import PromptTemplate, load_chat_template
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
@@ -169,6 +170,7 @@ class Pipeline:
             return []
         if self.family is None or self._images is None:
             raise ImagesNotSupportedError(refs[0].param)
+        admit_pictures()
         return await self._images.fetch(refs, limit_bytes=limit_bytes, tenant=tenant)
 
     def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
@@ -270,8 +272,10 @@ class Pipeline:
     async def _loaded(self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings) -> list[ProcessedImage]:
         if not refs or self._images is None:
             return []
+        admit_pictures()
         with timings.stage("pictures"):
             loaded = await self._images.load(refs, tenant=tenant)
+        charge_pixels(sum(image.width * image.height for image in loaded))
         for image in loaded:
             timings.add_slowest("picture", image.timings_s)
         return loaded

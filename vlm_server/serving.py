@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import sys
 import time
@@ -11,7 +12,9 @@ from collections.abc import AsyncIterator, Callable
 import uvicorn
 
 from engine.request import EngineError
+from vlm_server.api_keys import is_open_to_others
 from vlm_server.app import create_app
+from vlm_server.auth import KeyRing
 from vlm_server.backend import Backend, open_backend
 from vlm_server.config import ServerConfig
 from vlm_server.sessions.opening import open_store
@@ -30,12 +33,14 @@ class ServingError(Exception):
 
 def serve(config: ServerConfig) -> None:
     """Blocks until the server is stopped by a signal. Raises ServingError."""
-    if config.server_name in _ANYWHERE and not config.api_keys:
+    if config.server_name in _ANYWHERE and not config.needs_key:
         logger.warning(
             "listening on every address without API keys: whoever reaches port %d can use the model and make this server fetch "
             "pictures; set --api-keys, or --server-name 127.0.0.1",
             config.server_port,
         )
+    for file in filter(is_open_to_others, config.api_key_files):
+        logger.warning("%s, the file of the API keys, can be read or changed by every user of this machine: chmod 600", file)
     with _listener(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_run(config, listener))
 
@@ -83,11 +88,20 @@ class _Server(uvicorn.Server):
         app = create_app(config, open_backend=opened, open_store=opened_store)
         super().__init__(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S, server_header=False))
         self._ready = ready
+        self._keys: KeyRing | None = app.state.keys if config.api_key_files else None
+        self._reloads: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started:
+            if self._keys is not None:
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_keys, self._keys)
             print(self._ready, flush=True)
+
+    def _reload_keys(self, keys: KeyRing) -> None:
+        task = asyncio.create_task(keys.reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
 
 
 class ProgressLine:
