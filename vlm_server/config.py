@@ -50,6 +50,7 @@ class ServerConfig:
             ("model_name", bool(self.model_name), "a name"),
             ("server_port", 0 <= self.server_port < 65536, "0 to 65535"),
             ("root_path", self.root_path == "" or self.root_path[0] == "/" != self.root_path[-1], "/a/path or nothing"),
+            ("allow_credentials", not (self.allow_credentials and "*" in self.allow_origins), "with --allow-origins that are named, not *"),
             ("max_body_bytes", self.max_body_bytes >= 1, "at least 1"),
             ("session_store", bool(self.session_store), "a file, redis://…, memory or auto"),
             ("session_ttl_s", self.session_ttl_s > 0, "above 0 seconds"),

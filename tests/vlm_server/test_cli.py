@@ -144,6 +144,7 @@ def test_keys_come_from_flag_file_and_environment(folder: str, tmp_path: Path, m
         (["--api-keys", "@/no/such.toml"], "/no/such.toml: there is no such file"),
         (["--api-keys-file", "/no/such.toml"], "/no/such.toml: there is no such file"),
         (["--api-keys", "a b"], "--api-keys: key 1: only visible ASCII"),
+        (["--allow-credentials"], "allow_credentials: True is not allowed"),
     ],
 )
 def test_a_server_that_was_to_have_keys_never_starts_without(
