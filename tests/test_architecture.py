@@ -102,11 +102,11 @@ MAY_IMPORT = {
     ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
-        ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal engine.config "
-        "vision.config vlm_server"
+        ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal .tls "
+        "engine.config vision.config vlm_server"
     ),
     "vlm_server.client": "",
-    "vlm_server.config": "engine.config vision.config",
+    "vlm_server.config": ".tls engine.config vision.config",
     "vlm_server.context": (
         ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .generation .interactive_protocol "
         ".metrics .middleware .parsing.answer .protocol .sampling .token_protocol .turns engine.request"
@@ -167,7 +167,7 @@ MAY_IMPORT = {
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
     "vlm_server.routes.tokens": ".auth .context .errors .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
-    "vlm_server.serving": ".api_keys .app .auth .backend .config .sessions.opening .sessions.store engine.request",
+    "vlm_server.serving": ".api_keys .app .auth .backend .config .sessions.opening .sessions.store .tls engine.request",
     "vlm_server.sessions": "",
     "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
     "vlm_server.sessions.lease": ".sessions.store",
@@ -180,6 +180,7 @@ MAY_IMPORT = {
     "vlm_server.streaming": ".errors .generation .middleware",
     "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
     "vlm_server.terminal": ".chat_client",
+    "vlm_server.tls": "",
     "vlm_server.token_protocol": ".message_schema .protocol .tool_schema",
     "vlm_server.tokenizer": "vision",
     "vlm_server.tool_schema": ".message_schema .nesting",

@@ -25,18 +25,22 @@ def json_loads(content: str | bytes) -> Any:
         return ""
 
 
-def get_model_list(api_url: str, headers: Mapping[str, str] | None = None) -> list[str] | None:
-    """The ids of `GET /v1/models` at `api_url`; None where the server refuses."""
-    response = requests.get(api_url, headers=dict(headers or {}), timeout=None)
+def get_model_list(api_url: str, headers: Mapping[str, str] | None = None, verify: bool | str | None = None) -> list[str] | None:
+    """The ids of `GET /v1/models` at `api_url`; None where the server refuses. verify: as of `APIClient`."""
+    response = requests.get(api_url, headers=dict(headers or {}), timeout=None, verify=verify)
     if not response.ok:
         return None
     return [str(model["id"]) for model in response.json()["data"]]
 
 
 class APIClient:
-    """A server at `api_server_url`, e.g. http://localhost:23333."""
+    """A server at `api_server_url`, e.g. http://localhost:23333.
 
-    def __init__(self, api_server_url: str, api_key: str | None = None, **kwargs: object) -> None:
+    verify: a PEM file of the certificates that an https server may have; None: those that `requests` trusts, or the file that
+    REQUESTS_CA_BUNDLE in the environment names; False: any.
+    """
+
+    def __init__(self, api_server_url: str, api_key: str | None = None, *, verify: bool | str | None = None, **kwargs: object) -> None:
         self.api_server_url = api_server_url
         self.models_v1_url = f"{api_server_url}/v1/models"
         self.chat_completions_v1_url = f"{api_server_url}/v1/chat/completions"
@@ -47,19 +51,20 @@ class APIClient:
         self.headers = {"content-type": "application/json"}
         if api_key is not None:
             self.headers["Authorization"] = f"Bearer {api_key}"
+        self.verify = verify
         self._available_models: list[str] | None = None
 
     @property
     def available_models(self) -> list[str] | None:
         """The served models' names, asked for once; None where the server refuses."""
         if self._available_models is None:
-            self._available_models = get_model_list(self.models_v1_url, self.headers)
+            self._available_models = get_model_list(self.models_v1_url, self.headers, self.verify)
         return self._available_models
 
     def encode(self, input: str | list[str], do_preprocess: bool = False, add_bos: bool = True) -> tuple[Any, Any]:
         """Token ids and their number; of several texts a list of each. `do_preprocess`: of the chat that asks the text."""
         body = {"input": input, "do_preprocess": do_preprocess, "add_bos": add_bos}
-        answer = requests.post(self.encode_v1_url, headers=self.headers, json=body, timeout=None).json()
+        answer = requests.post(self.encode_v1_url, headers=self.headers, json=body, timeout=None, verify=self.verify).json()
         return answer["input_ids"], answer["length"]
 
     def chat_completions_v1(
@@ -171,7 +176,7 @@ class APIClient:
             pass
 
     def _post(self, url: str, body: dict[str, Any]) -> Iterator[Any]:
-        response = requests.post(url, headers=self.headers, json=body, stream=bool(body["stream"]), timeout=None)
+        response = requests.post(url, headers=self.headers, json=body, stream=bool(body["stream"]), timeout=None, verify=self.verify)
         if not body["stream"]:
             yield json_loads(response.content)
             return

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
 from vision.config import VisionConfig
+from vlm_server.tls import TlsFiles
 
 DEFAULT_PORT = 23333
 
@@ -22,6 +23,7 @@ class ServerConfig:
     root_path: str = ""  # the prefix that a reverse proxy strips
     api_keys: tuple[str, ...] = field(default=(), repr=False)  # without these and files every key is accepted
     api_key_files: tuple[str, ...] = ()  # TOML, with names and quotas; see api_keys
+    tls: TlsFiles | None = None  # with them the server speaks HTTPS alone
     allow_origins: tuple[str, ...] = ("*",)
     allow_methods: tuple[str, ...] = ("*",)
     allow_headers: tuple[str, ...] = ("*",)

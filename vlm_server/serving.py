@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 import uvicorn
+from fastapi import FastAPI
 
 from engine.request import EngineError
 from vlm_server.api_keys import is_open_to_others
@@ -19,6 +20,7 @@ from vlm_server.backend import Backend, open_backend
 from vlm_server.config import ServerConfig
 from vlm_server.sessions.opening import open_store
 from vlm_server.sessions.store import RecordStore, StoreError
+from vlm_server.tls import OLDEST_VERSION, TlsFiles
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ async def _run(config: ServerConfig, listener: socket.socket) -> None:
                 raise ServingError(f"{config.model_root} cannot be served: {error}") from error
             finally:
                 progress.close()
-            url = _url(listener)
+            url = _url(listener, "https" if config.tls else "http")
             ready = f"Ready in {time.monotonic() - started_s:.0f} s: {config.model_name} at {url} ({_places(config, url)})"
             await _Server(config, backend, store, ready).serve(sockets=[listener])
     finally:
@@ -86,7 +88,7 @@ class _Server(uvicorn.Server):
             yield store
 
         app = create_app(config, open_backend=opened, open_store=opened_store)
-        super().__init__(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S, server_header=False))
+        super().__init__(_uvicorn_config(app, config.tls))
         self._ready = ready
         self._keys: KeyRing | None = app.state.keys if config.api_key_files else None
         self._reloads: set[asyncio.Task[None]] = set()
@@ -102,6 +104,16 @@ class _Server(uvicorn.Server):
         task = asyncio.create_task(keys.reload())
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
+
+
+def _uvicorn_config(app: FastAPI, tls: TlsFiles | None) -> uvicorn.Config:
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S, server_header=False)
+    if tls is not None:
+        config.ssl_certfile, config.ssl_keyfile, config.ssl_keyfile_password = tls.certfile, tls.keyfile, tls.password
+    config.load()
+    if config.ssl is not None:
+        config.ssl.minimum_version = OLDEST_VERSION
+    return config
 
 
 class ProgressLine:
@@ -140,10 +152,10 @@ def _listener(config: ServerConfig) -> socket.socket:
     return listener
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
     shown = "127.0.0.1" if host in _ANYWHERE else f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{port}"
+    return f"{scheme}://{shown}:{port}"
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -12,6 +12,7 @@ from typing import IO
 
 import pytest
 import requests
+import trustme
 
 from vlm_server.serving import ProgressLine
 
@@ -117,6 +118,22 @@ def iter_until(stream: IO[str], words: str) -> Iterator[str]:
         if words in line:
             return
     raise AssertionError(f"no line has {words!r}")
+
+
+@pytest.mark.full
+def test_the_ready_line_of_a_server_with_a_certificate_says_https(tmp_path: Path) -> None:
+    issued = trustme.CA().issue_cert("127.0.0.1")
+    issued.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "both.pem"))
+    names = {"SSL_CERTFILE": str(tmp_path / "both.pem"), "SSL_KEYFILE": str(tmp_path / "both.pem")}
+    with serve_process(tmp_path, "--server-name", "127.0.0.1", "--ssl", **names) as process:
+        assert process.stdout
+        line = process.stdout.readline()
+
+        url = next(word for word in line.split() if word.startswith("http"))
+        assert url.startswith("https://")
+        assert f"(chat at {url}/ui, API at {url}/v1, docs at {url}/)" in line
+        with pytest.raises(requests.exceptions.SSLError):
+            requests.get(f"{url}/health", timeout=5)
 
 
 def test_an_engine_that_cannot_start_ends_the_server_with_one_line(tmp_path: Path) -> None:
