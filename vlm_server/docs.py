@@ -126,9 +126,9 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
 
 
 def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
-    keyed = ["401"] if config.needs_key and path != "/health" else []
+    keyed = ["401", "429"] if config.needs_key and path != "/health" else []
     if method == "post":
-        return ["400", *keyed, "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
+        return ["400", *keyed[:1], "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
     return [*keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]
 
 

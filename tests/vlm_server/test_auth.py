@@ -212,6 +212,15 @@ def test_a_ring_with_a_wrong_file_is_not_made(tmp_path: Path) -> None:
         ring(file=tmp_path / "none.toml")
 
 
+def test_the_openapi_document_says_what_a_server_with_keys_asks_for_and_answers(keyed: RunningServer) -> None:
+    document = requests.get(f"{keyed.url}/openapi.json", timeout=10).json()
+
+    assert document["security"] == [{"ApiKey": []}]
+    for path, method in (("/v1/models", "get"), ("/v1/chat/completions", "post")):
+        assert {"401", "429"} <= set(document["paths"][path][method]["responses"])
+    assert document["paths"]["/health"]["get"]["security"] == []
+
+
 def test_the_config_shows_no_key() -> None:
     config: Any = fake_config(api_keys=("hush",))
 

@@ -1,6 +1,7 @@
 """Command lines as LMDeploy's users type them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -134,6 +135,19 @@ def test_keys_come_from_flag_file_and_environment(folder: str, tmp_path: Path, m
         found = config("serve", folder, *words)
         assert (found.api_keys, found.api_key_files) == (("a", "b"), (str(file),))
         assert found.needs_key
+
+
+def test_processes_that_the_server_starts_do_not_inherit_its_secrets(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[ServerConfig, set[str]]] = []
+    monkeypatch.setattr("vlm_server.serving.serve", lambda config: seen.append((config, set(os.environ))))
+    monkeypatch.setenv("VLM_SERVER_API_KEYS", "hush")
+    monkeypatch.setenv("SSL_KEYFILE_PASSWORD", "hush")
+
+    assert main(["serve", folder]) == 0
+
+    [(found, names)] = seen
+    assert found.api_keys == ("hush",)
+    assert not names & {"VLM_SERVER_API_KEYS", "SSL_KEYFILE_PASSWORD"}
 
 
 @pytest.mark.parametrize(

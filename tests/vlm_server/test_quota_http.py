@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import requests
+from openai import OpenAI, RateLimitError
 
 from engine.request import EngineDeadError, QueueFullError
 from tests.contract.running import RunningServer, fake_config, running_server
@@ -18,7 +19,7 @@ from vlm_server.admission import duration
 from vlm_server.quotas import Quota
 
 CHAT = "/v1/chat/completions"
-LONG_AGO = {"role": "user", "content": "x"}
+SHORT: Any = {"role": "user", "content": "x"}
 
 Serve = Callable[..., AbstractContextManager[RunningServer]]
 
@@ -44,7 +45,7 @@ def serve(clock: FakeClock, tmp_path: Path) -> Serve:
 
 
 def ask(server: RunningServer, path: str = CHAT, *, key: str = "alice", **fields: Any) -> requests.Response:
-    body = {"model": server.model, **({"messages": [LONG_AGO]} if path == CHAT else {}), **fields}
+    body = {"model": server.model, **({"messages": [SHORT]} if path == CHAT else {}), **fields}
     return requests.post(server.url + path, json=body, headers={"Authorization": f"Bearer {key}-secret"}, timeout=10)
 
 
@@ -173,7 +174,7 @@ def test_with_its_tokens_used_up_a_key_may_still_list_models_and_count_tokens(se
         ask(server, prompt="x" * 119, path="/v1/completions", max_tokens=1)
 
         assert get(server, "/v1/models").status_code == 200
-        assert ask(server, "/tokenize", messages=[LONG_AGO]).status_code == 200
+        assert ask(server, "/tokenize", messages=[SHORT]).status_code == 200
         assert ask(server, "/v1/chat/interactive", prompt="", session_id=1, cancel=True).status_code == 200
 
 
@@ -212,7 +213,7 @@ def test_tokens_are_charged_while_they_are_written(serve: Serve) -> None:
     with serve(tokens=1000) as server:
         server.backend.engine.hangs_after = 5
         headers = {"Authorization": "Bearer alice-secret"}
-        body = {"model": server.model, "messages": [LONG_AGO], "stream": True}
+        body = {"model": server.model, "messages": [SHORT], "stream": True}
         with requests.post(server.url + CHAT, json=body, headers=headers, stream=True, timeout=10) as response:
             lines = response.iter_lines()
             assert any(b'"content":"H"' in line for line in lines)
@@ -227,7 +228,7 @@ def test_one_who_leaves_before_the_answer_is_charged_the_prompt(serve: Serve) ->
     with serve(tokens=1000) as server:
         server.backend.engine.hangs_after = 0
         headers = {"Authorization": "Bearer alice-secret"}
-        for path, fields in ((CHAT, {"messages": [LONG_AGO]}), ("/v1/chat/interactive", {"prompt": "hi"})):
+        for path, fields in ((CHAT, {"messages": [SHORT]}), ("/v1/chat/interactive", {"prompt": "hi"})):
             before = tokens_left(server)
             with pytest.raises(requests.ReadTimeout):
                 requests.post(server.url + path, json={"model": server.model, **fields}, headers=headers, timeout=0.3)
@@ -287,3 +288,14 @@ def test_health_and_docs_are_not_counted(serve: Serve) -> None:
         assert get(server, "/v1/models").status_code == 200
         assert get(server, "/v1/models").status_code == 429
         assert get(server, "/health").status_code == 200
+
+
+def test_openais_client_sees_a_rate_limit_and_reads_what_is_left(serve: Serve) -> None:
+    with serve(requests=1) as server, OpenAI(base_url=f"{server.url}/v1", api_key="alice-secret", max_retries=0) as client:
+        answered = client.chat.completions.with_raw_response.create(model=server.model, messages=[SHORT])
+        with pytest.raises(RateLimitError) as caught:
+            client.models.list()
+
+    assert (answered.headers["x-ratelimit-limit-requests"], answered.headers["x-ratelimit-remaining-requests"]) == ("1", "0")
+    assert caught.value.code == "quota_exceeded"
+    assert caught.value.response.headers["retry-after"] == "60"
