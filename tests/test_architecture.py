@@ -88,6 +88,7 @@ MAY_IMPORT = {
     "vision.workers": ".frames",
     "vlm_server": "",
     "vlm_server.aborting": "",
+    "vlm_server.admission": ".auth .errors .metering .middleware .quotas",
     "vlm_server.alpaca": "",
     "vlm_server.alpaca_protocol": ".alpaca .embedding_protocol .message_schema .protocol",
     "vlm_server.alpaca_shapes": ".alpaca .errors .generation .streaming",
@@ -102,11 +103,13 @@ MAY_IMPORT = {
     "vlm_server.anthropic.translation": ".anthropic.field_names .anthropic.protocol .anthropic.turns .errors .protocol",
     "vlm_server.anthropic.turns": ".anthropic.field_names .anthropic.protocol",
     "vlm_server.api_calls": "",
+    "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
-        ".aborting .answer_formats .auth .backend .chat_page .config .context .docs .errors .files .metrics .middleware "
-        ".responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns engine.request vision.image"
+        ".aborting .admission .answer_formats .api_keys .auth .backend .chat_page .config .context .docs .errors .files .metered_engine "
+        ".metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns "
+        "engine.request vision.image"
     ),
-    "vlm_server.auth": ".errors",
+    "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
         ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
     ),
@@ -120,11 +123,11 @@ MAY_IMPORT = {
     ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
-        ".chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal engine.config "
-        "vision.config vlm_server"
+        ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal .tls "
+        "engine.config vision.config vlm_server"
     ),
     "vlm_server.client": ".api_calls",
-    "vlm_server.config": "engine.config vision.config",
+    "vlm_server.config": ".tls engine.config vision.config",
     "vlm_server.connections": ".config",
     "vlm_server.context": (
         ".aborting .answer_formats .auth .backend .config .detokenizer .embedding_protocol .errors .field_rules .files .generation "
@@ -137,7 +140,7 @@ MAY_IMPORT = {
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
-    "vlm_server.errors": ".sessions.history .sessions.store engine.request vision.image",
+    "vlm_server.errors": ".quotas .sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
         ".alpaca_protocol .anthropic.protocol .embedding_protocol .errors .file_protocol .format_protocol .generate_protocol "
@@ -162,6 +165,8 @@ MAY_IMPORT = {
     "vlm_server.jinja_worker": "",
     "vlm_server.logprobs": "engine.request",
     "vlm_server.message_schema": ".image_protocol .nesting",
+    "vlm_server.metered_engine": ".backend .metering engine.request",
+    "vlm_server.metering": ".quotas engine.request",
     "vlm_server.metrics": "engine.request vision.service",
     "vlm_server.middleware": ".errors .metrics .stage_timings",
     "vlm_server.nesting": "",
@@ -175,10 +180,11 @@ MAY_IMPORT = {
     "vlm_server.picture_parts": ".chat_template engine.request vision.config vision.families vision.image",
     "vlm_server.picture_places": ".tokenizer engine.request vision.families",
     "vlm_server.pipeline": (
-        ".chat_template .detokenizer .jinja_process .picture_parts .picture_places .stage_timings .template_choice .tokenizer .transcript "
-        "engine.request vision.config vision.families vision.image"
+        ".chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .stage_timings .template_choice .tokenizer "
+        ".transcript engine.request vision.config vision.families vision.image"
     ),
     "vlm_server.protocol": ".format_protocol .image_protocol .message_schema .nesting .tool_schema",
+    "vlm_server.quotas": "",
     "vlm_server.response_schema": "",
     "vlm_server.responses": "",
     "vlm_server.responses.field_paths": ".errors engine.request vision.image",
@@ -231,7 +237,7 @@ MAY_IMPORT = {
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
     "vlm_server.routes.tokens": ".auth .context .errors .files .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
-    "vlm_server.serving": ".app .backend .config .connections .sessions.opening .sessions.store engine.request",
+    "vlm_server.serving": ".api_keys .app .auth .backend .config .connections .sessions.opening .sessions.store .tls engine.request",
     "vlm_server.sessions": "",
     "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
     "vlm_server.sessions.lease": ".sessions.store",
@@ -244,6 +250,7 @@ MAY_IMPORT = {
     "vlm_server.streaming": ".errors .generation .middleware",
     "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
     "vlm_server.terminal": ".chat_client",
+    "vlm_server.tls": "",
     "vlm_server.token_protocol": ".image_protocol .message_schema .protocol .tool_schema",
     "vlm_server.tokenizer": "vision",
     "vlm_server.tool_schema": ".message_schema .nesting",

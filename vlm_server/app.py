@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import AsyncIterator, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -14,17 +15,21 @@ from starlette.responses import Response
 from engine.request import EngineError
 from vision.image import MediaError
 from vlm_server.aborting import RunningRequests, TracksAborts
+from vlm_server.admission import QUOTA_HEADERS, EnforceQuotas
 from vlm_server.answer_formats import AnswerFormats
-from vlm_server.auth import RequireApiKey
+from vlm_server.api_keys import load_keys
+from vlm_server.auth import KeyRing, RequireApiKey
 from vlm_server.backend import Backend, OpenBackend, open_backend
 from vlm_server.chat_page import ChatPage
 from vlm_server.config import ALPACA, ServerConfig
 from vlm_server.context import ServerContext
-from vlm_server.docs import add_docs
+from vlm_server.docs import DOCS_PATHS, add_docs
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.files import Files
+from vlm_server.metered_engine import metered_engine
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
+from vlm_server.quotas import Quota, QuotaExceededError
 from vlm_server.responses.records import ResponseRecords
 from vlm_server.routes import (
     abort,
@@ -46,16 +51,18 @@ from vlm_server.routes import (
 from vlm_server.sampling import SamplingDefaults
 from vlm_server.sessions.history import SessionBusyError, Sessions
 from vlm_server.sessions.opening import OpenStore, open_store
-from vlm_server.sessions.store import Limits, Quota, RecordStore, StoreError
+from vlm_server.sessions.store import Limits, RecordStore, StoreError
+from vlm_server.sessions.store import Quota as StoreQuota
 from vlm_server.turns import Turns
 
 
 def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend, open_store: OpenStore = open_store) -> FastAPI:
     """The server of one model. `open_backend` gives the engine and the pipeline, `open_store` what outlives them; tests put scripted ones
-    there.
+    there. Its `state.keys` is the KeyRing, or None. Raises ApiKeysError.
     """
     metrics = Metrics()
     running = RunningRequests() if config.enable_abort_handling else None
+    keys = _key_ring(config, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -68,7 +75,8 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
             formats = _answer_formats(config, backend)
             async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns:
                 uploads, created_s = _files(config, store), int(time.time())
-                app.state.context = ServerContext(config, backend, defaults, metrics, turns, formats, uploads, records, created_s, running)
+                charging = replace(backend, engine=metered_engine(backend.engine)) if keys is not None else backend
+                app.state.context = ServerContext(config, charging, defaults, metrics, turns, formats, uploads, records, created_s, running)
                 yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -88,13 +96,25 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     _add_error_handlers(app)
     if running is not None:
         app.add_middleware(TracksAborts, running=running)
-    _add_middleware(app, config, metrics, open_paths=chat_page.paths if chat_page else ())
+    open_paths = (DOCS_PATHS if config.enable_docs else frozenset()) | (chat_page.paths if chat_page else frozenset())
+    _add_middleware(app, config, metrics, keys, open_paths=open_paths)
+    app.state.keys = keys
     return app
 
 
 def _files(config: ServerConfig, store: RecordStore) -> Files:
     """What one request names is bound as data: URLs in its body would be."""
-    return Files(store, Quota(config.max_files, config.max_file_bytes_per_key), max_request_bytes=config.max_body_bytes)
+    return Files(store, StoreQuota(config.max_files, config.max_file_bytes_per_key), max_request_bytes=config.max_body_bytes)
+
+
+def _key_ring(config: ServerConfig, metrics: Metrics) -> KeyRing | None:
+    """None: no key is needed."""
+    if not config.needs_key:
+        return None
+    return KeyRing(
+        lambda: load_keys(config.api_keys, config.api_key_files),
+        new_quota=lambda key: Quota(key.limits, owner=key.name, on_refused=metrics.quota_refused),
+    )
 
 
 def _answer_formats(config: ServerConfig, backend: Backend) -> AnswerFormats:
@@ -103,7 +123,7 @@ def _answer_formats(config: ServerConfig, backend: Backend) -> AnswerFormats:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    for kind in (ApiError, EngineError, MediaError, SessionBusyError, StoreError, HTTPException):
+    for kind in (ApiError, EngineError, MediaError, QuotaExceededError, SessionBusyError, StoreError, HTTPException):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
 
@@ -125,18 +145,19 @@ def _is_json(content_type: str) -> bool:
     return media_type == "application/json" or media_type.endswith("+json")
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics, *, open_paths: Collection[str]) -> None:
-    """The last one added is the outermost: prefix, log, CORS, keys, body limit, routes."""
+def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics, keys: KeyRing | None, *, open_paths: Collection[str]) -> None:
+    """The last one added is the outermost: prefix, log, CORS, keys, quotas, body limit, routes."""
     app.add_middleware(BodyLimit, limit_bytes=config.max_body_bytes)
-    if config.api_keys:
-        app.add_middleware(RequireApiKey, api_keys=config.api_keys, open_paths=open_paths)
+    if keys is not None:
+        app.add_middleware(EnforceQuotas)
+        app.add_middleware(RequireApiKey, keys=keys, open_paths=open_paths)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=config.allow_origins,
         allow_methods=config.allow_methods,
         allow_headers=config.allow_headers,
         allow_credentials=config.allow_credentials,
-        expose_headers=["X-Request-Id", "Server-Timing"],
+        expose_headers=["X-Request-Id", "Server-Timing", "Retry-After", *QUOTA_HEADERS],
     )
     app.add_middleware(RequestLog, metrics=metrics)
     app.add_middleware(RootPath, root_path=config.root_path)

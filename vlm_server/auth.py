@@ -1,66 +1,126 @@
-"""API keys: every path needs one but health, the docs and their assets, and the files of the chat page.
+"""API keys: every path needs one but those that are named as open, by the very string that is routed.
 
-Without configured keys all are welcome, whatever they send.
-
-Each key is a tenant of its own: what one tenant's prompts and pictures left in the caches is never another's to find.
+A key comes in `Authorization: Bearer KEY` or in `x-api-key: KEY`, never in the path or the query. Without configured keys all are welcome,
+whatever they send. Each key is a tenant of its own: what one tenant's prompts and pictures left in the caches is never another's to find.
 """
 
-import hashlib
+import asyncio
 import hmac
-from collections.abc import Collection, Sequence
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vlm_server.api_keys import ApiKey, ApiKeysError, digest_of
 from vlm_server.errors import ApiError
+from vlm_server.middleware import request_facts
+from vlm_server.quotas import Quota
 
-OPEN_PATHS = frozenset({"/", "/health", "/openapi.json"})
-OPEN_PREFIX = "/swagger-ui/"
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health"})
+
+
+@dataclass(frozen=True, slots=True)
+class KeyHolder:
+    """A known key and what is left of its quota."""
+
+    key: ApiKey
+    quota: Quota
+
+    @property
+    def tenant(self) -> str:
+        return self.key.digest.hex()
+
+
+class KeyRing:
+    """The keys that open the server now."""
+
+    def __init__(self, load: Callable[[], Sequence[ApiKey]], *, new_quota: Callable[[ApiKey], Quota]) -> None:
+        """load: reads them, here and in `reload`; what it raises is raised here."""
+        self._load = load
+        self._new_quota = new_quota
+        self._reloading = asyncio.Lock()
+        self._holders: tuple[KeyHolder, ...] = ()
+        self._replace(load())
+
+    def find(self, given: Sequence[str]) -> KeyHolder | None:
+        """Whose key is among `given`. Compares all with all: the time tells nothing."""
+        found = None
+        for digest in map(digest_of, given):
+            for holder in self._holders:
+                is_same = hmac.compare_digest(digest, holder.key.digest)
+                found = holder if is_same and found is None else found
+        return found
+
+    async def reload(self) -> None:
+        """Reads the keys again, in a thread. Where one of them is wrong all stay as they were, and the log says why."""
+        async with self._reloading:
+            try:
+                keys = await asyncio.to_thread(self._load)
+            except ApiKeysError as error:
+                logger.error("the API keys stay as they were: %s", error)
+                return
+            self._replace(keys)
+            logger.warning("read the API keys again: there are %d", len(keys))
+
+    def _replace(self, keys: Sequence[ApiKey]) -> None:
+        """A key that keeps its name keeps what it has used."""
+        quotas = {holder.key.name: holder.quota for holder in self._holders}
+        for key in keys:
+            if key.name in quotas:
+                quotas[key.name].change(key.limits)
+        self._holders = tuple(KeyHolder(key, quotas.get(key.name) or self._new_quota(key)) for key in keys)
 
 
 class RequireApiKey:
-    """Answers 401 unless the request brings `Authorization: Bearer KEY`, or `x-api-key: KEY`, with one of the keys.
+    """Answers 401 unless the request brings one of the keys.
 
-    open_paths: more paths that need none, exactly as they are routed: decoded, and neither `..` nor another spelling is resolved.
+    open_paths: paths that need none, exactly as they are routed: decoded, and neither `..` nor another spelling is resolved.
     """
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], open_paths: Collection[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, *, keys: KeyRing, open_paths: Collection[str] = ()) -> None:
         self._app = app
+        self._keys = keys
         self._open_paths = OPEN_PATHS.union(open_paths)
-        self._digests = [_digest(key) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] == "OPTIONS" or self._is_open(scope["path"]):
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and self._is_open(scope)):
             await self._app(scope, receive, send)
             return
-        tenant = self._tenant(Headers(scope=scope))
-        if tenant is not None:
-            scope["tenant"] = tenant  # in place: the router leaves its route there for the log
+        if scope["type"] != "http":  # a websocket: no route has one
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        holder = self._keys.find(given_keys(Headers(scope=scope)))
+        if holder is not None:
+            scope["key_holder"] = holder  # in place: the router leaves its route there for the log
+            request_facts(scope)["key"] = holder.key.name
             await self._app(scope, receive, send)
             return
-        message = "this server needs one of its API keys in the header Authorization: Bearer KEY (or x-api-key: KEY)"
+        message = "this server needs one of its API keys in the header Authorization: Bearer KEY, or in x-api-key: KEY"
         error = ApiError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})
         await error.response(scope)(scope, receive, send)
 
-    def _is_open(self, path: str) -> bool:
-        return path in self._open_paths or (path.startswith(OPEN_PREFIX) and ".." not in path)
+    def _is_open(self, scope: Scope) -> bool:
+        return scope["method"] == "OPTIONS" or scope["path"] in self._open_paths
 
-    def _tenant(self, headers: Headers) -> str | None:
-        """The key's digest, if it is one of ours."""
-        digest = _digest(_key_in(headers))
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]  # all of them: the time tells nothing
-        return digest.hex() if any(matches) else None
+
+def given_keys(headers: Headers) -> list[str]:
+    """What a client offers as its key, under either header's name."""
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    given = [bearer.strip()] if scheme.lower() == "bearer" else []
+    return [*given, headers["x-api-key"].strip()] if "x-api-key" in headers else given
+
+
+def holder_of(scope: Scope) -> KeyHolder | None:
+    """Whose key the request brought; None where none is needed."""
+    holder: KeyHolder | None = scope.get("key_holder")
+    return holder
 
 
 def tenant_of(scope: Scope) -> str:
     """Whose request it is; all are one tenant where no keys are configured."""
-    return str(scope.get("tenant", ""))
-
-
-def _key_in(headers: Headers) -> str:
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    holder = holder_of(scope)
+    return holder.tenant if holder is not None else ""

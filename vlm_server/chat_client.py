@@ -6,6 +6,7 @@ Every failure is a ChatError of one line. Works with any server that speaks Open
 import base64
 import json
 import mimetypes
+import ssl
 import stat
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,18 +49,20 @@ class Piece:
 class ChatServer:
     """The server at `url`, with or without a /v1 at its end. Its calls block, and have a limit."""
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
-        """Raises ChatError where `url` is none."""
+    def __init__(self, url: str, api_key: str | None = None, *, ca_file: str | None = None) -> None:
+        """ca_file: PEM file of the certificates that an https server may have. Raises ChatError where `url` is none, or the file."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ChatError(f"{url}: a server's URL is needed, such as http://127.0.0.1:23333; to run a model: vlm-server serve {url}")
         self.url = url.rstrip("/").removesuffix("/v1")
+        self._trusted = _trusted(ca_file)
+        self._ca_file = ca_file
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
     def models(self) -> list[str]:
         """The ids of its models. Raises ChatError."""
         try:
-            response = requests.get(f"{self.url}/v1/models", headers=self._headers, timeout=CONNECT_LIMIT_S)
+            response = requests.get(f"{self.url}/v1/models", headers=self._headers, timeout=CONNECT_LIMIT_S, verify=self._ca_file)
             _raise_refusal(response)
             return [str(model["id"]) for model in response.json()["data"]]
         except requests.RequestException as error:
@@ -82,7 +85,7 @@ class ChatServer:
         limits = (CONNECT_LIMIT_S, ANSWER_LIMIT_S)
         try:
             with requests.post(
-                f"{self.url}/v1/chat/completions", json=body, headers=self._headers, stream=True, timeout=limits
+                f"{self.url}/v1/chat/completions", json=body, headers=self._headers, stream=True, timeout=limits, verify=self._ca_file
             ) as response:
                 _raise_refusal(response)
                 for event in events(response):
@@ -97,7 +100,7 @@ class ChatServer:
         try:
             async with (
                 aiohttp.ClientSession(timeout=limits, headers=self._headers, read_bufsize=_MAX_LINE_BYTES) as session,
-                session.post(f"{self.url}/v1/chat/completions", json=body) as response,
+                session.post(f"{self.url}/v1/chat/completions", json=body, ssl=self._trusted) as response,
             ):
                 if not response.ok:
                     raise _refusal(await response.read(), response.status, response.reason)
@@ -107,6 +110,8 @@ class ChatServer:
                         yield _piece(json_loads(data))
         except TimeoutError as error:
             raise ChatError(f"{self.url} did not answer in time") from error
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise _untrusted(self.url) from error
         except aiohttp.ClientPayloadError as error:
             raise ChatError(f"{self.url} closed the connection in the middle of its answer") from error
         except (aiohttp.ClientError, ValueError) as error:  # ValueError: a line without end
@@ -188,6 +193,22 @@ def _unreachable(url: str, error: requests.RequestException) -> ChatError:
         return ChatError(f"{url} did not answer in time")
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
         return ChatError(f"{url} closed the connection in the middle of its answer")
+    if isinstance(error, requests.exceptions.SSLError):
+        return _untrusted(url)
     if isinstance(error, requests.ConnectionError):
         return ChatError(f"{url} cannot be reached: is the server running?")
     return ChatError(f"{url}: {error}")
+
+
+def _untrusted(url: str) -> ChatError:
+    return ChatError(f"{url} has no certificate that is trusted for its name; --cafile names a file of those that are")
+
+
+def _trusted(ca_file: str | None) -> ssl.SSLContext | bool:
+    """For aiohttp: True are the system's."""
+    if ca_file is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # ssl.SSLError too: a file without certificates
+        raise ChatError(f"{ca_file}: it is no file of trusted certificates: {error.strerror or error}") from error

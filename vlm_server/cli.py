@@ -7,15 +7,21 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_server import __version__
 from vlm_server.config import DEFAULT_PORT, ConnectionLimits, ServerConfig
 from vlm_server.flags import add_serve_flags, compat_defaults, device_values, normalized, values_for
 
+if TYPE_CHECKING:
+    from vlm_server.chat_client import ChatServer
+
 logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "VLM_SERVER_API_KEY"
+CA_FILE_VARIABLE = "SSL_CERT_FILE"  # OpenSSL's own
+
+_SECRET_VARIABLES = ("VLM_SERVER_API_KEYS", "SSL_KEYFILE_PASSWORD")  # not for the processes that the server starts
 
 _LEGACY_WORDS = {"api_server": "serve", "api_client": "chat", "gradio": "gradio"}  # lmdeploy serve api_server MODEL, … api_client URL
 
@@ -42,7 +48,8 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
     from vlm_server.checkpoint import find_adapter, find_checkpoint, find_tokenizer
     from vlm_server.template_choice import read_chosen
 
-    read_chosen(parsed.chat_template, parsed.chat_template_args, parsed.meta_instruction)  # a mistake is known before a download
+    secrets = _secrets(parsed)  # a mistake is known before a download
+    read_chosen(parsed.chat_template, parsed.chat_template_args, parsed.meta_instruction)
     checkpoint = find_checkpoint(
         _model(parsed), revision=parsed.revision, download_dir=parsed.download_dir, trust_remote_code=parsed.trust_remote_code
     )
@@ -60,7 +67,21 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
         tokenizer_folder=find_tokenizer(parsed.tokenizer_path, adapter=adapter),
         connections=ConnectionLimits(**values_for("connections", parsed)),
         **values_for("server", parsed),
+        **secrets,
     )
+
+
+def _secrets(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Keys and certificate, of flags and environment, as fields of the config. Raises ApiKeysError or TlsError."""
+    from vlm_server.api_keys import ENVIRONMENT_VARIABLE, key_sources, load_keys
+    from vlm_server.tls import tls_files
+
+    keys, files = key_sources(parsed.api_keys, parsed.api_keys_file, os.environ.get(ENVIRONMENT_VARIABLE))
+    load_keys(keys, files)
+    tls = tls_files(parsed.ssl_certfile, parsed.ssl_keyfile, from_environment=parsed.ssl, environment=os.environ)
+    if tls is not None:
+        tls.check()
+    return {"api_keys": tuple(keys), "api_key_files": tuple(files), "tls": tls}
 
 
 def _model(parsed: argparse.Namespace) -> str | None:
@@ -117,6 +138,9 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     url = f"http://127.0.0.1:{DEFAULT_PORT}"
     parser.add_argument("url", nargs="?", metavar="URL", default=url, help=f"the server (default: {url})")
     parser.add_argument("--api-key", metavar="KEY", help=f"the server's key (default: {API_KEY_VARIABLE} in the environment)")
+    parser.add_argument(
+        "--cafile", metavar="FILE", help=f"PEM file of the certificates that are trusted (default: {CA_FILE_VARIABLE}, or well-known ones)"
+    )
 
 
 _DISABLING_SWITCHES = {"--disable-metrics": "--no-metrics", "--disable-fastapi-docs": "--no-fastapi-docs", "--disable-ui": "--no-ui"}
@@ -129,7 +153,10 @@ def _serve(parsed: argparse.Namespace) -> int:
     from vlm_server.serving import ServingError, serve
 
     try:
-        serve(server_config(parsed))
+        config = server_config(parsed)
+        for name in _SECRET_VARIABLES:
+            os.environ.pop(name, None)
+        serve(config)
     except (CheckpointError, ServingError, ValueError) as error:
         print(f"vlm-server: {error}", file=sys.stderr)
         return 1
@@ -140,7 +167,7 @@ def _serve(parsed: argparse.Namespace) -> int:
 
 def _chat(parsed: argparse.Namespace) -> int:
     """Chat with a server in the terminal. An empty line sends; /image PATH_OR_URL adds a picture; end and exit end."""
-    from vlm_server.chat_client import ChatError, ChatServer
+    from vlm_server.chat_client import ChatError
     from vlm_server.terminal import TerminalChat
 
     for stream in (sys.stdin, sys.stdout):
@@ -151,7 +178,7 @@ def _chat(parsed: argparse.Namespace) -> int:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() edits lines with it)
     try:
-        server = ChatServer(parsed.url, _api_key(parsed))
+        server = _server_of(parsed)
         model = server.chosen_model(parsed.model)
     except ChatError as error:
         print(f"vlm-server: {error}", file=sys.stderr)
@@ -173,11 +200,11 @@ def _chat(parsed: argparse.Namespace) -> int:
 
 def _gradio(parsed: argparse.Namespace) -> int:
     """Serve a chat page for a server, made with gradio (an optional package). Whoever opens the page uses the server with your key."""
-    from vlm_server.chat_client import ChatError, ChatServer
+    from vlm_server.chat_client import ChatError
     from vlm_server.gradio_page import GradioMissingError, serve_page
 
     try:
-        serve_page(ChatServer(parsed.url, _api_key(parsed)), host=parsed.server_name, port=parsed.server_port)
+        serve_page(_server_of(parsed), host=parsed.server_name, port=parsed.server_port)
     except (ChatError, GradioMissingError) as error:
         print(f"vlm-server: {error}", file=sys.stderr)
         return 1
@@ -186,8 +213,11 @@ def _gradio(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _api_key(parsed: argparse.Namespace) -> str | None:
-    return parsed.api_key or os.environ.get(API_KEY_VARIABLE)
+def _server_of(parsed: argparse.Namespace) -> "ChatServer":
+    from vlm_server.chat_client import ChatServer
+
+    key = parsed.api_key or os.environ.get(API_KEY_VARIABLE)
+    return ChatServer(parsed.url, key, ca_file=parsed.cafile or os.environ.get(CA_FILE_VARIABLE))
 
 
 def _set_up_logging(level: str) -> None:

@@ -6,6 +6,7 @@ error's body is yielded. Unlike there every wait has a limit.
 
 import json
 import logging
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from vlm_server.api_calls import ApiCalls
 logger = logging.getLogger(__name__)
 
 Timeout = tuple[float, float] | float | None  # seconds: for the connection, and for each next piece of an answer; None: no limit
+
+Verify = bool | str | None
 
 TIMEOUT_S = (10.0, 600.0)  # before its first piece a request may wait for its turn
 _MAX_LINE_BYTES = 1 << 22  # of one event; a whole logprobs list is far below
@@ -31,24 +34,33 @@ def json_loads(content: str | bytes) -> Any:
         return ""
 
 
-def get_model_list(api_url: str, headers: Mapping[str, str] | None = None, timeout: Timeout = TIMEOUT_S) -> list[str] | None:
-    """The ids of `GET /v1/models` at `api_url`; None where the server refuses."""
-    response = requests.get(api_url, headers=dict(headers or {}), timeout=timeout)
+def get_model_list(
+    api_url: str, headers: Mapping[str, str] | None = None, timeout: Timeout = TIMEOUT_S, verify: Verify = None
+) -> list[str] | None:
+    """The ids of `GET /v1/models` at `api_url`; None where the server refuses. timeout, verify: as of `APIClient`."""
+    response = requests.get(api_url, headers=dict(headers or {}), timeout=timeout, verify=verify)
     return _model_ids(response.json()) if response.ok else None
 
 
 class APIClient(ApiCalls[Iterator[Any]]):
-    """A server at `api_server_url`, e.g. http://localhost:23333. Raises what `requests` raises, where there is no answer."""
+    """A server at `api_server_url`, e.g. http://localhost:23333. Raises what `requests` raises, where there is no answer.
 
-    def __init__(self, api_server_url: str, api_key: str | None = None, timeout: Timeout = TIMEOUT_S, **kwargs: object) -> None:
+    verify: a PEM file of the certificates that an https server may have; None: those that `requests` trusts, or the file that
+    REQUESTS_CA_BUNDLE in the environment names; False: any.
+    """
+
+    def __init__(
+        self, api_server_url: str, api_key: str | None = None, timeout: Timeout = TIMEOUT_S, *, verify: Verify = None, **kwargs: object
+    ) -> None:
         super().__init__(api_server_url, api_key)
+        self.verify = verify
         self._timeout = timeout
 
     @property
     def available_models(self) -> list[str] | None:
         """The served models' names, asked for once; None where the server refuses."""
         if self._available_models is None:
-            self._available_models = get_model_list(self.models_v1_url, self.headers, self._timeout)
+            self._available_models = get_model_list(self.models_v1_url, self.headers, self._timeout, self.verify)
         return self._available_models
 
     def encode(self, input: str | list[str], do_preprocess: bool = False, add_bos: bool = True) -> tuple[Any, Any]:
@@ -86,7 +98,7 @@ class APIClient(ApiCalls[Iterator[Any]]):
 
     def _post(self, url: str, body: dict[str, Any]) -> Iterator[Any]:
         streams = bool(body.get("stream"))
-        response = requests.post(url, headers=self.headers, json=body, stream=streams, timeout=self._timeout)
+        response = requests.post(url, headers=self.headers, json=body, stream=streams, timeout=self._timeout, verify=self.verify)
         if not streams:
             yield json_loads(response.content)
             return
@@ -98,11 +110,14 @@ class AsyncAPIClient(ApiCalls[AsyncIterator[Any]]):
     """`APIClient` for an event loop: its generators are asynchronous, and what it returns is awaited, also `available_models`.
 
     Each call has a connection of its own, which is closed when its generator is: nothing is left to be closed by hand. Raises what
-    `aiohttp` raises, where there is no answer.
+    `aiohttp` raises, where there is no answer, and OSError for a `verify` that cannot be read.
     """
 
-    def __init__(self, api_server_url: str, api_key: str | None = None, timeout: Timeout = TIMEOUT_S, **kwargs: object) -> None:
+    def __init__(
+        self, api_server_url: str, api_key: str | None = None, timeout: Timeout = TIMEOUT_S, *, verify: Verify = None, **kwargs: object
+    ) -> None:
         super().__init__(api_server_url, api_key)
+        self._trusted = ssl.create_default_context(cafile=verify) if isinstance(verify, str) else verify is not False
         connect_s, read_s = timeout if isinstance(timeout, tuple) else (timeout, timeout)
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=read_s)
 
@@ -143,12 +158,12 @@ class AsyncAPIClient(ApiCalls[AsyncIterator[Any]]):
 
     async def _models(self) -> list[str] | None:
         if self._available_models is None:
-            async with self._connection() as session, session.get(self.models_v1_url) as response:
+            async with self._connection() as session, session.get(self.models_v1_url, ssl=self._trusted) as response:
                 self._available_models = _model_ids(await response.json()) if response.ok else None
         return self._available_models
 
     async def _post(self, url: str, body: dict[str, Any]) -> AsyncIterator[Any]:
-        async with self._connection() as session, session.post(url, json=body) as response:
+        async with self._connection() as session, session.post(url, json=body, ssl=self._trusted) as response:
             if not body.get("stream"):
                 yield json_loads(await response.read())
                 return

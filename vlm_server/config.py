@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
 from vision.config import VisionConfig
+from vlm_server.tls import TlsFiles
 
 DEFAULT_PORT = 23333
 ALPACA = "alpaca"
@@ -38,7 +39,9 @@ class ServerConfig:
     server_name: str = "0.0.0.0"
     server_port: int = DEFAULT_PORT
     root_path: str = ""  # the prefix that a reverse proxy strips
-    api_keys: tuple[str, ...] = ()  # none: every key is accepted
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # without these and files every key is accepted
+    api_key_files: tuple[str, ...] = ()  # TOML, with names and quotas; see api_keys
+    tls: TlsFiles | None = None  # with them the server speaks HTTPS alone
     allow_origins: tuple[str, ...] = ("*",)
     allow_methods: tuple[str, ...] = ("*",)
     allow_headers: tuple[str, ...] = ("*",)
@@ -78,7 +81,7 @@ class ServerConfig:
             ("server_port", 0 <= self.server_port < 65536, "0 to 65535"),
             ("compat", self.compat in COMPATS, " | ".join(COMPATS)),
             ("root_path", self.root_path == "" or self.root_path[0] == "/" != self.root_path[-1], "/a/path or nothing"),
-            ("api_keys", all(self.api_keys), "keys that are not empty"),
+            ("allow_credentials", not (self.allow_credentials and "*" in self.allow_origins), "with --allow-origins that are named, not *"),
             ("max_body_bytes", self.max_body_bytes >= 1, "at least 1"),
             ("session_store", bool(self.session_store), "a file, redis://…, memory or auto"),
             ("session_ttl_s", self.session_ttl_s > 0, "above 0 seconds"),
@@ -99,3 +102,8 @@ class ServerConfig:
         ):
             if not is_valid:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed, only {allowed}")
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether only those who bring a key are served."""
+        return bool(self.api_keys or self.api_key_files)

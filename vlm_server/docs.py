@@ -19,6 +19,7 @@ from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionS
 from vlm_server.responses.schema import ResponseStreamEvent
 
 ASSETS = Path(__file__).parent / "ui" / "swagger"
+DOCS_PATHS = frozenset({"/", "/openapi.json"}).union(f"/swagger-ui/{path.name}" for path in ASSETS.iterdir())  # need no key
 
 # All addresses are relative, so that the page also works behind a prefix.
 _PAGE = """<!doctype html>
@@ -60,7 +61,7 @@ _ERRORS = {
     "404": "The model, the file or the response does not exist.",
     "409": "Another turn of the session is under way.",
     "413": "The body is too large, or the API key has too many files.",
-    "429": "Too many requests wait; try again after `Retry-After` seconds.",
+    "429": "Too many requests wait, or the key's quota is used up; try again after `Retry-After` seconds.",
     "500": "The server failed.",
     "501": "The server was started without the flag that this needs.",
     "503": "The engine, or the session store, is not ready; try again after `Retry-After` seconds.",
@@ -99,7 +100,7 @@ def openapi_schema(app: FastAPI, config: ServerConfig) -> dict[str, Any]:
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             _complete(path, method, operation, config)
-    if config.api_keys:
+    if config.needs_key:
         schema["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"ApiKey": []}]
     return schema
@@ -150,13 +151,13 @@ def _examples(config: ServerConfig) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
-    keyed = ["401"] if config.api_keys and path != "/health" else []
+    keyed = ["401", "429"] if config.needs_key and path != "/health" else []
     if path.startswith(_FILES):
         return [*(["404"] if "{" in path else ["400"]), *keyed, *(["413"] if method == "post" else []), "503"]
     if path == _ABORT:
         return ["400", *keyed, "413", "501"]
     if method == "post":
-        return ["400", *keyed, "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
+        return ["400", *keyed[:1], "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
     if path.startswith(_RESPONSES):
         return ["400", *keyed, "404", "503"]
     return [*keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]

@@ -15,6 +15,7 @@ from starlette.types import Scope
 
 from engine.request import EngineDeadError, InvalidRequestError, PromptTooLongError, QueueFullError
 from vision.image import MediaError
+from vlm_server.quotas import QuotaExceededError
 from vlm_server.sessions.history import SessionBusyError
 from vlm_server.sessions.store import StoreError
 
@@ -92,6 +93,8 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
             return bad_request("invalid_value", str(error), param=_leading_field(str(error)) or param)
         case QueueFullError():
             return ApiError(429, "queue_full", str(error), headers={"retry-after": str(error.retry_after_s)})
+        case QuotaExceededError():
+            return ApiError(429, "quota_exceeded", str(error), headers={"retry-after": str(error.retry_after_s)})
         case SessionBusyError():
             return ApiError(409, "session_busy", str(error), param="session_id", headers={"retry-after": str(RETRY_AFTER_S)})
         case StoreError():

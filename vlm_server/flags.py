@@ -32,7 +32,7 @@ class Flag:
     """`--name` sets `field` of `config`; `kind` is a type, a tuple of choices, bool for on and off, or list for several strings."""
 
     name: str
-    config: str  # engine | vision | server | connections | checkpoint
+    config: str  # engine | vision | server | connections; checkpoint, start: of no config, read where the server starts
     help: str
     kind: Callable[[str], Any] | tuple[str, ...] = str
     field: str = ""  # where it is not the name
@@ -104,7 +104,11 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("server-name", "server", "address to listen on"),
         Flag("server-port", "server", "port to listen on; 0: any free one", int),
         Flag("root-path", "server", "prefix that a reverse proxy strips, e.g. /vlm"),
-        Flag("api-keys", "server", "keys, one of which every request must bring (default: none needed)", list),
+        Flag("api-keys", "start", "keys, one of which every request must bring, or @FILE for --api-keys-file (default: none)", list),
+        Flag("api-keys-file", "start", "TOML file of keys with names and quotas; SIGHUP has it read again", list),
+        Flag("ssl-certfile", "start", "PEM file of the certificate: the server speaks HTTPS alone"),
+        Flag("ssl-keyfile", "start", "PEM file of its key (default: in --ssl-certfile); SSL_KEYFILE_PASSWORD in the environment opens it"),
+        Flag("ssl", "start", "HTTPS with the files that SSL_CERTFILE and SSL_KEYFILE in the environment name", bool),
         Flag("allow-origins", "server", "CORS: origins", list),
         Flag("allow-methods", "server", "CORS: methods", list),
         Flag("allow-headers", "server", "CORS: headers", list),
@@ -244,7 +248,7 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
 
 
 def _default(flag: Flag) -> Any:
-    if flag.config == "checkpoint":
+    if flag.config not in _CONFIGS:
         return None
     return next(field.default for field in fields(_CONFIGS[flag.config]) if field.name == flag.target)
 

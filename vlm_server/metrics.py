@@ -75,6 +75,9 @@ class Metrics:
         self._inter_token = Histogram(
             "vlm:inter_token_latency_seconds", "Between two pieces of one answer.", buckets=_TOKEN_BUCKETS_S, registry=self._registry
         )
+        self._refusals = Counter(
+            "vlm:quota_refusals", "Requests refused because the key's quota was used up.", ["key", "kind"], registry=self._registry
+        )
         self._preparation = Histogram(
             "vlm:prompt_preparation_seconds", "Template, pictures and tokenizer.", buckets=_LATENCY_BUCKETS_S, registry=self._registry
         )
@@ -89,6 +92,9 @@ class Metrics:
 
     def prompt_prepared(self, duration_s: float) -> None:
         self._preparation.observe(duration_s)
+
+    def quota_refused(self, key_name: str, kind: str) -> None:
+        self._refusals.labels(key_name, kind).inc()
 
     def first_token(self, latency_s: float) -> None:
         self._first_token.observe(latency_s)

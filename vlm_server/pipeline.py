@@ -20,6 +20,7 @@ from vision.image import ImageRef, MeasuredImage, ProcessedImage
 from vlm_server.chat_template import Message, TemplateError
 from vlm_server.detokenizer import StopWords
 from vlm_server.jinja_process import JinjaProcess
+from vlm_server.metering import admit_pictures, charge_pixels
 from vlm_server.picture_parts import PictureParts
 from vlm_server.picture_places import ids_with_pictures, text_with_placeholders
 from vlm_server.stage_timings import StageTimings
@@ -181,6 +182,7 @@ class Pipeline:
             return []
         if self.family is None or self._images is None:
             raise ImagesNotSupportedError(refs[0].param)
+        admit_pictures()
         return await self._images.fetch(refs, limit_bytes=limit_bytes, tenant=tenant)
 
     async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None:
@@ -329,8 +331,10 @@ class Pipeline:
     async def _loaded(self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings) -> list[ProcessedImage]:
         if not refs or self._images is None:
             return []
+        admit_pictures()
         with timings.stage("pictures"):
             loaded = await self._images.load(refs, tenant=tenant)
+        charge_pixels(sum(image.width * image.height for image in loaded))
         for image in loaded:
             timings.add_slowest("picture", image.timings_s)
         return loaded

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import signal
 import socket
 import sys
 import time
@@ -11,14 +12,18 @@ from collections.abc import AsyncIterator, Callable
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from engine.request import EngineError
+from vlm_server.api_keys import is_open_to_others
 from vlm_server.app import create_app
+from vlm_server.auth import KeyRing
 from vlm_server.backend import Backend, open_backend
 from vlm_server.config import ServerConfig
 from vlm_server.connections import limited_protocol
 from vlm_server.sessions.opening import open_store
 from vlm_server.sessions.store import RecordStore, StoreError
+from vlm_server.tls import OLDEST_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +36,14 @@ class ServingError(Exception):
 
 def serve(config: ServerConfig) -> None:
     """Blocks until the server is stopped by a signal. Raises ServingError."""
-    if config.server_name in _ANYWHERE and not config.api_keys:
+    if config.server_name in _ANYWHERE and not config.needs_key:
         logger.warning(
             "listening on every address without API keys: whoever reaches port %d can use the model and make this server fetch "
             "pictures; set --api-keys, or --server-name 127.0.0.1",
             config.server_port,
         )
+    for file in filter(is_open_to_others, config.api_key_files):
+        logger.warning("%s, the file of the API keys, can be read or changed by every user of this machine: chmod 600", file)
     with _listener(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_run(config, listener))
 
@@ -55,7 +62,7 @@ async def _run(config: ServerConfig, listener: socket.socket) -> None:
                 raise ServingError(f"{config.model_root} cannot be served: {error}") from error
             finally:
                 progress.close()
-            url = _url(listener)
+            url = _url(listener, "https" if config.tls else "http")
             ready = f"Ready in {time.monotonic() - started_s:.0f} s: {config.model_name} at {url} ({_places(config, url)})"
             await _Server(config, backend, store, ready).serve(sockets=[listener])
     finally:
@@ -82,22 +89,16 @@ class _Server(uvicorn.Server):
             yield store
 
         app = create_app(config, open_backend=opened, open_store=opened_store)
-        settings = uvicorn.Config(
-            app,
-            http=limited_protocol(config.connections),
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=math.ceil(config.connections.keep_alive_s),
-            timeout_graceful_shutdown=math.ceil(config.drain_timeout_s),
-        )
-        super().__init__(settings)
+        super().__init__(_uvicorn_config(app, config))
         self._ready = ready
+        self._keys: KeyRing | None = app.state.keys if config.api_key_files else None
+        self._reloads: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started:
+            if self._keys is not None:
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_keys, self._keys)
             print(self._ready, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -111,6 +112,31 @@ class _Server(uvicorn.Server):
             limit_s = self.config.timeout_graceful_shutdown
             message = f"Stopping: {num_requests} running requests have {limit_s} s to finish; a second signal ends them"
             print(message, file=sys.stderr, flush=True)
+
+    def _reload_keys(self, keys: KeyRing) -> None:
+        task = asyncio.create_task(keys.reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+
+def _uvicorn_config(app: FastAPI, server: ServerConfig) -> uvicorn.Config:
+    config = uvicorn.Config(
+        app,
+        http=limited_protocol(server.connections),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=math.ceil(server.connections.keep_alive_s),
+        timeout_graceful_shutdown=math.ceil(server.drain_timeout_s),
+    )
+    tls = server.tls
+    if tls is not None:
+        config.ssl_certfile, config.ssl_keyfile, config.ssl_keyfile_password = tls.certfile, tls.keyfile, tls.password
+    config.load()
+    if config.ssl is not None:
+        config.ssl.minimum_version = OLDEST_VERSION
+    return config
 
 
 class ProgressLine:
@@ -156,10 +182,10 @@ def _end_unread_connections(listener: socket.socket, limit_s: float) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(limit_s * 1000))
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
     shown = "127.0.0.1" if host in _ANYWHERE else f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{port}"
+    return f"{scheme}://{shown}:{port}"
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -1,6 +1,7 @@
 """Command lines as LMDeploy's users type them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -123,6 +124,50 @@ def test_a_wrong_chat_template_ends_with_one_line_before_anything_is_loaded(word
 
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"vlm-server: {words[0].removeprefix('--').replace('-', '_')}: ")
+
+
+def test_keys_come_from_flag_file_and_environment(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text('[[keys]]\nname = "alice"\nkey = "c"')
+    monkeypatch.setenv("VLM_SERVER_API_KEYS", "b")
+
+    for words in (["--api-keys", "a", f"@{file}"], ["--api-keys", "a", "--api-keys-file", str(file)]):
+        found = config("serve", folder, *words)
+        assert (found.api_keys, found.api_key_files) == (("a", "b"), (str(file),))
+        assert found.needs_key
+
+
+def test_processes_that_the_server_starts_do_not_inherit_its_secrets(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[ServerConfig, set[str]]] = []
+    monkeypatch.setattr("vlm_server.serving.serve", lambda config: seen.append((config, set(os.environ))))
+    monkeypatch.setenv("VLM_SERVER_API_KEYS", "hush")
+    monkeypatch.setenv("SSL_KEYFILE_PASSWORD", "hush")
+
+    assert main(["serve", folder]) == 0
+
+    [(found, names)] = seen
+    assert found.api_keys == ("hush",)
+    assert not names & {"VLM_SERVER_API_KEYS", "SSL_KEYFILE_PASSWORD"}
+
+
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [
+        (["--api-keys"], "--api-keys: at least one is needed"),
+        (["--api-keys-file"], "--api-keys-file: at least one is needed"),
+        (["--api-keys", "@/no/such.toml"], "/no/such.toml: there is no such file"),
+        (["--api-keys-file", "/no/such.toml"], "/no/such.toml: there is no such file"),
+        (["--api-keys", "a b"], "--api-keys: key 1: only visible ASCII"),
+        (["--allow-credentials"], "allow_credentials: True is not allowed"),
+    ],
+)
+def test_a_server_that_was_to_have_keys_never_starts_without(
+    folder: str, words: list[str], start: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", folder, *words]) == 1
+
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"vlm-server: {start}")
 
 
 @pytest.mark.parametrize("words", [["--tp", "0"], ["--allow-private-media", "x"], ["--server-port", "70000"], ["--root-path", "x/"]])

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 import requests
+import trustme
 
 from vlm_server.serving import ProgressLine
 
@@ -158,6 +160,59 @@ def test_listening_everywhere_without_keys_is_warned_about(tmp_path: Path) -> No
 
     assert "WARNING" in err
     assert "--api-keys" in err
+
+
+@pytest.mark.full
+def test_a_key_file_is_read_again_at_a_hangup_and_its_openness_is_warned_about(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text('[[keys]]\nname = "alice"\nkey = "old"')
+    file.chmod(0o644)
+    with serve_process(tmp_path, "--api-keys-file", str(file), VLM_SERVER_API_KEYS="from-environment") as process:
+        assert process.stdout
+        assert process.stderr
+        url = next(word for word in process.stdout.readline().split() if word.startswith("http"))
+        assert status(url, "old") == status(url, "from-environment") == 200
+        file.write_text('[[keys]]\nname = "alice"\nkey = "new"')
+        process.send_signal(signal.SIGHUP)
+        lines = list(iter_until(process.stderr, "read the API keys again"))
+        assert (status(url, "old"), status(url, "new"), status(url, "from-environment")) == (401, 200, 200)
+        file.write_text("oops")
+        process.send_signal(signal.SIGHUP)
+        lines += iter_until(process.stderr, "the API keys stay as they were")
+        assert status(url, "new") == 200
+
+    log = "".join(lines)
+    assert f"{file}, the file of the API keys, can be read or changed by every user" in log
+    assert "without API keys" not in log
+
+
+def status(url: str, key: str) -> int:
+    return requests.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).status_code
+
+
+def iter_until(stream: IO[str], words: str) -> Iterator[str]:
+    """The lines up to the one that has `words`."""
+    for line in stream:
+        yield line
+        if words in line:
+            return
+    raise AssertionError(f"no line has {words!r}")
+
+
+@pytest.mark.full
+def test_the_ready_line_of_a_server_with_a_certificate_says_https(tmp_path: Path) -> None:
+    issued = trustme.CA().issue_cert("127.0.0.1")
+    issued.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "both.pem"))
+    names = {"SSL_CERTFILE": str(tmp_path / "both.pem"), "SSL_KEYFILE": str(tmp_path / "both.pem")}
+    with serve_process(tmp_path, "--server-name", "127.0.0.1", "--ssl", **names) as process:
+        assert process.stdout
+        line = process.stdout.readline()
+
+        url = next(word for word in line.split() if word.startswith("http"))
+        assert url.startswith("https://")
+        assert f"(chat at {url}/ui, API at {url}/v1, docs at {url}/)" in line
+        with pytest.raises(requests.exceptions.SSLError):
+            requests.get(f"{url}/health", timeout=5)
 
 
 def test_an_engine_that_cannot_start_ends_the_server_with_one_line(tmp_path: Path) -> None:
