@@ -53,7 +53,9 @@ def running_server(config: ServerConfig | None = None) -> Iterator[RunningServer
 @contextlib.contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """The URL of an app that is being served."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio turns Nagle off for TCP by name alone
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
