@@ -104,13 +104,14 @@ MAY_IMPORT = {
         "vision.config vlm_server"
     ),
     "vlm_server.client": "",
+    "vlm_server.client_schemas": "",
     "vlm_server.config": "engine.config vision.config",
     "vlm_server.context": (
         ".answer_formats .backend .config .detokenizer .embedding_protocol .errors .field_rules .generation .interactive_protocol "
         ".metrics .middleware .parsing.answer .protocol .sampling .token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
-    "vlm_server.docs": ".config .examples .response_schema vlm_server",
+    "vlm_server.docs": ".client_schemas .config .examples .response_schema vlm_server",
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",

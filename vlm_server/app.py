@@ -19,7 +19,7 @@ from vlm_server.backend import Backend, OpenBackend, open_backend
 from vlm_server.chat_page import ChatPage
 from vlm_server.config import ServerConfig
 from vlm_server.context import ServerContext
-from vlm_server.docs import add_docs
+from vlm_server.docs import add_docs, operation_id
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
@@ -48,7 +48,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
                 app.state.context = ServerContext(config, backend, defaults, metrics, turns, formats, created_s=int(time.time()))
                 yield
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, generate_unique_id_function=operation_id)
     for module in (models, chat, completions, interactive, embeddings, tokens, scoring, control):
         app.include_router(module.router)
     app.include_router(health.health_router)

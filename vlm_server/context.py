@@ -16,7 +16,7 @@ from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import ApiError
 from vlm_server.field_rules import check_fields
 from vlm_server.generation import Generation
-from vlm_server.interactive_protocol import InteractiveRequest, TurnFields
+from vlm_server.interactive_protocol import GenerateRequest, TurnFields
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import request_facts
 from vlm_server.parsing.answer import AnswerParser
@@ -44,7 +44,7 @@ class ServerContext:
         return self.backend.engine.info
 
     def accept(
-        self, request: Request, body: ChatCompletionRequest | CompletionRequest | EmbeddingsRequest | InteractiveRequest | TokenRequest
+        self, request: Request, body: ChatCompletionRequest | CompletionRequest | EmbeddingsRequest | GenerateRequest | TokenRequest
     ) -> list[str]:
         """The warnings for a request that we can serve. Raises ApiError 404 or 400."""
         name = self.config.model_name if body.model is None else body.model

@@ -6,14 +6,22 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.staticfiles import StaticFiles
 
 from vlm_server import __version__
+from vlm_server.client_schemas import fit_for_clients
 from vlm_server.config import ServerConfig
 from vlm_server.examples import request_examples
-from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionStreamResponse, ErrorResponse
+from vlm_server.response_schema import (
+    ChatCompletionStreamResponse,
+    CompletionStreamResponse,
+    ErrorResponse,
+    HTTPValidationError,
+    ValidationError,
+)
 
 ASSETS = Path(__file__).parent / "ui" / "swagger"
 
@@ -42,8 +50,10 @@ _SERVER_TIMING = {
     "schema": {"type": "string"},
 }
 _INTERACTIVE = "/v1/chat/interactive"
+_NEVER_ANSWERED = "/pooling"  # no model here has what it takes
+_MAY_BE_OFF = "/terminate"
 _ERRORS = {
-    "400": "The request is wrong; `param` names the field.",
+    "400": "The request is wrong, or not allowed here; `param` names the field.",
     "401": "The API key is missing or unknown.",
     "404": "The model does not exist.",
     "409": "Another turn of the session is under way.",
@@ -81,7 +91,7 @@ def openapi_schema(app: FastAPI, config: ServerConfig) -> dict[str, Any]:
         servers=[{"url": config.root_path}] if config.root_path else None,
     )
     components = schema["components"]["schemas"]
-    for model in (*_STREAMED.values(), ErrorResponse):
+    for model in (*_STREAMED.values(), ErrorResponse, HTTPValidationError, ValidationError):
         _add_component(components, model)
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
@@ -89,7 +99,13 @@ def openapi_schema(app: FastAPI, config: ServerConfig) -> dict[str, Any]:
     if config.api_keys:
         schema["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"ApiKey": []}]
+    fit_for_clients(schema)
     return schema
+
+
+def operation_id(route: APIRoute) -> str:
+    """The handler's name, as LMDeploy's clients call the method: `chat_completions_v1`."""
+    return f"{route.name}_v1" if route.path.startswith("/v1/") else route.name
 
 
 def _add_component(components: dict[str, Any], model: Any) -> None:
@@ -102,8 +118,11 @@ def _add_component(components: dict[str, Any], model: Any) -> None:
 def _complete(path: str, method: str, operation: dict[str, Any], config: ServerConfig) -> None:
     responses = operation["responses"]
     responses.pop("422", None)  # our validation errors are 400
+    if path == _NEVER_ANSWERED:
+        del responses["200"]
     for status in _statuses(path, method, config):
-        responses[status] = {"description": _ERRORS[status], "content": _content(ErrorResponse.__name__)}
+        error = HTTPValidationError if status == "400" and "requestBody" in operation else ErrorResponse
+        responses[status] = {"description": _ERRORS[status], "content": _content(error.__name__)}
     if path in _STREAMED:
         stream_model = _STREAMED[path].__name__
         description = "Events `data: {…}` of the shape " + stream_model + ", then `data: [DONE]`, with `stream: true`."
@@ -116,7 +135,8 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
     if "requestBody" in operation and (examples := request_examples(config.model_name).get(path)):
         operation["requestBody"]["content"]["application/json"]["examples"] = examples
     for parameter in operation.get("parameters", ()):
-        parameter["example"] = config.model_name
+        if parameter["name"] == "model_id":
+            parameter["example"] = config.model_name
     if path == "/metrics":
         responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     if path == "/health":
@@ -128,7 +148,7 @@ def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
     keyed = ["401"] if config.api_keys and path != "/health" else []
     if method == "post":
         return ["400", *keyed, "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
-    return [*keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]
+    return [*(["400"] if path == _MAY_BE_OFF else []), *keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]
 
 
 def _content(name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import bad_request
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, NamedJsonSchema, RegexFormat, StructuredOutputs, TextFormat
-from vlm_server.interactive_protocol import InteractiveRequest
+from vlm_server.interactive_protocol import GenerateRequest
 from vlm_server.message_schema import CalledFunction, ChatMessage, ImagePart, ImageUrl, TextPart, ToolCall
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
 from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, PerplexityRequest, PoolingRequest, TokenizeRequest
@@ -93,7 +93,7 @@ _UNSUPPORTED_IN_MESSAGE: dict[str, tuple[object, ...]] = {
 _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     ChatCompletionRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT,
     CompletionRequest: _UNSUPPORTED_ANYWHERE,
-    InteractiveRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT | _UNSUPPORTED_IN_TURN,
+    GenerateRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT | _UNSUPPORTED_IN_TURN,
     ChatMessage: _UNSUPPORTED_IN_MESSAGE,
     EmbeddingsRequest: {"truncate_prompt_tokens": (), "normalize": (True,), "add_special_tokens": (True,), "messages": ()},
     EncodeRequest: {},

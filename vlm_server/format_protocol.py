@@ -15,9 +15,7 @@ def _schema_kind(value: object) -> str:
 
 _SchemaObject = Annotated[dict[str, Any], Tag("<object>")]
 _SchemaBoolean = Annotated[bool, Tag("<boolean>")]
-JsonSchema = Annotated[
-    _SchemaObject | _SchemaBoolean, Discriminator(lambda value: "<boolean>" if isinstance(value, bool) else "<object>")
-]
+JsonSchema = Annotated[_SchemaObject | _SchemaBoolean, Discriminator(lambda value: "<boolean>" if isinstance(value, bool) else "<object>")]
 JsonSchemaOrText = Annotated[_SchemaObject | _SchemaBoolean | Annotated[UnicodeText, Tag("<string>")], Discriminator(_schema_kind)]
 
 

@@ -50,7 +50,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["text"]
-    text: UnicodeText
+    text: UnicodeText = Field(description="Text at this place of the message.")
 
     def as_dict(self) -> dict[str, Any]:
         return self.model_dump(exclude_unset=True)
@@ -64,7 +64,9 @@ class ImagePart(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["image_url"]
-    image_url: Annotated[Annotated[UnicodeText, Tag("<string>")] | Annotated[ImageUrl, Tag("<other>")], Discriminator(_is_string)]
+    image_url: Annotated[Annotated[UnicodeText, Tag("<string>")] | Annotated[ImageUrl, Tag("<other>")], Discriminator(_is_string)] = Field(
+        description="A picture at this place of the message: its URL, or an object that holds it."
+    )
 
     def as_dict(self) -> dict[str, Any]:
         """What the client sent; a bare string as `image_url` is written out as an object."""
@@ -102,7 +104,7 @@ ContentPart = Annotated[
 class CalledFunction(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    name: Annotated[UnicodeText, Field(min_length=1)]
+    name: Annotated[UnicodeText, Field(min_length=1)] = Field(description="The function's.")
     arguments: UnicodeText = Field(description="JSON text.")
 
 
@@ -111,9 +113,9 @@ class ToolCall(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    id: UnicodeText
+    id: UnicodeText = Field(description="What the message with the result names in its tool_call_id.")
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: CalledFunction = Field(description="What was called.")
     index: int | None = Field(None, description="Accepted, without effect: clients that streamed the call send it back.")
 
     def as_dict(self) -> dict[str, Any]:
@@ -141,11 +143,13 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_known_role)]
+    role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_known_role)] = Field(
+        description="Who speaks."
+    )
     content: Annotated[
         Annotated[UnicodeText | None, Tag("<string>")] | Annotated[list[ContentPart], Tag("<parts>")],
         Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<string>"),
-    ] = None
+    ] = Field(None, description="A text, or parts: texts and pictures in any order.")
     name: UnicodeText | None = Field(None, description="Passed to the chat template.")
     reasoning_content: UnicodeText | None = Field(None, description="Of an assistant's message; passed to the chat template.")
     tool_calls: list[ToolCall] | None = Field(None, description="Of an assistant's message: what it called.")

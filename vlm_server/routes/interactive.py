@@ -15,7 +15,7 @@ from starlette.responses import Response
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import bad_request, to_api_error
-from vlm_server.interactive_protocol import NO_SESSION, InteractiveRequest
+from vlm_server.interactive_protocol import NO_SESSION, GenerateRequest
 from vlm_server.middleware import request_facts
 from vlm_server.response_schema import InteractiveResponse
 from vlm_server.sessions.store import RecordId
@@ -32,7 +32,7 @@ _NOTHING = Reply(finish_reason="stop")  # what cancelling and ending answer
 
 
 @router.post("/v1/chat/interactive", response_model=InteractiveResponse, tags=["chat"], summary="One turn of a session")
-async def chat_interactive(request: Request, body: InteractiveRequest) -> Response:
+async def chat_interactive(request: Request, body: GenerateRequest) -> Response:
     """The user's turn in, the assistant's out; with `interactive_mode` and a `session_id` the server keeps both for the next turn."""
     context = context_of(request)
     warnings = context.accept(request, body) + _check(body)
@@ -48,7 +48,7 @@ async def chat_interactive(request: Request, body: InteractiveRequest) -> Respon
     return Response(_line(await _collected(request, replies), warnings), media_type="application/json")
 
 
-def _check(body: InteractiveRequest) -> list[str]:
+def _check(body: GenerateRequest) -> list[str]:
     """Warnings. Raises ApiError 400 for what fields ask for together and cannot have."""
     if body.cancel:
         if body.session_id == NO_SESSION:
@@ -64,13 +64,13 @@ def _check(body: InteractiveRequest) -> list[str]:
     return []
 
 
-def _session_of(context: ServerContext, request: Request, body: InteractiveRequest) -> RecordId | None:
+def _session_of(context: ServerContext, request: Request, body: GenerateRequest) -> RecordId | None:
     if body.session_id == NO_SESSION:
         return None
     return context.turns.sessions.id_of(tenant_of(request.scope), body.session_id)
 
 
-def _turn_request(context: ServerContext, request: Request, body: InteractiveRequest, session_id: RecordId | None) -> TurnRequest:
+def _turn_request(context: ServerContext, request: Request, body: GenerateRequest, session_id: RecordId | None) -> TurnRequest:
     fields, response_id = body.turn_fields(context.config.model_name), new_id("interactive")
     return TurnRequest(
         tenant=tenant_of(request.scope),
