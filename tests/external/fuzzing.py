@@ -1,20 +1,23 @@
-"""schemathesis over every operation of `openapi.json`, before a scripted engine: no 5xx, and every answer true to its schema.
+"""schemathesis over every operation of `openapi.json`: no 5xx, and every answer true to its schema.
 
-`make test-api-long [EXAMPLES=1000] [ARGS="--seed 7"]` is the long run; `test_schemathesis.py` has a short one.
+`make test-api-long [EXAMPLES=1000] [ARGS="--seed 7"]` is the long run, before a scripted engine or, with `--url`, any server;
+`test_schemathesis.py` has a short one.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import requests
 
-from tests.contract.running import RunningServer, fake_config, running_server
+from tests.contract.running import fake_config, running_server
 
 # Not negative_data_rejection: "5" is read as 5 and 0 as false, as LMDeploy's users have it. Nor positive_data_acceptance: what fields ask
 # for together, and what a grammar can say, no schema of one field tells.
@@ -34,32 +37,34 @@ ENDS_THE_SERVER = "/terminate"
 REQUEST_LIMIT_S = 20
 
 
-def fuzz(*, max_examples: int, seed: int, limit_s: float, folder: Path) -> subprocess.CompletedProcess[str]:
+def fuzz(url: str, *, key: str, max_examples: int, seed: int, limit_s: float, folder: Path) -> subprocess.CompletedProcess[str]:
     """schemathesis's exit status, 0 where it found nothing, and its report. Raises TimeoutExpired."""
+    document, header = folder / "openapi.json", f"Authorization: Bearer {key}"
+    document.write_text(json.dumps(_for_schemathesis(url, {"Authorization": f"Bearer {key}"})))
+    options = [f"--url={url}", f"--checks={','.join(CHECKS)}", f"--exclude-path={ENDS_THE_SERVER}", f"--header={header}"]
+    options += [f"--max-examples={max_examples}", f"--seed={seed}", "--continue-on-failure", f"--request-timeout={REQUEST_LIMIT_S}"]
+    options += ["--phases=examples,coverage,fuzzing", "--generation-database=none", "--no-color"]
+    command = [sys.executable, "-m", "schemathesis.cli", "run", str(document), *options]
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1"}
+    return subprocess.run(command, cwd=folder, env=environment, timeout=limit_s, text=True, capture_output=True, check=False)
+
+
+@contextlib.contextmanager
+def scripted_url() -> Iterator[str]:
+    """A server that wants `KEY`."""
     with running_server(fake_config(api_keys=(KEY,))) as server:
-        document = folder / "openapi.json"
-        document.write_text(json.dumps(_for_schemathesis(server)))
-        options = [f"--url={server.url}", f"--checks={','.join(CHECKS)}", f"--exclude-path={ENDS_THE_SERVER}"]
-        options += [f"--header=Authorization: Bearer {KEY}", f"--max-examples={max_examples}", f"--seed={seed}", "--continue-on-failure"]
-        options += [
-            "--phases=examples,coverage,fuzzing",
-            "--generation-database=none",
-            f"--request-timeout={REQUEST_LIMIT_S}",
-            "--no-color",
-        ]
-        command = [sys.executable, "-m", "schemathesis.cli", "run", str(document), *options]
-        environment = {**os.environ, "NO_PROXY": "127.0.0.1"}
-        return subprocess.run(command, cwd=folder, env=environment, timeout=limit_s, text=True, capture_output=True, check=False)
+        yield server.url
 
 
-def _for_schemathesis(server: RunningServer) -> dict[str, Any]:
+def _for_schemathesis(url: str, headers: dict[str, str]) -> dict[str, Any]:
     """The document, with the model that is served as the only one, so that requests come further than that; and the schemas of events
     where OpenAPI 3.2 has them, which schemathesis reads and generators of clients do not yet.
     """
-    document: dict[str, Any] = requests.get(f"{server.url}/openapi.json", timeout=REQUEST_LIMIT_S).json()
+    [card] = requests.get(f"{url}/v1/models", headers=headers, timeout=REQUEST_LIMIT_S).json()["data"]
+    document: dict[str, Any] = requests.get(f"{url}/openapi.json", timeout=REQUEST_LIMIT_S).json()
     for name, schema in document["components"]["schemas"].items():
         if name.endswith("Request") and "model" in schema["properties"]:
-            schema["properties"]["model"] = {"type": "string", "enum": [server.model]}
+            schema["properties"]["model"] = {"type": "string", "enum": [card["id"]]}
     for operations in document["paths"].values():
         for operation in operations.values():
             for response in operation["responses"].values():
@@ -79,11 +84,15 @@ def _describe_events(stream: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--max-examples", type=int, default=1000, help="of each operation")
+    parser.add_argument("--url", help="of a server that runs; default: one with a scripted engine")
+    parser.add_argument("--key", default=KEY, help="what that server takes for its API key")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit-s", type=float, default=6 * 3600)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run = fuzz(max_examples=arguments.max_examples, seed=arguments.seed, limit_s=arguments.limit_s, folder=Path(folder))
+    limits = {"max_examples": arguments.max_examples, "seed": arguments.seed, "limit_s": arguments.limit_s}
+    running = contextlib.nullcontext(arguments.url) if arguments.url else scripted_url()
+    with tempfile.TemporaryDirectory() as folder, running as url:
+        run = fuzz(url, key=arguments.key, folder=Path(folder), **limits)
     print(run.stdout, run.stderr)
     return run.returncode
 

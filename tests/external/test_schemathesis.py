@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.external.fuzzing import fuzz
+from tests.external.fuzzing import KEY, fuzz, scripted_url
 
 pytestmark = pytest.mark.external
 
 
 def test_no_request_makes_the_server_fail_or_answer_otherwise_than_it_says(tmp_path: Path) -> None:
-    run = fuzz(max_examples=15, seed=1, limit_s=300, folder=tmp_path)
+    with scripted_url() as url:
+        run = fuzz(url, key=KEY, max_examples=15, seed=1, limit_s=300, folder=tmp_path)
 
     assert run.returncode == 0, run.stdout + run.stderr
     selected, total, tested = map(int, re.findall(r"Selected: (\d+)/(\d+)\s+Tested: (\d+)", run.stdout)[0])

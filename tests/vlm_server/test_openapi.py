@@ -66,6 +66,7 @@ def test_every_operation_has_a_name_of_its_own_and_says_what_it_does(document: S
     assert all(name.isidentifier() and name.islower() for name in names)
     for place, operation in operations(document):
         assert operation.get("summary"), place
+        assert operation.get("description"), place  # the handler's docstring
         assert operation.get("x-group"), place  # its router's tag, by which the page sorts it
         assert "tags" not in operation, place  # one tag, and the operation is no more in DefaultApi
 

@@ -13,11 +13,13 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", response_model=ModelList, summary="What this server serves")
 async def list_models(request: Request) -> Response:
+    """One model, under the id that requests name."""
     return _json({"object": "list", "data": [_card(context_of(request))]})
 
 
 @router.get("/v1/models/{model_id:path}", response_model=ModelCard, summary="One model; its id may hold slashes")
 async def retrieve_model(request: Request, model_id: str) -> Response:
+    """The same object as in the list; 404 for every other id."""
     context = context_of(request)
     if model_id != context.config.model_name:
         raise ApiError(404, "model_not_found", f"the model {model_id!r} does not exist", param="model")
