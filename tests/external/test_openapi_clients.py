@@ -37,6 +37,7 @@ NOT_OF_THE_DOCUMENT = (
     r"Failed to get the schema name: null",  # once for any union of OpenAPI 3.1, of two lines even
     r"Ignoring complex example on request body",  # Java's has no place for examples that are objects
     r"(r#)?type cannot be used as a field/variable name",  # a reserved word of Rust's, and OpenAI's name
+    r"\w+ cannot be used as a enum variant name",  # Rust's, of values that are no words, as 1h
     r"(ApplicationJson|TextEventStream|TextPlain) cannot be used as a model name",  # Rust's names of media types
     r"(vec<.*>|std::collections::hash_map<.*>) cannot be used as a field/variable name",  # Rust's names of a union's members
     r"(string|bool|int32|int64|float32) \(reserved word\) cannot be used as model name",  # Go's
@@ -76,7 +77,8 @@ def done(*command: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("language", ["python", "typescript-axios", "java", "go", "rust"])
 def test_a_client_has_a_model_for_each_schema_and_all_operations_in_one_class(document: Path, language: str) -> None:
-    described = set(json.loads(document.read_text())["components"]["schemas"])
+    schemas = json.loads(document.read_text())["components"]["schemas"]
+    described = {name for name, schema in schemas.items() if schema.get("properties") or "type" not in schema}  # not objects of any form
 
     models = {path.stem.lower() for path in (generated(document, language) / "docs").glob("*.md")}
 

@@ -86,7 +86,7 @@ def test_every_answer_and_every_error_has_a_type(document: Schema) -> None:
         assert "422" not in operation["responses"], place
         assert ("401" in operation["responses"]) == (operation.get("security") != []), place
         if "requestBody" in operation:
-            assert {"400", "413", "500"} <= set(operation["responses"]), place
+            assert {"400", "413"} <= set(operation["responses"]), place
 
 
 def test_every_field_has_a_type_and_a_description(document: Schema) -> None:
@@ -114,6 +114,7 @@ def test_the_models_that_clients_know_are_there_and_every_reference_leads_somewh
 
     assert set(components) >= LMDEPLOYS_MODELS | LMDEPLOYS_UNIONS | set(NAMES.values())
     assert references <= set(components)
+    assert all(name.isidentifier() and "__" not in name for name in components)  # else two models have one name
     assert components["LocationInner"]["anyOf"] == [{"type": "string"}, {"type": "integer"}]
 
 
