@@ -3,6 +3,7 @@
 #   make serve [MODEL=…] [ARGS="--server-port 8000 …"]   install into .venv, then serve the embedded model or MODEL
 #   make gradio [URL=http://127.0.0.1:23333]             gradio's chat page for a server that runs
 #   make test | test-equality | test-external | check    see README, "Tests"
+#   make test-api-long [EXAMPLES=1000]                   schemathesis over openapi.json, with so many requests per operation
 #   make bench | wheel                                   figures beside transformers; dist/*.whl
 #
 # TORCH_INDEX names one more package index, for torch and torchvision: with https://download.pytorch.org/whl/cpu a machine
@@ -10,6 +11,7 @@
 
 PYTHON = python3
 TORCH_INDEX =
+EXAMPLES = 1000
 MODEL =
 URL =
 ARGS =
@@ -28,7 +30,7 @@ GRADIO_NEEDS = "audioop-lts; python_version >= '3.13'" brotli gradio-client groo
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 DEBIAN_PACKAGES = chromium curl debootstrap jq
 
-.PHONY: serve gradio test test-equality test-external check format bench wheel debian-packages clean
+.PHONY: serve gradio test test-equality test-external test-api-long check format bench wheel debian-packages java-and-node clean
 
 serve: $(VENV)/.installed
 	exec $(BIN)/vlm-server serve $(MODEL) $(ARGS)
@@ -42,8 +44,11 @@ test: $(VENV)/.installed-dev
 test-equality: $(VENV)/.installed-dev
 	$(PYTEST) --ignore tests/external -m "full and not external and not gpu" $(ARGS)
 
-test-external: $(VENV)/.installed-external $(VENV)/.installed-gradio debian-packages
+test-external: $(VENV)/.installed-external $(VENV)/.installed-gradio debian-packages java-and-node
 	$(PYTEST) -m "external and not gpu" $(ARGS)
+
+test-api-long: $(VENV)/.installed-external
+	$(BIN)/python -m tests.external.fuzzing --max-examples $(EXAMPLES) $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -90,6 +95,11 @@ $(VENV)/bin/python:
 debian-packages:
 	@dpkg-query --show $(DEBIAN_PACKAGES) >/dev/null 2>&1 || { \
 		apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends $(DEBIAN_PACKAGES); }
+
+# Asked for as programs: not every machine has them from Debian.
+java-and-node:
+	@{ command -v java && command -v npm; } >/dev/null || { apt-get update --quiet && DEBIAN_FRONTEND=noninteractive \
+		apt-get install --quiet --yes --no-install-recommends default-jre-headless nodejs npm; }
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

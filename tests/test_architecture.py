@@ -127,6 +127,7 @@ MAY_IMPORT = {
         "engine.config vision.config vlm_server"
     ),
     "vlm_server.client": ".api_calls",
+    "vlm_server.client_schemas": "",
     "vlm_server.config": ".tls engine.config vision.config",
     "vlm_server.connections": ".config",
     "vlm_server.context": (
@@ -135,7 +136,7 @@ MAY_IMPORT = {
         ".token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
-    "vlm_server.docs": ".anthropic.response_schema .config .examples .response_schema .responses.schema vlm_server",
+    "vlm_server.docs": ".anthropic.response_schema .client_schemas .config .examples .response_schema .responses.schema vlm_server",
     "vlm_server.echo": ".backend .logprobs engine.request",
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",

@@ -23,7 +23,7 @@ from vlm_server.backend import Backend, OpenBackend, open_backend
 from vlm_server.chat_page import ChatPage
 from vlm_server.config import ALPACA, ServerConfig
 from vlm_server.context import ServerContext
-from vlm_server.docs import DOCS_PATHS, add_docs
+from vlm_server.docs import DOCS_PATHS, add_docs, operation_id
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.files import Files
 from vlm_server.metered_engine import metered_engine
@@ -79,7 +79,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
                 app.state.context = ServerContext(config, charging, defaults, metrics, turns, formats, uploads, records, created_s, running)
                 yield
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, generate_unique_id_function=operation_id)
     answering = (alpaca,) if config.compat == ALPACA else (chat, completions, embeddings)
     for module in (models, *answering, responses, messages, generate, interactive, tokens, scoring, files, control, abort):
         app.include_router(module.router)

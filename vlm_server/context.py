@@ -19,7 +19,7 @@ from vlm_server.errors import ApiError
 from vlm_server.field_rules import check_fields
 from vlm_server.files import Files
 from vlm_server.generation import Generation
-from vlm_server.interactive_protocol import InteractiveRequest
+from vlm_server.interactive_protocol import GenerateRequest
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import request_facts
 from vlm_server.parsing.answer import AnswerParser
@@ -52,7 +52,7 @@ class ServerContext:
         return self.backend.engine.info
 
     def accept(
-        self, request: Request, body: GenerationFields | EmbeddingsRequest | InteractiveRequest | TokenRequest | CreateResponse
+        self, request: Request, body: GenerationFields | EmbeddingsRequest | GenerateRequest | TokenRequest | CreateResponse
     ) -> list[str]:
         """The warnings for a request that we can serve. Raises ApiError 404 or 400."""
         name = self.config.model_name if body.model is None else body.model

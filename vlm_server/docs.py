@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse
@@ -13,9 +14,17 @@ from starlette.staticfiles import StaticFiles
 
 from vlm_server import __version__
 from vlm_server.anthropic.response_schema import AnthropicErrorResponse, MessageStreamEvent
+from vlm_server.client_schemas import fit_for_clients
 from vlm_server.config import ALPACA, ServerConfig
 from vlm_server.examples import alpaca_examples, request_examples
-from vlm_server.response_schema import ChatCompletionStreamResponse, CompletionStreamResponse, ErrorResponse, GenerateResponse
+from vlm_server.response_schema import (
+    ChatCompletionStreamResponse,
+    CompletionStreamResponse,
+    ErrorResponse,
+    GenerateReqOutput,
+    HTTPValidationError,
+    ValidationError,
+)
 from vlm_server.responses.schema import ResponseStreamEvent
 
 ASSETS = Path(__file__).parent / "ui" / "swagger"
@@ -43,7 +52,7 @@ _STREAMED: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionStreamResponse,
     "/v1/completions": CompletionStreamResponse,
     _RESPONSES: ResponseStreamEvent,
-    "/generate": GenerateResponse,
+    "/generate": GenerateReqOutput,
 }
 _SERVER_TIMING = {
     "description": "Milliseconds by stage, as in `template;dur=0.4, pictures;dur=31.2, …`: files (uploaded ones, read from the store), "
@@ -55,8 +64,10 @@ _INTERACTIVE = "/v1/chat/interactive"
 _FILES = "/v1/files"
 _MESSAGES = "/v1/messages"
 _ABORT = "/abort_request"
+_NEVER_ANSWERED = "/pooling"  # no model here has what it takes
+_MAY_BE_OFF = "/terminate"
 _ERRORS = {
-    "400": "The request is wrong; `param` names the field.",
+    "400": "The request is wrong, or not allowed here; `param` names the field.",
     "401": "The API key is missing or unknown.",
     "404": "The model, the file or the response does not exist.",
     "409": "Another turn of the session is under way.",
@@ -95,7 +106,7 @@ def openapi_schema(app: FastAPI, config: ServerConfig) -> dict[str, Any]:
         servers=[{"url": config.root_path}] if config.root_path else None,
     )
     components = schema["components"]["schemas"]
-    for model in (*_STREAMED.values(), ErrorResponse, MessageStreamEvent, AnthropicErrorResponse):
+    for model in (*_STREAMED.values(), ErrorResponse, HTTPValidationError, ValidationError, MessageStreamEvent, AnthropicErrorResponse):
         _add_component(components, model)
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
@@ -103,7 +114,13 @@ def openapi_schema(app: FastAPI, config: ServerConfig) -> dict[str, Any]:
     if config.needs_key:
         schema["components"]["securitySchemes"] = {"ApiKey": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"ApiKey": []}]
+    fit_for_clients(schema)
     return schema
+
+
+def operation_id(route: APIRoute) -> str:
+    """The handler's name, as LMDeploy's clients call the method: `chat_completions_v1`."""
+    return f"{route.name}_v1" if route.path.startswith("/v1/") else route.name
 
 
 def _add_component(components: dict[str, Any], model: Any) -> None:
@@ -116,8 +133,11 @@ def _add_component(components: dict[str, Any], model: Any) -> None:
 def _complete(path: str, method: str, operation: dict[str, Any], config: ServerConfig) -> None:
     responses = operation["responses"]
     responses.pop("422", None)  # our validation errors are 400
+    if path == _NEVER_ANSWERED:
+        del responses["200"]
     for status in _statuses(path, method, config):
-        responses[status] = {"description": _ERRORS[status], "content": _content(_error_model(path).__name__)}
+        error = _error_model(path, status, has_body="requestBody" in operation)
+        responses[status] = {"description": _ERRORS[status], "content": _content(error.__name__)}
     if path in _STREAMED:
         stream_model = _STREAMED[path].__name__
         events = "`event: …` and `data: {…}`" if path == _RESPONSES else "`data: {…}`"
@@ -160,11 +180,13 @@ def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
         return ["400", *keyed[:1], "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
     if path.startswith(_RESPONSES):
         return ["400", *keyed, "404", "503"]
-    return [*keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]
+    return [*(["400"] if path == _MAY_BE_OFF else []), *keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]
 
 
-def _error_model(path: str) -> type[BaseModel]:
-    return AnthropicErrorResponse if path.startswith((_MESSAGES, "/anthropic/")) else ErrorResponse
+def _error_model(path: str, status: str, *, has_body: bool) -> type[BaseModel]:
+    if path.startswith((_MESSAGES, "/anthropic/")):
+        return AnthropicErrorResponse
+    return HTTPValidationError if status == "400" and has_body else ErrorResponse
 
 
 def _content(name: str) -> dict[str, Any]:

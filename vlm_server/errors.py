@@ -19,6 +19,7 @@ from vlm_server.quotas import QuotaExceededError
 from vlm_server.sessions.history import SessionBusyError
 from vlm_server.sessions.store import StoreError
 
+MAX_DETAILS = 32
 RETRY_AFTER_S = 2  # an engine that died is back after about as long
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -37,13 +38,23 @@ _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large",
 class ApiError(Exception):
     """An answer other than success. `code` is a stable string, `param` the field's path in the request."""
 
-    def __init__(self, status: int, code: str, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        detail: Sequence[Mapping[str, object]] = (),
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.param = param
         self.headers = dict(headers or {})
+        self.detail = detail  # all that is wrong with a body's shape, as FastAPI's clients read it
 
     @property
     def type(self) -> str:
@@ -52,7 +63,8 @@ class ApiError(Exception):
     def body(self) -> dict[str, object]:
         """OpenAI's nested object; beside it LMDeploy's flat keys, where `code` is the status."""
         nested = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return {"error": nested, **nested, "code": self.status, "object": "error"}
+        body = {"error": nested, **nested, "code": self.status, "object": "error"}
+        return body | ({"detail": list(self.detail)} if self.detail else {})
 
     def anthropic_body(self, request_id: str | None) -> dict[str, object]:
         """Anthropic's object. `details` is ours in content: its `error_code` is the same as OpenAI's clients get."""
@@ -108,7 +120,7 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
 
 
 def validation_error(errors: Sequence[Mapping[str, object]], *, is_json: bool) -> ApiError:
-    """The first of pydantic's errors as a 400 that names the field."""
+    """The first of pydantic's errors as a 400 that names the field, with the others in its detail."""
     if not is_json:
         return bad_request("invalid_content_type", "the request needs the header Content-Type: application/json")
     error = errors[0]
@@ -119,7 +131,16 @@ def validation_error(errors: Sequence[Mapping[str, object]], *, is_json: bool) -
     if kind == "extra_forbidden":
         message = "there is no such setting"
     param = field_path(location[1:]) or None
-    return bad_request(_code_of(kind), f"{param}: {message}" if param else message, param=param)
+    detail = [_as_fastapi(error) for error in errors[:MAX_DETAILS]]
+    return ApiError(400, _code_of(kind), f"{param}: {message}" if param else message, param=param, detail=detail)
+
+
+def _as_fastapi(error: Mapping[str, object]) -> dict[str, object]:
+    """One entry of `detail`, without what the client sent."""
+    location = error["loc"]
+    assert isinstance(location, tuple)
+    loc = [part for part in location if isinstance(part, int) or not part.startswith("<")]
+    return {"loc": loc, "msg": error["msg"], "type": error["type"]}
 
 
 def _code_of(kind: str) -> str:

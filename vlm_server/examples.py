@@ -76,6 +76,7 @@ def request_examples(model: str) -> dict[str, dict[str, dict[str, Any]]]:
         "/v1/chat/interactive": _interactive(),
         "/tokenize": _tokenize(),
         "/detokenize": {"tokens": _example("Token ids", {"tokens": [33, 34, 35]})},
+        "/abort_request": {"all": _example("All requests of this API key", {"abort_all": True})},
         "/get_ppl": {"text": _example("A text", {"input": "The sun rises in the east."})},
         "/v1/encode": {"text": _example("A text", {"input": "two steps to build a house:"})},
     }

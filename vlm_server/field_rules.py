@@ -14,8 +14,8 @@ from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import bad_request
 from vlm_server.file_protocol import ExpiresAfter, FileForm, FileListQuery
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchemaFormat, NamedJsonSchema, RegexFormat, StructuredOutputs, TextFormat
-from vlm_server.generate_protocol import AbortRequest, GenerateRequest
-from vlm_server.interactive_protocol import InteractiveRequest
+from vlm_server.generate_protocol import AbortRequest, GenerateReqInput
+from vlm_server.interactive_protocol import GenerateRequest
 from vlm_server.message_schema import CalledFunction, ChatMessage, ImagePart, ImageUrl, TextPart, ToolCall
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
 from vlm_server.responses.request import UNSUPPORTED as _UNSUPPORTED_IN_RESPONSES
@@ -120,7 +120,7 @@ _ALPACA_RULES = _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT | _UNSUPPORTED_IN_T
 _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     ChatCompletionRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT,
     CompletionRequest: _UNSUPPORTED_ANYWHERE,
-    InteractiveRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT | _UNSUPPORTED_IN_TURN,
+    GenerateRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_CHAT | _UNSUPPORTED_IN_TURN,
     ChatMessage: _UNSUPPORTED_IN_MESSAGE,
     AlpacaChatRequest: _ALPACA_RULES,
     AlpacaCompletionRequest: _ALPACA_RULES,
@@ -134,7 +134,7 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     PoolingRequest: {"encoding_format": ("float",), "dimensions": ()},
     TokenizeRequest: {},
     DetokenizeRequest: {},
-    GenerateRequest: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_GENERATE,
+    GenerateReqInput: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_GENERATE,
     AbortRequest: {"finished_reason": (), "abort_message": ()},
     StreamOptions: {"include_obfuscation": (False,)},
     TextFormat: {},

@@ -2,13 +2,21 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from vlm_server.message_schema import UnicodeText
 
 MAX_CHOICES = 1024
 
-JsonSchema = dict[str, Any] | bool
+
+def _schema_kind(value: object) -> str:
+    return "<boolean>" if isinstance(value, bool) else "<string>" if isinstance(value, str) else "<object>"
+
+
+_SchemaObject = Annotated[dict[str, Any], Tag("<object>")]
+_SchemaBoolean = Annotated[bool, Tag("<boolean>")]
+JsonSchema = Annotated[_SchemaObject | _SchemaBoolean, Discriminator(lambda value: "<boolean>" if isinstance(value, bool) else "<object>")]
+JsonSchemaOrText = Annotated[_SchemaObject | _SchemaBoolean | Annotated[UnicodeText, Tag("<string>")], Discriminator(_schema_kind)]
 
 
 class TextFormat(BaseModel):
@@ -38,7 +46,7 @@ class JsonSchemaFormat(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["json_schema"]
-    json_schema: NamedJsonSchema
+    json_schema: NamedJsonSchema = Field(description="The schema that the answer follows.")
 
 
 class RegexFormat(BaseModel):
@@ -48,7 +56,21 @@ class RegexFormat(BaseModel):
     regex_schema: UnicodeText = Field(min_length=1, description="A regular expression that the whole answer matches.")
 
 
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat, Field(discriminator="type")]
+def _format_kind(value: object) -> str:
+    return f"<{value.get('type') if isinstance(value, dict) else getattr(value, 'type', None)}>"
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JsonObjectFormat, Tag("<json_object>")]
+    | Annotated[JsonSchemaFormat, Tag("<json_schema>")]
+    | Annotated[RegexFormat, Tag("<regex_schema>")],
+    Discriminator(
+        _format_kind,
+        custom_error_type="api:invalid_value",
+        custom_error_message="an object whose type is text, json_object, json_schema or regex_schema",
+    ),
+]
 
 
 class StructuredOutputs(BaseModel):
@@ -58,7 +80,7 @@ class StructuredOutputs(BaseModel):
 
     model_config = ConfigDict(extra="allow", serialize_by_alias=True)
 
-    json_: JsonSchema | UnicodeText | None = Field(None, alias="json", description="A JSON schema, as an object or as text.")
+    json_: JsonSchemaOrText | None = Field(None, alias="json", description="A JSON schema, as an object or as text.")
     regex: UnicodeText | None = Field(None, description="A regular expression that the whole answer matches.")
     choice: Annotated[list[Annotated[UnicodeText, Field(min_length=1)]], Field(max_length=MAX_CHOICES)] | None = Field(
         None, description="The answer is one of these."

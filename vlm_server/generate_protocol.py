@@ -21,7 +21,7 @@ def _pictures_kind(value: object) -> str:
     return "<list>" if isinstance(value, list) else "<string>" if isinstance(value, str) else "<object>"
 
 
-class GenerateRequest(GenerationFields):
+class GenerateReqInput(GenerationFields):
     """A text or its token ids, with pictures or without, to be continued without a chat template."""
 
     default_max_tokens: ClassVar[int | None] = 128

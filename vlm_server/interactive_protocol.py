@@ -38,7 +38,7 @@ class TurnFields(GenerationFields):
     input_field: ClassVar[str] = "prompt"
 
 
-class InteractiveRequest(BaseModel):
+class GenerateRequest(BaseModel):
     """One turn of a conversation that the server keeps, or a whole one that it does not. A null field is as good as an absent one."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)

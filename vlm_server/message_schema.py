@@ -80,7 +80,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["text"]
-    text: UnicodeText
+    text: UnicodeText = Field(description="Text at this place of the message.")
 
     def as_dict(self) -> dict[str, Any]:
         return self.model_dump(exclude_unset=True)
@@ -94,7 +94,9 @@ class ImagePart(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["image_url"]
-    image_url: Annotated[Annotated[UnicodeText, Tag("<string>")] | Annotated[ImageUrl, Tag("<other>")], Discriminator(_is_string)]
+    image_url: Annotated[Annotated[UnicodeText, Tag("<string>")] | Annotated[ImageUrl, Tag("<other>")], Discriminator(_is_string)] = Field(
+        description="A picture at this place of the message: its URL, or an object that holds it."
+    )
     min_pixels: MinPixels = None
     max_pixels: MaxPixels = None
 
@@ -133,7 +135,7 @@ ContentPart = Annotated[
 class CalledFunction(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    name: Annotated[UnicodeText, Field(min_length=1)]
+    name: Annotated[UnicodeText, Field(min_length=1)] = Field(description="The function's.")
     arguments: UnicodeText = Field(description="JSON text.")
 
 
@@ -142,9 +144,9 @@ class ToolCall(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    id: UnicodeText
+    id: UnicodeText = Field(description="What the message with the result names in its tool_call_id.")
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: CalledFunction = Field(description="What was called.")
     index: int | None = Field(None, description="Accepted, without effect: clients that streamed the call send it back.")
 
     def as_dict(self) -> dict[str, Any]:
@@ -185,8 +187,10 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_known_role)]
-    content: Content = None
+    role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_known_role)] = Field(
+        description="Who speaks."
+    )
+    content: Content = Field(None, description="A text, or parts: texts and pictures in any order.")
     message: Content = Field(None, description="Another name for content, as Chinese-LLaMA-Alpaca's clients write it.")
     name: UnicodeText | None = Field(None, description="Passed to the chat template.")
     reasoning_content: UnicodeText | None = Field(None, description="Of an assistant's message; passed to the chat template.")

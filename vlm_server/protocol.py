@@ -66,8 +66,8 @@ class GenerationFields(BaseModel):
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="Keep the k most likely tokens; 0 or -1: all.")
     min_p: float | None = Field(None, ge=0, le=1, description="Drop tokens less likely than this share of the most likely one.")
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="Above 1: tokens of prompt and output get less likely.")
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Above 0: tokens that the output has already get less likely.")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="The same, once for each time that the output has them.")
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="Token id to what is added to its logit."
     )
@@ -91,12 +91,12 @@ class GenerationFields(BaseModel):
         None, description="End at these tokens."
     )
     ignore_eos: bool | None = Field(None, description="Go on to max_tokens: end tokens cannot be chosen.")
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = Field(None, description="Default true.")
+    include_stop_str_in_output: bool | None = Field(None, description="Leave the stop string that was met in the text.")
+    skip_special_tokens: bool | None = Field(None, description="Leave special tokens out of the text; default true.")
     response_format: ResponseFormat | None = Field(None, description="Text, any JSON object, JSON by a schema, or a regular expression.")
     structured_outputs: StructuredOutputs | None = Field(None, description="The same in vLLM's words, and choices and grammars.")
     stream: bool | None = Field(None, description="Answer as server-sent events.")
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description="What a stream holds beside the answer.")
     session_id: int | None = Field(
         None, ge=-_MAX_INT64 - 1, le=_MAX_INT64, description="The number by which POST /abort_request ends this request; -1: none."
     )

@@ -4,6 +4,11 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+# OpenAI's field, with the type that it has there: generators of clients know none that is null alone.
+_ALWAYS_NULL = Field(None, description="Always null.")
+
+_UNCHECKED = Field(description="As LMDeploy sends it; nothing in it is checked.")
+
 
 class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(description="Prompt tokens that the prefix cache gave.")
@@ -12,53 +17,53 @@ class PromptTokensDetails(BaseModel):
 
 class CompletionTokensDetails(BaseModel):
     reasoning_tokens: int = Field(description="Completion tokens that begin between the markers of the reasoning.")
-    accepted_prediction_tokens: None = None
-    audio_tokens: None = None
-    rejected_prediction_tokens: None = None
+    accepted_prediction_tokens: int | None = _ALWAYS_NULL
+    audio_tokens: int | None = _ALWAYS_NULL
+    rejected_prediction_tokens: int | None = _ALWAYS_NULL
 
 
 class UsageInfo(BaseModel):
     prompt_tokens: int = Field(description="Tokens of the prompt, those of pictures included.")
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
+    completion_tokens: int = Field(description="Tokens of all answers, their end tokens included.")
+    total_tokens: int = Field(description="The sum of both.")
+    prompt_tokens_details: PromptTokensDetails = Field(description="Which tokens the prompt had.")
     completion_tokens_details: CompletionTokensDetails | None = Field(
         None, description="Null where the model's reasoning is not told apart."
     )
 
 
 class TopLogprob(BaseModel):
-    token: str
-    bytes: list[int]
-    logprob: float
+    token: str = Field(description="The token's text.")
+    bytes: list[int] = Field(description="Its bytes, of which several tokens may be needed for one letter.")
+    logprob: float = Field(description="The natural logarithm of its probability; -9999.0 where that is 0.")
 
 
 class ChatTokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
+    top_logprobs: list[TopLogprob] = Field(description="The likeliest tokens at this place.")
 
 
 class ChatLogprobs(BaseModel):
-    content: list[ChatTokenLogprob]
-    refusal: None = None
+    content: list[ChatTokenLogprob] = Field(description="One entry per token.")
+    refusal: str | None = _ALWAYS_NULL
 
 
 class FunctionOfCall(BaseModel):
-    name: str
+    name: str = Field(description="One of the names in tools.")
     arguments: str = Field(description="JSON text, as the model wrote it.")
 
 
 class MessageToolCall(BaseModel):
-    id: str
+    id: str = Field(description="What the message with the result names in its tool_call_id.")
     type: Literal["function"]
-    function: FunctionOfCall
+    function: FunctionOfCall = Field(description="What is called.")
 
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None = Field(description="Null where there are only calls or only reasoning.")
-    refusal: None = None
-    reasoning_content: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
+    refusal: str | None = _ALWAYS_NULL
+    reasoning_content: str | None = Field(None, description="What the model thought before it answered.")
+    tool_calls: list[MessageToolCall] | None = Field(None, description="The functions to call.")
 
 
 FinishReasonName = Literal["stop", "length", "abort"]  # abort: POST /abort_request ended it
@@ -67,7 +72,7 @@ ChatFinishReasonName = Literal["stop", "length", "tool_calls", "abort"]
 
 class ChatCompletionResponseChoice(BaseModel):
     index: int
-    message: AssistantMessage
+    message: AssistantMessage = Field(description="The answer.")
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReasonName
 
@@ -79,34 +84,34 @@ class ChatCompletionResponse(BaseModel):
     model: str
     choices: list[ChatCompletionResponseChoice]
     usage: UsageInfo
-    service_tier: str | None = None
+    service_tier: str | None = _ALWAYS_NULL
     warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
 
 
 class FunctionOfCallDelta(BaseModel):
-    name: str | None = None
-    arguments: str
+    name: str | None = Field(None, description="In the call's first piece alone.")
+    arguments: str = Field(description="What this piece adds to the JSON text.")
 
 
 class ToolCallDelta(BaseModel):
     """A call's id, type and name first, then pieces of its arguments under the same index."""
 
-    index: int
-    id: str | None = None
+    index: int = Field(description="Which of the answer's calls, from 0.")
+    id: str | None = Field(None, description="In the call's first piece alone.")
     type: Literal["function"] | None = None
-    function: FunctionOfCallDelta
+    function: FunctionOfCallDelta = Field(description="The piece.")
 
 
 class DeltaMessage(BaseModel):
     role: Literal["assistant"] | None = None
-    content: str | None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCallDelta] | None = None
+    content: str | None = Field(description="What this piece adds to the text.")
+    reasoning_content: str | None = Field(None, description="What this piece adds to the reasoning.")
+    tool_calls: list[ToolCallDelta] | None = Field(None, description="What this piece adds to the calls.")
 
 
 class ChatCompletionResponseStreamChoice(BaseModel):
     index: int
-    delta: DeltaMessage
+    delta: DeltaMessage = Field(description="What this piece adds to the answer.")
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReasonName | None
 
@@ -124,15 +129,17 @@ class ChatCompletionStreamResponse(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float | None] = Field(description="Null for the first token of a prompt that is echoed.")
-    top_logprobs: list[dict[str, float] | None]
+    tokens: list[str] = Field(description="The text of each token.")
+    token_logprobs: list[float | None] = Field(
+        description="The natural logarithm of each one's probability; null for the first token of a prompt that is echoed."
+    )
+    top_logprobs: list[dict[str, float] | None] = Field(description="The likeliest tokens at each place.")
     text_offset: list[int] = Field(description="Characters of the text before each token, those of an echoed prompt included.")
 
 
 class CompletionResponseChoice(BaseModel):
     index: int
-    text: str
+    text: str = Field(description="What follows the prompt.")
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReasonName
 
@@ -172,10 +179,10 @@ class GenerateMeta(BaseModel):
     completion_tokens: int = Field(description="So far.")
     finish_reason: GenerateFinishReason | None = Field(description="Streamed, null but in the last piece.")
     output_token_logprobs: list[tuple[float, int]] | None = Field(description="Log probability and id of each of output_ids.")
-    routed_experts: None = None
+    routed_experts: list[int] | None = _ALWAYS_NULL
 
 
-class GenerateResponse(BaseModel):
+class GenerateReqOutput(BaseModel):
     """An answer; streamed, one of its pieces, which each hold what is new."""
 
     text: str
@@ -185,9 +192,9 @@ class GenerateResponse(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
+    message: str = Field(description="What was wrong, and what is allowed.")
+    type: str = Field(description="The kind of error, as OpenAI calls it.")
+    param: str | None = Field(description="The field, by its path in the request.")
     code: str = Field(description="A stable string.")
 
 
@@ -209,51 +216,65 @@ class ModelPermission(BaseModel):
     id: str
     object: Literal["model_permission"]
     created: int
-    allow_create_engine: bool
-    allow_sampling: bool
-    allow_logprobs: bool
-    allow_search_indices: bool
-    allow_view: bool
-    allow_fine_tuning: bool
-    organization: str
-    group: str | None
-    is_blocking: bool
+    allow_create_engine: bool = _UNCHECKED
+    allow_sampling: bool = _UNCHECKED
+    allow_logprobs: bool = _UNCHECKED
+    allow_search_indices: bool = _UNCHECKED
+    allow_view: bool = _UNCHECKED
+    allow_fine_tuning: bool = _UNCHECKED
+    organization: str = _UNCHECKED
+    group: str | None = _UNCHECKED
+    is_blocking: bool = _UNCHECKED
 
 
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"]
     created: int
-    owned_by: str
+    owned_by: str = Field(description="This server.")
     root: str = Field(description="The folder or hub id of the checkpoint.")
-    parent: str | None
+    parent: str | None = _ALWAYS_NULL
     max_model_len: int | None = Field(description="Tokens of prompt and answer together.")
-    permission: list[ModelPermission]
+    permission: list[ModelPermission] = Field(description="As LMDeploy has it.")
 
 
 class ModelList(BaseModel):
     object: Literal["list"]
-    data: list[ModelCard]
+    data: list[ModelCard] = Field(description="The models.")
 
 
 class HealthResponse(BaseModel):
-    status: Literal["healthy", "initializing", "unhealthy"]
-    message: str
+    status: Literal["healthy", "initializing", "unhealthy"] = Field(description="healthy: it takes requests.")
+    message: str = Field(description="The engine's state in words.")
 
 
 class IsSleepingResponse(BaseModel):
-    is_sleeping: bool
+    is_sleeping: bool = Field(description="Always false.")
 
 
 class ErrorResponse(BaseModel):
     """OpenAI's `error` object; beside it the same as flat keys, where `code` is the HTTP status."""
 
-    error: ErrorDetail
-    message: str
-    type: str
-    param: str | None
-    code: int
+    error: ErrorDetail = Field(description="As OpenAI writes it.")
+    message: str = Field(description="As in error.")
+    type: str = Field(description="As in error.")
+    param: str | None = Field(description="As in error.")
+    code: int = Field(description="The HTTP status.")
     object: Literal["error"]
+
+
+class ValidationError(BaseModel):
+    """One thing that is wrong with the shape of a body."""
+
+    loc: list[str | int] = Field(description="The way to the field: `body`, then names and indices.")
+    msg: str = Field(description="What was wrong, or what is allowed.")
+    type: str = Field(description="The kind of error, as pydantic calls it.")
+
+
+class HTTPValidationError(ErrorResponse):
+    """An ErrorResponse; where the shape of the body is wrong, with all that is wrong with it."""
+
+    detail: list[ValidationError] | None = Field(None, description="The first 32 errors; absent where the body has the right shape.")
 
 
 class Embedding(BaseModel):
@@ -263,23 +284,23 @@ class Embedding(BaseModel):
 
 
 class EmbeddingsUsage(BaseModel):
-    prompt_tokens: int
-    total_tokens: int
+    prompt_tokens: int = Field(description="Tokens of all inputs, those of pictures included.")
+    total_tokens: int = Field(description="The same.")
 
 
 class EmbeddingsResponse(BaseModel):
     object: Literal["list"]
-    data: list[Embedding]
+    data: list[Embedding] = Field(description="One per input, in their order.")
     model: str
     usage: EmbeddingsUsage
     warnings: list[str] = Field(default_factory=list)
 
 
 class TokenizeResponse(BaseModel):
-    count: int
+    count: int = Field(description="How many tokens.")
     max_model_len: int = Field(description="The window: tokens of prompt and answer together.")
-    tokens: list[int]
-    token_strs: list[str] | None = None
+    tokens: list[int] = Field(description="Their ids.")
+    token_strs: list[str] | None = Field(None, description="The text of each, with return_token_strs.")
     warnings: list[str] = Field(default_factory=list)
 
 
@@ -289,13 +310,13 @@ class PerplexityResponse(BaseModel):
 
 
 class DetokenizeResponse(BaseModel):
-    prompt: str
+    prompt: str = Field(description="The text.")
     warnings: list[str] = Field(default_factory=list)
 
 
 class EncodeResponse(BaseModel):
     input_ids: list[int] | list[list[int]] = Field(description="Of one text its ids, of several a list of each.")
-    length: int | list[int]
+    length: int | list[int] = Field(description="How many ids; of several texts of each.")
     warnings: list[str] = Field(default_factory=list)
 
 

@@ -167,7 +167,7 @@ def _listener(config: ServerConfig) -> socket.socket:
     """Bound before the weights are loaded, so that a taken port is known at once."""
     try:
         address = socket.getaddrinfo(config.server_name or None, config.server_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(address[0], socket.SOCK_STREAM)
+        listener = socket.socket(address[0], socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio turns Nagle off for TCP by name alone
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _end_unread_connections(listener, config.connections.send_s)
         listener.bind(address[4])

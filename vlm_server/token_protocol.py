@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
 from vlm_server.image_protocol import ProcessorSettings
@@ -31,7 +31,7 @@ class EncodeRequest(TokenRequest):
 class TokenizeRequest(TokenRequest):
     """Either a text, as a completion takes it, or messages, as a chat takes them."""
 
-    prompt: UnicodeText | None = None
+    prompt: UnicodeText | None = Field(None, description="A text.")
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = Field(
         None, validate_default=True, description="A conversation. Its pictures are measured by their headers and not decoded."
     )
@@ -63,8 +63,8 @@ class TokenizeRequest(TokenRequest):
 
 
 class DetokenizeRequest(TokenRequest):
-    tokens: TokenIds
-    skip_special_tokens: bool = False
+    tokens: TokenIds = Field(description="Token ids.")
+    skip_special_tokens: bool = Field(False, description="Leave special tokens out of the text.")
 
 
 class PerplexityRequest(TokenRequest):
@@ -74,5 +74,9 @@ class PerplexityRequest(TokenRequest):
     ] = Field(description="A text, or its token ids: at least 2.")
 
 
+_TEXTS, _IDS = ({"type": "array", "items": {"type": kind}} for kind in ("string", "integer"))
+_AnyInput = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "null"}]})]  # every one is refused
+
+
 class PoolingRequest(TokenRequest):
-    input: Any = Field(None, description="Texts or token ids.")
+    input: _AnyInput = Field(None, description="Texts or token ids.")

@@ -44,8 +44,8 @@ def _check_text(schema: dict[str, Any]) -> None:
 class FunctionDefinition(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    name: FunctionName
-    description: UnicodeText | None = None
+    name: FunctionName = Field(description="What the model calls it by: letters, digits, _ and -.")
+    description: UnicodeText | None = Field(None, description="What it is for, in words for the model.")
     parameters: Annotated[dict[str, Any] | None, AfterValidator(_is_object_schema)] = Field(
         None, description="The JSON schema of the arguments, an object. Default: no arguments."
     )
@@ -62,7 +62,7 @@ class Tool(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["function"]
-    function: FunctionDefinition
+    function: FunctionDefinition = Field(description="What the model is told of the function.")
 
     def as_dict(self) -> dict[str, Any]:
         """What the client sent, for the chat template."""
@@ -87,7 +87,7 @@ Tools = Annotated[Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None, Aft
 class FunctionReference(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    name: FunctionName
+    name: FunctionName = Field(description="One of the names in tools.")
 
 
 class NamedTool(BaseModel):
@@ -96,14 +96,14 @@ class NamedTool(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["function"]
-    function: FunctionReference
+    function: FunctionReference = Field(description="Which function.")
 
 
 class AllowedTools(BaseModel):
     model_config = ConfigDict(extra="allow")
 
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+    mode: Literal["auto", "required"] = Field(description="auto: one of them may be called; required: one must be.")
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)] = Field(description="Those that are allowed.")
 
 
 class AllowedToolsChoice(BaseModel):
@@ -112,7 +112,7 @@ class AllowedToolsChoice(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
+    allowed_tools: AllowedTools = Field(description="Which, and whether one of them must be called.")
 
 
 def _choice_kind(value: object) -> str:

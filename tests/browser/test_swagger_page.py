@@ -41,13 +41,13 @@ TRY_IT_OUT = """
 """
 
 CASES = [
-    ("models-list_models_v1_models_get", "", "org/tiny-vlm"),
-    ("models-retrieve_model_v1_models__model_id__get", "", "org/tiny-vlm"),
-    ("chat-chat_completions_v1_chat_completions_post", "", "This is a test."),
-    ("chat-chat_completions_v1_chat_completions_post", "image", '"image_tokens": 4'),
-    ("chat-chat_completions_v1_chat_completions_post", "stream", "[DONE]"),
-    ("completions-completions_v1_completions_post", "", "text_completion"),
-    ("operation-health_health_get", "", "healthy"),
+    ("models-list_models_v1", "", "org/tiny-vlm"),
+    ("models-retrieve_model_v1", "", "org/tiny-vlm"),
+    ("chat-chat_completions_v1", "", "This is a test."),
+    ("chat-chat_completions_v1", "image", '"image_tokens": 4'),
+    ("chat-chat_completions_v1", "stream", "[DONE]"),
+    ("completions-completions_v1", "", "text_completion"),
+    ("operation-health", "", "healthy"),
 ]
 
 

@@ -153,7 +153,7 @@ class FakeEngine:
             return [StepOutput(request_id=request_id, finish_reason=FinishReason.LENGTH, embedding=embedding)]
         token_ids = list(self.script(prompt, params))
         if params.ignore_eos:
-            token_ids = [token_id for token_id in token_ids if token_id != EOS] * (1 + (params.max_tokens or 0))
+            token_ids = [token_id for token_id in token_ids if token_id != EOS] * (1 + min(params.max_tokens or 0, SESSION_LEN))
         limit = min(params.max_tokens or SESSION_LEN, SESSION_LEN - len(prompt.token_ids))
         ends = [place for place, token_id in enumerate(token_ids) if token_id == EOS or token_id in params.stop_token_ids]
         length = min(limit, ends[0] + 1 if ends else limit, len(token_ids))

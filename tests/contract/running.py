@@ -54,7 +54,9 @@ def running_server(config: ServerConfig | None = None, *, connections: Connectio
 @contextlib.contextmanager
 def serving(app: FastAPI, *, connections: ConnectionLimits | None = None) -> Iterator[str]:
     """The URL of an app that is being served, with the limits that `vlm-server serve` sets unless others are given."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio turns Nagle off for TCP by name alone
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
     protocol = limited_protocol(connections or ConnectionLimits())
     server = uvicorn.Server(uvicorn.Config(app, http=protocol, log_config=None, access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)

@@ -93,7 +93,7 @@ def nested(depth: int) -> dict[str, Any]:
         ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema"),
         ({"response_format": {"type": "xml"}}, "response_format", "json_object"),
         ({"response_format": {"type": "regex_schema", "regex_schema": "(?=x)"}}, "response_format.regex_schema", "look-around"),
-        ({"response_format": {"type": "regex_schema", "regex_schema": ""}}, "response_format.regex_schema.regex_schema", ""),
+        ({"response_format": {"type": "regex_schema", "regex_schema": ""}}, "response_format.regex_schema", ""),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", ""),

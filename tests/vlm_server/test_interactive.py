@@ -606,7 +606,7 @@ def test_the_openapi_document_describes_every_field_and_its_examples_work(server
     document = requests.get(f"{server.url}/openapi.json", timeout=10).json()
     operation = document["paths"][PATH]["post"]
 
-    for name in ("InteractiveRequest", "InteractiveResponse"):
+    for name in ("GenerateRequest", "InteractiveResponse"):
         properties = document["components"]["schemas"][name]["properties"]
         assert all(field.get("description") for field in properties.values()), name
     assert "409" in operation["responses"]

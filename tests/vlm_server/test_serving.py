@@ -1,5 +1,6 @@
 """The server process: what it prints, when it is ready, how it ends."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -14,7 +15,8 @@ import pytest
 import requests
 import trustme
 
-from vlm_server.serving import ProgressLine
+from tests.contract.running import fake_config
+from vlm_server.serving import ProgressLine, _listener
 
 SCRIPTED = """
 import asyncio, contextlib, os, sys
@@ -244,6 +246,20 @@ def test_a_port_that_is_taken_is_named_before_anything_is_loaded(tmp_path: Path)
     assert process.returncode == 1
     assert f"127.0.0.1:{port}" in err
     assert "Loading" not in err
+
+
+async def test_a_small_answer_waits_for_no_acknowledgement_in_asyncios_own_loop() -> None:
+    with _listener(fake_config(server_name="127.0.0.1", server_port=0)) as listener:
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(accept, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            assert await asyncio.wait_for(accepted, 10) == 1
+            writer.close()
 
 
 def test_progress_is_a_line_per_quarter_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,7 +160,7 @@ class UserMessage(_Fields):
     content: Annotated[_Text | Annotated[list[UserBlock], Tag("<blocks>")], Discriminator(_list_or_string)]
 
 
-class AssistantMessage(_Fields):
+class AssistantTurn(_Fields):
     role: Literal["assistant"]
     content: Annotated[_Text | Annotated[list[AssistantBlock], Tag("<blocks>")], Discriminator(_list_or_string)]
 
@@ -183,7 +183,7 @@ def _role(value: object) -> str:
 
 
 Message = Annotated[
-    Annotated[UserMessage, Tag("<user>")] | Annotated[AssistantMessage, Tag("<assistant>")] | Annotated[SystemMessage, Tag("<system>")],
+    Annotated[UserMessage, Tag("<user>")] | Annotated[AssistantTurn, Tag("<assistant>")] | Annotated[SystemMessage, Tag("<system>")],
     Discriminator(_role),
     BeforeValidator(_known_role),
 ]
@@ -308,5 +308,5 @@ RULES: dict[type[BaseModel], dict[str, Values]] = {
     **{model: {} for model in (CacheControl, Base64Source, UrlSource, FileSource, ThinkingBlock, RedactedThinkingBlock)},
     Thinking: {"block_binding": ()},
     OutputConfig: {"task_budget": ()},
-    **{model: {} for model in (UserMessage, AssistantMessage, SystemMessage, ToolChoice, JsonFormat)},
+    **{model: {} for model in (UserMessage, AssistantTurn, SystemMessage, ToolChoice, JsonFormat)},
 }

@@ -27,7 +27,7 @@ ContentOfMessage = Annotated[TextContent | ThinkingContent | ToolUseContent, Fie
 StopReasonName = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
 
-class OutputTokensDetails(BaseModel):
+class MessageTokensDetails(BaseModel):
     thinking_tokens: int
 
 
@@ -36,7 +36,7 @@ class DeltaUsage(BaseModel):
     cache_creation_input_tokens: Literal[0]
     cache_read_input_tokens: int = Field(description="Tokens of the prompt that the prefix cache gave.")
     output_tokens: int
-    output_tokens_details: OutputTokensDetails | None = Field(description="Null where the model's reasoning is not told apart.")
+    output_tokens_details: MessageTokensDetails | None = Field(description="Null where the model's reasoning is not told apart.")
 
 
 class MessageUsage(DeltaUsage):

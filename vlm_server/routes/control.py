@@ -16,6 +16,7 @@ router = APIRouter(tags=["operation"])
 
 @router.get("/is_sleeping", response_model=IsSleepingResponse, summary="Always false: this server does not sleep")
 async def is_sleeping(request: Request) -> Response:
+    """For LMDeploy's operators, who ask before they send requests."""
     return Response(msgspec.json.encode({"is_sleeping": False}), media_type="application/json")
 
 

@@ -39,6 +39,7 @@ async def upload_file(request: Request) -> Response:
 
 @router.get("/v1/files", response_model=FileListResponse, summary="The files of the API key")
 async def list_files(request: Request, query: Annotated[FileListQuery, Query()]) -> Response:
+    """A page of them, the newest first unless `order` says otherwise; `after` goes on behind a file."""
     context = context_of(request)
     warnings = check_fields(query, strict=context.config.strict_fields)
     files = await context.files.all(tenant_of(request.scope))
@@ -52,6 +53,7 @@ async def list_files(request: Request, query: Annotated[FileListQuery, Query()])
 
 @router.get("/v1/files/{file_id}", response_model=FileResponse, summary="What is known of a file")
 async def retrieve_file(request: Request, file_id: str) -> Response:
+    """The same object as in the list; 404 for other keys' files and for those that have ended."""
     return _json(_as_dict(await context_of(request).files.get(tenant_of(request.scope), file_id)), [])
 
 
@@ -65,6 +67,7 @@ async def file_content(request: Request, file_id: str) -> Response:
 
 @router.delete("/v1/files/{file_id}", response_model=FileDeletedResponse, summary="End a file before its time")
 async def delete_file(request: Request, file_id: str) -> Response:
+    """From now on its id is a 404, and what it took of the key's quota is free."""
     await context_of(request).files.delete(tenant_of(request.scope), file_id)
     return _json({"id": file_id, "object": "file", "deleted": True}, [])
 

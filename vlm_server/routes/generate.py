@@ -8,20 +8,20 @@ from vlm_server.aborting import unless_aborted
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
 from vlm_server.errors import bad_request
-from vlm_server.generate_protocol import GenerateRequest
+from vlm_server.generate_protocol import GenerateReqInput
 from vlm_server.generate_shape import GenerateShape
 from vlm_server.generation import NO_PROMPT
 from vlm_server.guided import grammar_of
 from vlm_server.middleware import request_timings
-from vlm_server.response_schema import GenerateResponse
+from vlm_server.response_schema import GenerateReqOutput
 from vlm_server.shapes import new_id
 from vlm_server.streaming import answer, unless_client_leaves
 
 router = APIRouter()
 
 
-@router.post("/generate", response_model=GenerateResponse, tags=["completions"], summary="Continue a text or token ids, with pictures")
-async def generate(request: Request, body: GenerateRequest) -> Response:
+@router.post("/generate", response_model=GenerateReqOutput, tags=["completions"], summary="Continue a text or token ids, with pictures")
+async def generate(request: Request, body: GenerateReqInput) -> Response:
     """One answer with its token ids, and with `return_logprob` their log probabilities, without a chat template.
 
     Pictures stand at the model's placeholders in the prompt where there are as many, else before the text.
@@ -39,7 +39,7 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 
-async def _prompt(request: Request, context: ServerContext, body: GenerateRequest) -> Prompt:
+async def _prompt(request: Request, context: ServerContext, body: GenerateReqInput) -> Prompt:
     timings, tenant = request_timings(request.scope), tenant_of(request.scope)
     pictures, fields = body.pictures(), body.picture_fields()
     if pictures:

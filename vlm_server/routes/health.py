@@ -19,6 +19,7 @@ _STATUS = {"ready": "healthy", "starting": "initializing"}
 
 @health_router.get("/health", response_model=HealthResponse, summary="200 while the engine can take requests, else 503")
 async def health(request: Request) -> Response:
+    """Needs no API key. The message says what state the engine is in, and why where it failed."""
     engine = context_of(request).backend.engine
     status = _STATUS.get(str(engine.state), "unhealthy")
     message = f"the engine is {engine.state!s}" + (f": {engine.failure}" if engine.failure else "")
@@ -30,6 +31,7 @@ async def health(request: Request) -> Response:
 
 @metrics_router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
+    """Requests, tokens, caches, queues, pictures and sessions since the server was started."""
     context = context_of(request)
     try:
         stats = await context.backend.engine.stats()

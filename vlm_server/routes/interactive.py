@@ -15,7 +15,7 @@ from starlette.responses import Response
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import bad_request, to_api_error
-from vlm_server.interactive_protocol import NO_SESSION, InteractiveRequest
+from vlm_server.interactive_protocol import NO_SESSION, GenerateRequest
 from vlm_server.middleware import request_facts
 from vlm_server.response_schema import InteractiveResponse
 from vlm_server.sessions.store import RecordId
@@ -32,7 +32,7 @@ _NOTHING = Reply(finish_reason="stop")  # what cancelling and ending answer
 
 
 @router.post("/v1/chat/interactive", response_model=InteractiveResponse, tags=["chat"], summary="One turn of a session")
-async def chat_interactive(request: Request, body: InteractiveRequest) -> Response:
+async def chat_interactive(request: Request, body: GenerateRequest) -> Response:
     """The user's turn in, the assistant's out; with `interactive_mode` and a `session_id` the server keeps both for the next turn."""
     context = context_of(request)
     warnings = context.accept(request, body) + _check(body)
@@ -50,7 +50,7 @@ async def chat_interactive(request: Request, body: InteractiveRequest) -> Respon
     return Response(_line(await _collected(request, replies), warnings), media_type="application/json")
 
 
-def _check(body: InteractiveRequest) -> list[str]:
+def _check(body: GenerateRequest) -> list[str]:
     """Warnings. Raises ApiError 400 for what fields ask for together and cannot have."""
     if body.cancel:
         if body.session_id == NO_SESSION:
@@ -66,13 +66,13 @@ def _check(body: InteractiveRequest) -> list[str]:
     return []
 
 
-def _session_of(context: ServerContext, request: Request, body: InteractiveRequest) -> RecordId | None:
+def _session_of(context: ServerContext, request: Request, body: GenerateRequest) -> RecordId | None:
     if body.session_id == NO_SESSION:
         return None
     return context.turns.sessions.id_of(tenant_of(request.scope), body.session_id)
 
 
-def _uploaded(body: InteractiveRequest, messages: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _uploaded(body: GenerateRequest, messages: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The pictures that are named by a file id, under the names of the fields that the client knows."""
     for number, index, path in body.picture_fields():
         image = messages[number]["content"][index]["image_url"]
@@ -82,7 +82,7 @@ def _uploaded(body: InteractiveRequest, messages: list[dict[str, Any]]) -> Itera
 
 def _turn_request(
     context: ServerContext,
-    body: InteractiveRequest,
+    body: GenerateRequest,
     messages: list[dict[str, Any]],
     files: dict[str, bytes],
     tenant: str,

@@ -62,11 +62,13 @@ async def count_message_tokens(request: Request, body: CountTokensRequest, anthr
 
 @models_router.get("/v1/models", response_model=ModelInfoList, summary="What this server serves, as Anthropic's API")
 async def list_anthropic_models(request: Request) -> Response:
+    """One model, under the id that requests name."""
     return _json(model_list(context_of(request)))
 
 
 @models_router.get("/v1/models/{model_id:path}", response_model=ModelInfo, summary="One model, as Anthropic's API")
 async def retrieve_anthropic_model(request: Request, model_id: str) -> Response:
+    """The same object as in the list; 404 for every other id."""
     return _json(model_info(context_of(request), model_id))
 
 

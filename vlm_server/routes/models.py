@@ -14,12 +14,14 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", response_model=ModelList, summary="What this server serves")
 async def list_models(request: Request) -> Response:
+    """One model, under the id that requests name. With the header `anthropic-version`, in Anthropic's shape."""
     context = context_of(request)
     return _json(model_list(context) if speaks_anthropic(request.scope) else {"object": "list", "data": [_card(context)]})
 
 
 @router.get("/v1/models/{model_id:path}", response_model=ModelCard, summary="One model; its id may hold slashes")
 async def retrieve_model(request: Request, model_id: str) -> Response:
+    """The same object as in the list; 404 for every other id."""
     context = context_of(request)
     if speaks_anthropic(request.scope):
         return _json(model_info(context, model_id))

@@ -39,6 +39,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
 
 @router.post("/detokenize", response_model=DetokenizeResponse, summary="The text of token ids")
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    """Bytes that are no UTF-8 become replacement characters."""
     context = context_of(request)
     warnings = context.accept(request, body)
     vocab_size = context.engine_info.vocab_size
