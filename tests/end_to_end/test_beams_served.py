@@ -10,10 +10,9 @@ from tests.image_fixtures import picture, reference_model, reference_processor, 
 from tests.server_process import data_url, server_process
 from tests.tiny_models import image_model_names
 
-QUICK = {"llava"}
 
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.full]) for name in image_model_names()])
+@pytest.mark.full
+@pytest.mark.parametrize("name", image_model_names())
 def test_one_two_and_four_beams_give_the_references_answer(name: str) -> None:
     picture_part = {"type": "image_url", "image_url": {"url": data_url(png())}}
     ours = {}

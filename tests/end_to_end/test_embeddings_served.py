@@ -16,10 +16,10 @@ from vision.families import load_family
 
 TOLERANCE = 1e-4
 TEXT = "A red circle is left of the blue square."
-QUICK = {"llava"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.full]) for name in image_model_names()])
+@pytest.mark.full
+@pytest.mark.parametrize("name", image_model_names())
 def test_embeddings_of_texts_and_pictures_are_the_references(name: str) -> None:
     parts = [{"type": "image_url", "image_url": {"url": data_url(png())}}, {"type": "text", "text": TEXT}]
     with server_process(tiny_folder(name), "--session-len", "1024") as server:

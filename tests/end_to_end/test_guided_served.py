@@ -5,6 +5,7 @@ from typing import Literal
 
 import openai
 import pydantic
+import pytest
 
 from tests.server_process import server_process
 from tests.tiny_models import write_tiny
@@ -17,6 +18,7 @@ class Thing(pydantic.BaseModel):
     count: Literal[1, 2, 3]
 
 
+@pytest.mark.full
 def test_choices_streams_and_cached_prompts_follow_the_format(tmp_path):
     with server_process(write_tiny("llama", tmp_path / "llama")) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

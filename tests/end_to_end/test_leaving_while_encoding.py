@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import openai
+import pytest
 
 from tests.end_to_end.pictures import drawn
 from tests.image_fixtures import tiny_folder
@@ -36,6 +37,7 @@ def _with_size(settings: dict, side_px: int) -> str:
     return json.dumps(settings)
 
 
+@pytest.mark.full
 async def test_the_encoding_stops_and_everything_is_free_within_a_second(tmp_path):
     with server_process(slow_folder(tmp_path / "slow"), "--load-format", "dummy", "--session-len", "2048") as server:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:

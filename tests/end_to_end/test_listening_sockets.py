@@ -19,6 +19,7 @@ def listening_addresses(process_id: int) -> dict[str, set[str]]:
     return addresses
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tp", [1, 2])
 def test_nothing_but_the_server_s_own_port_can_be_reached_from_another_machine(tp: int, tmp_path: Path) -> None:
     model = write_tiny("llava", tmp_path / "model")

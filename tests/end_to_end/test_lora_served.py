@@ -3,6 +3,7 @@
 import json
 
 import openai
+import pytest
 import torch
 
 from tests.engine.test_lora import ALPHA, RANK, changed_model, write_adapter
@@ -13,6 +14,7 @@ from vlm_server.tokenizer import load_tokenizer
 PROMPT = "A red circle <new-3> is left of the <new-1> square."
 
 
+@pytest.mark.full
 def test_an_adapter_with_new_tokens_is_served_merged(tmp_path):
     folder = write_tiny("llama", tmp_path / "base")
     tokenizer = load_tokenizer(folder)

@@ -2,6 +2,7 @@
 
 import signal
 
+import pytest
 import requests
 import torch
 from transformers import AutoModelForCausalLM
@@ -10,6 +11,7 @@ from tests.server_process import server_process
 from tests.tiny_models import write_tiny
 
 
+@pytest.mark.full
 def test_a_client_ends_a_server_that_allows_it_and_measures_the_references_perplexity(tmp_path) -> None:
     folder = write_tiny("llama", tmp_path / "llama")
     token_ids = list(range(20, 60))
