@@ -28,6 +28,9 @@ GRADIO_NEEDS = "audioop-lts; python_version >= '3.13'" brotli gradio-client groo
 
 # Waiting threads sleep instead of spinning: several times faster beside other processes.
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
+# Whole files at a time in two processes, each of which computes with one thread: tiny models gain nothing from a second one.
+PYTEST_TWICE = OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile
+WITH_SERVERS = tests/end_to_end tests/robustness
 DEBIAN_PACKAGES = chromium curl debootstrap jq
 
 .PHONY: serve gradio test test-equality test-external test-api-long check format bench wheel debian-packages java-and-node clean
@@ -39,10 +42,11 @@ gradio: $(VENV)/.installed-gradio
 	exec $(BIN)/vlm-server gradio $(URL) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) --ignore tests/external -m "not full and not external and not gpu" $(ARGS)
+	$(PYTEST_TWICE) --ignore tests/external -m "not full and not external and not gpu" $(ARGS)
 
 test-equality: $(VENV)/.installed-dev
-	$(PYTEST) --ignore tests/external -m "full and not external and not gpu" $(ARGS)
+	$(PYTEST_TWICE) --ignore tests/external $(addprefix --ignore ,$(WITH_SERVERS)) -m "full and not external and not gpu" $(ARGS)
+	$(PYTEST) $(WITH_SERVERS) -m "full and not external and not gpu" $(ARGS)
 
 test-external: $(VENV)/.installed-external $(VENV)/.installed-gradio debian-packages java-and-node
 	$(PYTEST) -m "external and not gpu" $(ARGS)
