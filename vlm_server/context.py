@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 
-from engine.request import EngineDeadError, EngineInfo, Prompt
+from engine.request import EngineDeadError, EngineInfo, InvalidRequestError, Prompt
 from vlm_server.aborting import NO_SESSION, AbortSwitch, RunningRequests, switch_of
 from vlm_server.answer_formats import AnswerFormats
 from vlm_server.auth import tenant_of
@@ -74,8 +74,16 @@ class ServerContext:
         return switch
 
     async def text_prompt(self, text_or_ids: str | list[int], *, tenant: str) -> Prompt:
-        """A prompt without a template, tokenized in a thread."""
+        """A prompt without a template, tokenized in a thread. Raises InvalidRequestError."""
+        if not isinstance(text_or_ids, str):
+            self.check_token_ids(text_or_ids)
         return await asyncio.to_thread(self.backend.pipeline.text_prompt, text_or_ids, tenant=tenant)
+
+    def check_token_ids(self, token_ids: Sequence[int]) -> None:
+        """As the engine does, for those who decode a prompt before it gets there. Raises InvalidRequestError."""
+        largest_id = self.engine_info.vocab_size - 1
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) <= largest_id):
+            raise InvalidRequestError(f"the prompt holds a token id outside 0 … {largest_id}")
 
     def generation(
         self,

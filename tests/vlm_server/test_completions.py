@@ -228,3 +228,13 @@ def internlm2() -> TextTokenizer:
 
 def _prompt(token_ids: Sequence[int]) -> Prompt:
     return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), ()))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"prompt": [1, 2**31]}, {"prompt": [[1], [VOCAB_SIZE]]}, {"prompt": [VOCAB_SIZE], "echo": True}], ids=str
+)
+def test_a_token_that_is_not_there_is_refused_before_anything_is_decoded(server: RunningServer, fields: dict[str, Any]) -> None:
+    answer = requests.post(f"{server.url}/v1/completions", json={"model": server.model, **fields}, timeout=10)
+
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert f"outside 0 … {VOCAB_SIZE - 1}" in answer.json()["error"]["message"]

@@ -112,6 +112,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ""}, "prompt"),
     ({"input_ids": []}, "input_ids"),
     ({"input_ids": [-1]}, "input_ids[0]"),
+    ({"input_ids": [1, 2**31 - 1]}, "input_ids"),
+    ({"input_ids": [1, 2**31 - 1], "image_data": RED_CIRCLE}, "input_ids"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"n": 2}, "n"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),

@@ -5,12 +5,12 @@ import asyncio
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from engine.request import Prompt
+from engine.request import InvalidRequestError, Prompt
 from vlm_server.aborting import unless_aborted
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
 from vlm_server.echo import Echo, echo_of
-from vlm_server.errors import bad_request
+from vlm_server.errors import bad_request, to_api_error
 from vlm_server.generation import NO_PROMPT
 from vlm_server.guided import grammar_of
 from vlm_server.infill import InfillFormat, infill_end_ids, infill_format, infill_tokens
@@ -75,4 +75,7 @@ async def _prompts(context: ServerContext, body: CompletionRequest, infill: Infi
     if infill is not None:
         tokenizer, suffix = context.backend.pipeline.tokenizer, body.suffix or ""
         given = [await asyncio.to_thread(infill_tokens, infill, str(prefix), suffix, tokenizer) for prefix in given]
-    return [await context.text_prompt(prompt, tenant=tenant) for prompt in given]
+    try:
+        return [await context.text_prompt(prompt, tenant=tenant) for prompt in given]
+    except InvalidRequestError as error:
+        raise to_api_error(error, param=body.input_field) from error

@@ -7,7 +7,7 @@ from engine.request import InvalidRequestError, Prompt
 from vlm_server.aborting import unless_aborted
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
-from vlm_server.errors import bad_request
+from vlm_server.errors import bad_request, to_api_error
 from vlm_server.generate_protocol import GenerateReqInput
 from vlm_server.generate_shape import GenerateShape
 from vlm_server.generation import NO_PROMPT
@@ -42,6 +42,7 @@ async def generate(request: Request, body: GenerateReqInput) -> Response:
 async def _prompt(request: Request, context: ServerContext, body: GenerateReqInput) -> Prompt:
     timings, tenant = request_timings(request.scope), tenant_of(request.scope)
     pictures, fields = body.pictures(), body.picture_fields()
+    _check_ids(context, body)
     if pictures:
         pipeline = context.backend.pipeline
         return await pipeline.picture_prompt(body.text_or_ids, pictures, params=fields, tenant=tenant, timings=timings)
@@ -51,3 +52,11 @@ async def _prompt(request: Request, context: ServerContext, body: GenerateReqInp
         except InvalidRequestError as error:  # which calls every input a prompt
             message = str(error).removeprefix("prompt: ")
             raise bad_request("invalid_value", f"{body.input_field}: {message}", param=body.input_field) from error
+
+
+def _check_ids(context: ServerContext, body: GenerateReqInput) -> None:
+    if not isinstance(body.text_or_ids, str):
+        try:
+            context.check_token_ids(body.text_or_ids)
+        except InvalidRequestError as error:
+            raise to_api_error(error, param=body.input_field) from error
