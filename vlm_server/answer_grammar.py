@@ -8,6 +8,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from engine.guided import GrammarError, check_grammar
 from vlm_server.errors import bad_request
@@ -53,8 +54,14 @@ def answer_grammar(plan: AnswerPlan, form: str | None, *, token_id_of: TokenId, 
         before = "thought blank" if in_reasoning else "(opened blank)?"
     grammars = [{"lark_grammar": "\n".join([f"start: {before} ({body})", *rules])}]
     if form is not None and "@form" in body:
-        grammars.append(json.loads(form)["grammars"][0] | {"name": "form"})
+        grammars.append(_named(form))
     return json.dumps({"grammars": grammars})
+
+
+def _named(form: str) -> dict[str, Any]:
+    """The grammar of a form as others refer to it. One that a client wrote is Lark's text, all others are JSON."""
+    grammar = json.loads(form)["grammars"][0] if form.lstrip().startswith("{") else {"lark_grammar": form}
+    return {**grammar, "name": "form"}
 
 
 def _call_rules(structure: CallStructure, write: "_Writer") -> list[str]:

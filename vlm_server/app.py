@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Match
 
 from engine.request import EngineError
 from vision.image import MediaError
@@ -130,8 +131,17 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     api_error = to_api_error(error)
+    if api_error.status == 405:
+        api_error.headers["Allow"] = ", ".join(_methods_of(request))
     request_facts(request.scope)["error"] = api_error.code
     return api_error.response(request.scope)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Those that the path is routed for; the router itself names those of one handler alone."""
+    methods = ("GET", "POST", "DELETE")
+    scopes = {method: {**request.scope, "method": method} for method in methods}
+    return [method for method in methods if any(route.matches(scopes[method])[0] is Match.FULL for route in request.app.routes)]
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:

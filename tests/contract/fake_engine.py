@@ -16,6 +16,7 @@ from engine.request import (
     FinishReason,
     ImageInput,
     ImageSpan,
+    InvalidRequestError,
     Prompt,
     PromptTooLongError,
     SamplingParams,
@@ -338,6 +339,8 @@ class FakePipeline:
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
         token_ids = self.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
+        if not token_ids:
+            raise InvalidRequestError("prompt: it has no tokens; at least one is needed")
         return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
 
     async def _load(self, url: str, param: str, pictures: Mapping[str, bytes] | None = None) -> None:

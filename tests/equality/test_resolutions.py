@@ -53,7 +53,7 @@ def end_ids(name: str) -> list[int]:
 def reference_inputs(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     messages = conversation({key: {"type": "image", "image": Image.fromarray(pixels)} for key, pixels in PICTURES.items()})
     outputs = reference_processor(name).apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=settings
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=dict(settings)
     )
     return dict(outputs)
 

@@ -54,7 +54,7 @@ def fuzz(
 @contextlib.contextmanager
 def scripted_url() -> Iterator[str]:
     """A server that wants `KEY`."""
-    with running_server(fake_config(api_keys=(KEY,))) as server:
+    with running_server(fake_config(api_keys=(KEY,), enable_abort_handling=True)) as server:
         yield server.url
 
 

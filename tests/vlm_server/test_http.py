@@ -306,3 +306,12 @@ def test_responses_have_the_shape_that_the_document_states(server: RunningServer
     for line in post(server, stream=True, logprobs=True, stream_options={"include_usage": True}).text.splitlines():
         if line.startswith("data: {"):
             ChatCompletionStreamResponse.model_validate_json(line[6:])
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"), [("/v1/files", "GET, POST"), ("/v1/responses/x", "GET, DELETE"), ("/v1/chat/completions", "POST")]
+)
+def test_a_method_that_a_path_does_not_have_is_told_all_that_it_has(server: RunningServer, path: str, allowed: str) -> None:
+    answer = requests.put(f"{server.url}{path}", timeout=10)
+
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)

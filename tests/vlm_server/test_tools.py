@@ -3,12 +3,14 @@
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher
 
 from tests.vlm_server.parsing.texts import FORMATS, events_of, read, written
 from tests.vlm_server.test_guided import accepts
 from vlm_server.answer_formats import AnswerFormats, reasoning_parser_name, tool_parser_name
 from vlm_server.answer_grammar import answer_grammar
 from vlm_server.errors import ApiError
+from vlm_server.guided import json_grammar
 from vlm_server.parsing.reasoning import REASONING_FORMATS
 from vlm_server.parsing.tool_formats import TOOL_FORMATS
 from vlm_server.protocol import ChatCompletionRequest
@@ -156,3 +158,24 @@ def test_strict_tools_are_refused_where_calls_look_like_any_text(format_name: st
     for text in ("hello", written(format_name, [("f", '{"a": 1}')]), "so: " + written(format_name, [("f", '{"a": 1}')])):
         assert accepts(grammar, text), text
     assert not accepts(grammar, written(format_name, [("f", '{"a": "1"}')]))
+
+
+FORMS = {
+    "a schema": (json_grammar({"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}), '{"b": 1}', '{"b": "x"}'),
+    "an expression": (LLMatcher.grammar_from_regex("b+"), "bbb", "c"),
+    "a client's own grammar": ('start: "b" ANY\nANY: /[0-9]/', "b1", "b"),
+}
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_a_fixed_form_beside_tools_leaves_the_form_or_calls(kind: str) -> None:
+    form, good, bad = FORMS[kind]
+    body = request(response_format={"type": "json_object"})
+    plan = plan_answer(body, AnswerFormats(TOOL_FORMATS["hermes"], None, shows_tools=True))
+
+    grammar = answer_grammar(plan, form, token_id_of=lambda word: None, in_reasoning=False)
+
+    assert grammar is not None
+    assert accepts(grammar, good)
+    assert accepts(grammar, written("hermes", [("f", '{"a": 1}')]))
+    assert not accepts(grammar, bad)
