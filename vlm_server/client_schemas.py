@@ -7,7 +7,7 @@ Works on the document alone and on whatever routes it describes; nothing that is
   routes are kept as `x-group`, by which the page at `/` sorts them.
 - A union, null left aside, is a component. Its name is that of the model and of the field that have it, but for those in `NAMES`.
 - A union of objects that differ by one field says so with a discriminator.
-- A field without a description has the one in `MEANINGS`.
+- A field without a description has the one in `MEANINGS`; one that is always null is a text or null.
 - A constant is an enum of one value, and whole numbers are bounded by whole numbers, with a format where 32 bits are too few.
 """
 
@@ -178,6 +178,8 @@ def _fit(schema: Any, place: str, unions: _Unions) -> Any:
 
 
 def _property(name: str, schema: Schema) -> Schema:
+    if schema.get("type") == "null":  # generators have no type that is always null
+        schema = {key: value for key, value in schema.items() if key != "type"} | {"anyOf": [{"type": "string"}, _NULL]}
     return {"description": MEANINGS[name], **schema} if name in MEANINGS else schema
 
 

@@ -178,7 +178,7 @@ class GenerateMeta(BaseModel):
     prompt_tokens: int
     completion_tokens: int = Field(description="So far.")
     finish_reason: GenerateFinishReason | None = Field(description="Streamed, null but in the last piece.")
-    output_token_logprobs: list[tuple[float, int]] | None = Field(description="Log probability and id of each of output_ids.")
+    output_token_logprobs: list[list[float]] | None = Field(description="Log probability and id of each of output_ids.")
     routed_experts: list[int] | None = _ALWAYS_NULL
 
 

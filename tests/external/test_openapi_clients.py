@@ -38,7 +38,8 @@ NOT_OF_THE_DOCUMENT = (
     r"Ignoring complex example on request body",  # Java's has no place for examples that are objects
     r"(r#)?type cannot be used as a field/variable name",  # a reserved word of Rust's, and OpenAI's name
     r"\w+ cannot be used as a enum variant name",  # Rust's, of values that are no words, as 1h
-    r"(ApplicationJson|TextEventStream|TextPlain) cannot be used as a model name",  # Rust's names of media types
+    r"(?i)expires_?after\[(anchor|seconds)\] cannot be used as a (field/variable|parameter|enum) name",  # OpenAI's names of a form's fields
+    r"(ApplicationJson|ApplicationOctetStream|TextEventStream|TextPlain) cannot be used as a model name",  # Rust's names of media types
     r"(vec<.*>|std::collections::hash_map<.*>) cannot be used as a field/variable name",  # Rust's names of a union's members
     r"(string|bool|int32|int64|float32) \(reserved word\) cannot be used as model name",  # Go's
 )
