@@ -1,5 +1,6 @@
 """`openapi.json`, and the Swagger page at `/` with its assets from this package: the page needs no network."""
 
+import asyncio
 import html
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def add_docs(app: FastAPI, config: ServerConfig) -> None:
 
     async def openapi(request: Request) -> JSONResponse:
         if "openapi" not in schemas:
-            schemas["openapi"] = openapi_schema(app, config)
+            schemas["openapi"] = await asyncio.to_thread(openapi_schema, app, config)  # a second or two, in which streams go on
         return JSONResponse(schemas["openapi"])
 
     app.add_route("/", swagger, include_in_schema=False)
