@@ -2,6 +2,7 @@
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,12 @@ CLONE = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "vlm_server.cli"]
 
 
+def _take_terminal() -> None:
+    """Makes it the session's, so that its Ctrl-C is a signal, which a run of tests in the background may have been told to ignore."""
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Terminal:
     """A pseudo-terminal with the program on it; a test types and waits for what is shown."""
 
@@ -27,7 +34,7 @@ class Terminal:
         environment = {**os.environ, "TERM": "dumb", "PYTHONPATH": str(CLONE)}
         self.process = subprocess.Popen(
             [*PROGRAM, *words], stdin=theirs, stdout=theirs, stderr=theirs, cwd=CLONE, env=environment, start_new_session=True,
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # the session's first terminal: its Ctrl-C is a signal
+            preexec_fn=_take_terminal,
         )  # fmt: skip
         os.close(theirs)
         self.shown = b""
