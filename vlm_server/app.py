@@ -131,17 +131,22 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     api_error = to_api_error(error)
-    if api_error.status == 405:
-        api_error.headers["Allow"] = ", ".join(_methods_of(request))
+    if api_error.status == 405 and (methods := _methods_of(request)):
+        api_error.headers["Allow"] = ", ".join(methods)
     request_facts(request.scope)["error"] = api_error.code
     return api_error.response(request.scope)
 
 
 def _methods_of(request: Request) -> list[str]:
-    """Those that the path is routed for; the router itself names those of one handler alone."""
-    methods = ("GET", "POST", "DELETE")
-    scopes = {method: {**request.scope, "method": method} for method in methods}
-    return [method for method in methods if any(route.matches(scopes[method])[0] is Match.FULL for route in request.app.routes)]
+    """Those that the path is routed for; the router itself names those of one handler alone. Empty where what it leads to says no."""
+    if _leads_anywhere(request, request.method):  # mounted files, which refuse methods by themselves
+        return []
+    return [method for method in ("GET", "POST", "DELETE") if _leads_anywhere(request, method)]
+
+
+def _leads_anywhere(request: Request, method: str) -> bool:
+    scope = {**request.scope, "method": method}
+    return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:

@@ -315,3 +315,12 @@ def test_a_method_that_a_path_does_not_have_is_told_all_that_it_has(server: Runn
     answer = requests.put(f"{server.url}{path}", timeout=10)
 
     assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+
+
+@pytest.mark.parametrize("method", ["POST", "PATCH"])
+def test_mounted_files_are_not_said_to_take_what_they_refuse(server: RunningServer, method: str) -> None:
+    answer = requests.request(method, f"{server.url}/swagger-ui/swagger-ui.css", timeout=10)
+
+    assert answer.status_code == 405
+    assert method not in answer.headers.get("allow", "")
+    assert "DELETE" not in answer.headers.get("allow", "")
