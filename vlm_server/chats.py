@@ -69,9 +69,12 @@ async def begin_chat(
 async def count_tokens(request: Request, context: ServerContext, body: ChatCompletionRequest) -> int:
     """The tokens of the prompt that `begin_chat` makes of a list of messages; pictures are measured by their headers. Raises as it does."""
     context.accept(request, body)
-    plan = plan_answer(body, context.formats)
-    chat = await _written(context, body, plan, tenant_of(request.scope), StageTimings())
-    return len(await unless_client_leaves(request, context.backend.pipeline.chat_tokens(**chat)))
+    return len(await unless_client_leaves(request, _tokens(context, body, plan_answer(body, context.formats), tenant_of(request.scope))))
+
+
+async def _tokens(context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str) -> list[int]:
+    chat = await _written(context, body, plan, tenant, StageTimings())
+    return await context.backend.pipeline.chat_tokens(**chat)
 
 
 async def _prompt(context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str, timings: StageTimings) -> Prompt:
