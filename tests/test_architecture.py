@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "engine.config": "",
     "engine.continuations": ".beams .sampler",
     "engine.core": ".beams .config .continuations .encoding .first_token .guided .reading .request .sampler .scheduler .workers",
-    "engine.encoding": ".request vision.encoder",
+    "engine.encoding": ".request .slices vision.encoder",
     "engine.first_token": "",
     "engine.guided": ".request",
     "engine.kv_cache": "",
@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "engine.messages": ".config .request",
     "engine.model_runner": (
         ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .layers.rotary .models.decoder "
-        ".models.fallback .models.lora .models.registry .models.weights .reading .request vision.encoder"
+        ".models.fallback .models.lora .models.registry .models.weights .reading .request vision.encoder vision.tower_parts"
     ),
     "engine.models": "",
     "engine.models.decoder": ".attention.base .layers.embedding .layers.linear .layers.norm .layers.parallel .layers.rotary",
@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "engine.row": ".kv_cache .request",
     "engine.sampler": ".request",
     "engine.scheduler": ".config .kv_cache .request .row",
+    "engine.slices": "",
     "engine.workers": ".channel .config .layers.parallel .messages .model_runner .request",
     "vision": "",
     "vision.addresses": ".config",
@@ -84,6 +85,7 @@ MAY_IMPORT = {
     ),
     "vision.shared_array": "",
     "vision.single_flight": "",
+    "vision.tower_parts": "",
     "vision.urls": ".image",
     "vision.workers": ".frames",
     "vlm_server": "",
