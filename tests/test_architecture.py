@@ -64,9 +64,10 @@ MAY_IMPORT = {
     "vision.body": ".data_url .image",
     "vision.cache": "",
     "vision.config": "",
+    "vision.confinement": "",
     "vision.data_url": ".image",
-    "vision.decode": ".frames .image .pixels",
-    "vision.decode_pool": ".config .decode .frames .image .shared_array .workers",
+    "vision.decode": ".confinement .frames .image .pixels",
+    "vision.decode_pool": ".config .confinement .decode .frames .image .shared_array .workers",
     "vision.download": ".addresses .body .config .host_slots .http_cache .image .urls",
     "vision.encoder": ".families",
     "vision.families": ".resolution",
@@ -113,7 +114,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
+        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image "
+        "vision.service"
     ),
     "vlm_server.built_in_templates": ".alpaca .role_template",
     "vlm_server.chat_client": ".client",

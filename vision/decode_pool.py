@@ -1,16 +1,20 @@
 """The server's side of decoding: pictures' bytes in, pixels in shared memory out, by a pool of decode workers."""
 
 import asyncio
+import logging
 
 import msgspec
 import numpy as np
 
 from vision.config import VisionConfig
+from vision.confinement import ALL
 from vision.decode import MEASURE, DecodeLimits
 from vision.frames import Frame
 from vision.image import MediaError
 from vision.shared_array import SharedArray
 from vision.workers import WorkerError, WorkerPool, WorkerTimeoutError
+
+logger = logging.getLogger(__name__)
 
 _IN_PLACE_BYTES = 256 << 10  # copied in less time than a thread takes to start; more is copied beside the event loop
 _ABANDON_S = 0.5  # a new decode worker is ready in less
@@ -33,7 +37,9 @@ class DecodePool:
 
     async def open(self) -> None:
         """Raises WorkerError."""
-        await self._pool.open()
+        granted = msgspec.msgpack.decode((await self._pool.open()).body, type=list[str])
+        if missing := [name for name in ALL if name not in granted]:
+            logger.warning("decode workers are limited in memory and time, but the system cannot keep them from: %s", ", ".join(missing))
 
     async def close(self) -> None:
         await self._pool.close()
