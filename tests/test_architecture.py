@@ -114,8 +114,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image "
-        "vision.service"
+        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
     ),
     "vlm_server.built_in_templates": ".alpaca .role_template",
     "vlm_server.chat_client": ".client",
@@ -167,7 +166,7 @@ MAY_IMPORT = {
     "vlm_server.interactive_protocol": ".message_schema .protocol",
     "vlm_server.internlm_tools": "",
     "vlm_server.jinja_process": ".jinja_worker vision.workers",
-    "vlm_server.jinja_worker": "",
+    "vlm_server.jinja_worker": "vision.confinement",
     "vlm_server.logprobs": "engine.request",
     "vlm_server.message_schema": ".image_protocol .nesting",
     "vlm_server.metered_engine": ".backend .metering engine.request",

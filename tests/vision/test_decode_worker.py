@@ -207,6 +207,7 @@ async def test_the_worker_has_limits_few_descriptors_and_no_secrets(pool: Decode
     assert limits["Max core file size"][:2] == ["0", "0"]
     assert int(limits["Max open files"][0]) <= 64
     assert int(limits["Max address space"][1]) < 3 << 30
+    assert "NoNewPrivs:\t1" in (process / "status").read_text(), "it is confined, see test_confinement"
     assert len(list((process / "fd").iterdir())) <= 4, "input, output, errors and its socket"
     await decoded(guarded, png())
     limits = {line[:25].strip(): line[25:].split() for line in (process / "limits").read_text().splitlines()}

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -129,6 +130,15 @@ def test_the_worker_sees_no_secrets_and_little_else(monkeypatch: pytest.MonkeyPa
 
     assert all("HF_TOKEN" not in worker.environ() for worker in workers()[-1:])
     jinja.close()
+
+
+def test_the_worker_gains_no_rights_and_still_knows_what_templates_load_late(jinja: JinjaProcess) -> None:
+    before = datetime.now().strftime("%Y-%m-%d %H")
+    text = render(jinja, "{{ strftime_now('%Y-%m-%d %H') }} {{ messages | tojson }}")
+    after = datetime.now().strftime("%Y-%m-%d %H")
+
+    assert text in [f'{hour} [{{"role": "user", "content": "hi"}}]' for hour in (before, after)]
+    assert "NoNewPrivs:\t1" in Path(f"/proc/{workers()[-1].pid}/status").read_text()
 
 
 def test_a_worker_that_nobody_watches_ends_by_itself() -> None:
