@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "engine.beams": ".request .scheduler",
     "engine.channel": "vision.shared_array",
     "engine.client": ".channel .config .messages .request",
-    "engine.config": ".log_lines",
+    "engine.config": "",
     "engine.continuations": ".beams .sampler",
     "engine.core": ".beams .config .continuations .encoding .first_token .guided .reading .request .sampler .scheduler .workers",
     "engine.encoding": ".request vision.encoder",
@@ -40,7 +40,6 @@ MAY_IMPORT = {
     "engine.layers.packed": ".layers.int8",
     "engine.layers.parallel": "",
     "engine.layers.rotary": "",
-    "engine.log_lines": "",
     "engine.messages": ".config .request",
     "engine.model_runner": (
         ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .layers.rotary .models.decoder "
@@ -52,7 +51,7 @@ MAY_IMPORT = {
     "engine.models.lora": ".models.registry .models.weights",
     "engine.models.registry": ".models.decoder",
     "engine.models.weights": ".layers.linear .models.registry",
-    "engine.process": ".channel .core .log_lines .messages .request",
+    "engine.process": ".channel .core .messages .request",
     "engine.reading": ".batch .request .sampler",
     "engine.request": "vision.shared_array",
     "engine.row": ".kv_cache .request",
@@ -109,13 +108,12 @@ MAY_IMPORT = {
     "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
         ".aborting .admission .answer_formats .api_keys .auth .backend .chat_page .config .context .docs .errors .files .metered_engine "
-        ".metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .tracing "
-        ".turns engine.request vision.image"
+        ".metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns "
+        "engine.request vision.image"
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image "
-        "vision.service"
+        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
     ),
     "vlm_server.built_in_templates": ".alpaca .role_template",
     "vlm_server.chat_client": ".client",
@@ -127,8 +125,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
-        ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal .tls .tracing "
-        "engine.config engine.log_lines vision.config vlm_server"
+        ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal .tls "
+        "engine.config vision.config vlm_server"
     ),
     "vlm_server.client": ".api_calls",
     "vlm_server.client_schemas": "",
@@ -153,15 +151,12 @@ MAY_IMPORT = {
     ),
     "vlm_server.file_protocol": ".message_schema",
     "vlm_server.files": ".errors .sessions.store",
-    "vlm_server.flags": (
-        ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config engine.log_lines vision.config"
-    ),
+    "vlm_server.flags": ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
     "vlm_server.format_protocol": ".message_schema",
     "vlm_server.generate_protocol": ".aborting .message_schema .protocol",
     "vlm_server.generate_shape": ".errors .generation .stage_timings .streaming",
     "vlm_server.generation": (
-        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings "
-        "engine.request"
+        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings engine.request"
     ),
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
@@ -176,7 +171,7 @@ MAY_IMPORT = {
     "vlm_server.metered_engine": ".backend .metering engine.request",
     "vlm_server.metering": ".quotas engine.request",
     "vlm_server.metrics": "engine.request vision.service",
-    "vlm_server.middleware": ".errors .metrics .stage_timings .tracing",
+    "vlm_server.middleware": ".errors .metrics .stage_timings",
     "vlm_server.nesting": "",
     "vlm_server.parsing": "",
     "vlm_server.parsing.answer": ".parsing.calls .parsing.events .parsing.reasoning",
@@ -232,8 +227,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
     "vlm_server.routes.interactive": (
-        ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .stage_timings .streaming "
-        ".turns"
+        ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .stage_timings .streaming .turns"
     ),
     "vlm_server.routes.messages": (
         ".anthropic.field_names .anthropic.models .anthropic.protocol .anthropic.response_schema .anthropic.shapes .anthropic.translation "
@@ -247,9 +241,7 @@ MAY_IMPORT = {
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
     "vlm_server.routes.tokens": ".auth .context .errors .files .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
-    "vlm_server.serving": (
-        ".api_keys .app .auth .backend .config .connections .sessions.opening .sessions.store .tls engine.log_lines engine.request"
-    ),
+    "vlm_server.serving": ".api_keys .app .auth .backend .config .connections .sessions.opening .sessions.store .tls engine.request",
     "vlm_server.sessions": "",
     "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
     "vlm_server.sessions.lease": ".sessions.store",
@@ -269,7 +261,6 @@ MAY_IMPORT = {
     "vlm_server.tools": (
         ".answer_formats .errors .parsing.answer .parsing.calls .parsing.reasoning .parsing.tool_formats .protocol .tool_schema"
     ),
-    "vlm_server.tracing": ".stage_timings vlm_server",
     "vlm_server.transcript": "engine.request",
     "vlm_server.turns": ".backend .errors .generation .sessions.history .sessions.store .stage_timings engine.request vision.image",
     "vlm_server.uploads": ".errors .file_protocol vision.image",
