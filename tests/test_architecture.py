@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "engine.beams": ".request .scheduler",
     "engine.channel": "vision.shared_array",
     "engine.client": ".channel .config .messages .request",
-    "engine.config": "",
+    "engine.config": ".log_lines",
     "engine.continuations": ".beams .sampler",
     "engine.core": ".beams .config .continuations .encoding .first_token .guided .reading .request .sampler .scheduler .workers",
     "engine.encoding": ".request vision.encoder",
@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "engine.layers.packed": ".layers.int8",
     "engine.layers.parallel": "",
     "engine.layers.rotary": "",
+    "engine.log_lines": "",
     "engine.messages": ".config .request",
     "engine.model_runner": (
         ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .layers.rotary .models.decoder "
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     "engine.models.lora": ".models.registry .models.weights",
     "engine.models.registry": ".models.decoder",
     "engine.models.weights": ".layers.linear .models.registry",
-    "engine.process": ".channel .core .messages .request",
+    "engine.process": ".channel .core .log_lines .messages .request",
     "engine.reading": ".batch .request .sampler",
     "engine.request": "vision.shared_array",
     "engine.row": ".kv_cache .request",
@@ -126,7 +127,7 @@ MAY_IMPORT = {
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
         ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal .tls "
-        "engine.config vision.config vlm_server"
+        "engine.config engine.log_lines vision.config vlm_server"
     ),
     "vlm_server.client": ".api_calls",
     "vlm_server.client_schemas": "",
@@ -151,7 +152,9 @@ MAY_IMPORT = {
     ),
     "vlm_server.file_protocol": ".message_schema",
     "vlm_server.files": ".errors .sessions.store",
-    "vlm_server.flags": ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
+    "vlm_server.flags": (
+        ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config engine.log_lines vision.config"
+    ),
     "vlm_server.format_protocol": ".message_schema",
     "vlm_server.generate_protocol": ".aborting .message_schema .protocol",
     "vlm_server.generate_shape": ".errors .generation .stage_timings .streaming",
@@ -241,7 +244,9 @@ MAY_IMPORT = {
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
     "vlm_server.routes.tokens": ".auth .context .errors .files .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
-    "vlm_server.serving": ".api_keys .app .auth .backend .config .connections .sessions.opening .sessions.store .tls engine.request",
+    "vlm_server.serving": (
+        ".api_keys .app .auth .backend .config .connections .sessions.opening .sessions.store .tls engine.log_lines engine.request"
+    ),
     "vlm_server.sessions": "",
     "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
     "vlm_server.sessions.lease": ".sessions.store",

@@ -148,7 +148,7 @@ _DISABLING_SWITCHES = {"--disable-metrics": "--no-metrics", "--disable-fastapi-d
 
 def _serve(parsed: argparse.Namespace) -> int:
     """Serve a model over HTTP. Flags take - and _ alike."""
-    _set_up_logging(parsed.log_level)
+    _set_up_logging(parsed.log_level, parsed.log_format)
     from vlm_server.checkpoint import CheckpointError
     from vlm_server.serving import ServingError, serve
 
@@ -220,8 +220,10 @@ def _server_of(parsed: argparse.Namespace) -> "ChatServer":
     return ChatServer(parsed.url, key, ca_file=parsed.cafile or os.environ.get(CA_FILE_VARIABLE))
 
 
-def _set_up_logging(level: str) -> None:
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+def _set_up_logging(level: str, log_format: str) -> None:
+    from engine.log_lines import set_up_logging
+
+    set_up_logging(level, log_format)
     # At debug they log every answer's text, each file of a download, each start, and every piece of a form.
     for name in ("sse_starlette", "httpx2", "uvicorn", "python_multipart"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -4,7 +4,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from fastapi import HTTPException
@@ -66,8 +66,10 @@ class RequestLog:
 
     def _ended(self, scope: Scope, status: int, facts: dict[str, Any], timings: StageTimings) -> None:
         duration_s = time.monotonic() - timings.began_s
+        if timings.pictures:
+            facts["pictures"] = len(timings.pictures)
         self._metrics.request_ended(_route(scope), status, duration_s, facts.get("error"))
-        _log(scope, status, duration_s, facts)
+        _log(scope, status, duration_s, facts, timings)
 
 
 def request_facts(scope: Scope) -> MutableMapping[str, Any]:
@@ -91,11 +93,22 @@ def _route(scope: Scope) -> str:
     return getattr(scope.get("route"), "path", "other")
 
 
-def _log(scope: Scope, status: int, duration_s: float, facts: MutableMapping[str, Any]) -> None:
+def _log(scope: Scope, status: int, duration_s: float, facts: Mapping[str, Any], timings: StageTimings) -> None:
+    """For people with the path as it came; for machines with the route, whose values are few."""
     level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
     if logger.isEnabledFor(level):
         words = " ".join(f"{name}={value}" for name, value in facts.items())
-        logger.log(level, "%s %r %d %.3fs %s", scope["method"], scope["path"], status, duration_s, words)
+        request = {"method": scope["method"], "route": _route(scope), "status": status, "duration_ms": _ms(duration_s)}
+        if timings.first_token_s is not None:
+            request["first_token_ms"] = _ms(timings.first_token_s)
+        stages = {name: _ms(seconds) for name, seconds in timings.seconds.items()}
+        fields = {"message": "request", **request, **facts, **({"stages_ms": stages} if stages else {})}
+        line = "%s %r %d %.3fs %s"
+        logger.log(level, line, scope["method"], scope["path"], status, duration_s, words, extra={"fields": fields})
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)
 
 
 class RootPath:
