@@ -109,8 +109,8 @@ MAY_IMPORT = {
     "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
         ".aborting .admission .answer_formats .api_keys .auth .backend .chat_page .config .context .docs .errors .files .metered_engine "
-        ".metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns "
-        "engine.request vision.image"
+        ".metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .tracing "
+        ".turns engine.request vision.image"
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
@@ -126,7 +126,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
-        ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal .tls "
+        ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal .tls .tracing "
         "engine.config engine.log_lines vision.config vlm_server"
     ),
     "vlm_server.client": ".api_calls",
@@ -174,7 +174,7 @@ MAY_IMPORT = {
     "vlm_server.metered_engine": ".backend .metering engine.request",
     "vlm_server.metering": ".quotas engine.request",
     "vlm_server.metrics": "engine.request vision.service",
-    "vlm_server.middleware": ".errors .metrics .stage_timings",
+    "vlm_server.middleware": ".errors .metrics .stage_timings .tracing",
     "vlm_server.nesting": "",
     "vlm_server.parsing": "",
     "vlm_server.parsing.answer": ".parsing.calls .parsing.events .parsing.reasoning",
@@ -266,6 +266,7 @@ MAY_IMPORT = {
     "vlm_server.tools": (
         ".answer_formats .errors .parsing.answer .parsing.calls .parsing.reasoning .parsing.tool_formats .protocol .tool_schema"
     ),
+    "vlm_server.tracing": ".stage_timings vlm_server",
     "vlm_server.transcript": "engine.request",
     "vlm_server.turns": ".backend .errors .generation .sessions.history .sessions.store .stage_timings engine.request vision.image",
     "vlm_server.uploads": ".errors .file_protocol vision.image",

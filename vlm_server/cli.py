@@ -47,8 +47,11 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
     from vision.config import VisionConfig
     from vlm_server.checkpoint import find_adapter, find_checkpoint, find_tokenizer
     from vlm_server.template_choice import read_chosen
+    from vlm_server.tracing import check_installed
 
     secrets = _secrets(parsed)  # a mistake is known before a download
+    if parsed.otlp_endpoint:
+        check_installed()
     read_chosen(parsed.chat_template, parsed.chat_template_args, parsed.meta_instruction)
     checkpoint = find_checkpoint(
         _model(parsed), revision=parsed.revision, download_dir=parsed.download_dir, trust_remote_code=parsed.trust_remote_code

@@ -142,6 +142,11 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("metrics", "server", "GET /metrics", bool, "enable_metrics"),
         Flag("fastapi-docs", "server", "GET / and /openapi.json", bool, "enable_docs"),
         Flag("ui", "server", "the chat page, GET /ui", bool, "enable_ui"),
+        Flag(
+            "otlp-endpoint",
+            "server",
+            "OpenTelemetry collector that gets traces of requests, e.g. http://127.0.0.1:4318 (default: none; needs vlm-server[tracing])",
+        ),
         Flag("log-level", "server", "what is logged", LOG_LEVELS),
         Flag("log-format", "engine", "text for people, or json: one object per line, requests with fields of their own", LOG_FORMATS),
     ),

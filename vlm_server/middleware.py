@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vlm_server.errors import ApiError, speaks_anthropic, to_api_error
 from vlm_server.metrics import Metrics
 from vlm_server.stage_timings import StageTimings
+from vlm_server.tracing import RequestSpan, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -22,15 +23,16 @@ _QUIET_PATHS = frozenset({"/health", "/metrics"})  # asked for every few seconds
 
 
 class RequestLog:
-    """Gives each request its `X-Request-Id`, counts and logs it when it ends, and answers what nobody else caught.
+    """Gives each request its `X-Request-Id`, counts, logs and traces it when it ends, and answers what nobody else caught.
 
     Routes may put numbers for the line into `request_facts(scope)`; never a prompt, a picture or a key. What they measured into
     `request_timings(scope)` before the answer begins becomes its `Server-Timing`.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,6 +42,7 @@ class RequestLog:
         facts: dict[str, Any] = {"id": request_id}
         scope["request_facts"] = facts
         scope["request_timings"] = timings = StageTimings(observer=self._metrics)
+        span = self._tracing.begin(scope, timings) if self._tracing is not None and scope["path"] not in _QUIET_PATHS else None
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -62,13 +65,16 @@ class RequestLog:
             if not status:
                 await to_api_error(error).response(scope)(scope, receive, send_with_id)
         finally:
-            self._ended(scope, status, facts, timings)
+            self._ended(scope, status, facts, timings, span)
 
-    def _ended(self, scope: Scope, status: int, facts: dict[str, Any], timings: StageTimings) -> None:
+    def _ended(self, scope: Scope, status: int, facts: dict[str, Any], timings: StageTimings, span: RequestSpan | None) -> None:
         duration_s = time.monotonic() - timings.began_s
         if timings.pictures:
             facts["pictures"] = len(timings.pictures)
         self._metrics.request_ended(_route(scope), status, duration_s, facts.get("error"))
+        if span is not None:
+            facts["trace_id"] = span.trace_id
+            span.end(_route(scope), status, facts)
         _log(scope, status, duration_s, facts, timings)
 
 
