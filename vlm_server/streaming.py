@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _encode = msgspec.json.Encoder().encode
 
+UNFINISHED = "unfinished"  # in the log: answers that failed, or that nobody waited for
+
 _UNTIL_THE_SERVER_ENDS_IT = 86400.0  # seconds: sse-starlette's own end at a signal; how long requests may finish is the server's to say
 
 Result = TypeVar("Result")
@@ -160,8 +162,7 @@ async def _events(
 
 def _note_usage(request: Request, generation: Generation) -> None:
     note_usage(request, generation.usage())
-    if reasons := generation.finish_reasons:
-        request_facts(request.scope)["finish_reason"] = ",".join(reasons)
+    request_facts(request.scope)["finish_reason"] = ",".join(generation.finish_reasons) or UNFINISHED
 
 
 def note_usage(request: Request, usage: Usage) -> None:

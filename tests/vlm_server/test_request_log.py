@@ -111,6 +111,18 @@ def test_a_stream_that_broke_has_the_code_of_what_broke_it(server: RunningServer
     assert (line["status"], line["error"]) == (200, "engine_unavailable")
 
 
+@pytest.mark.parametrize("route", [CHAT, "/v1/chat/interactive"])
+def test_a_stream_that_its_client_left_is_unfinished(server: RunningServer, lines: Lines, route: str) -> None:
+    server.backend.engine.hangs_after = 2
+    body = {"model": server.model, "stream": True, "messages": [{"role": "user", "content": PROMPT}]}
+
+    with requests.post(server.url + route, json=body, stream=True, timeout=10) as response:
+        next(response.iter_content(1))
+
+    line = lines.next_request()
+    assert (line["status"], line["finish_reason"], line["completion_tokens"] > 0) == (200, "unfinished", True)
+
+
 def test_a_path_that_no_route_has_is_not_in_the_line(server: RunningServer, lines: Lines) -> None:
     requests.get(f"{server.url}/{KEY}?key={KEY}", timeout=10)
 

@@ -22,7 +22,7 @@ from vlm_server.response_schema import InteractiveResponse
 from vlm_server.sessions.store import RecordId
 from vlm_server.shapes import new_id
 from vlm_server.stage_timings import Report, StageTimings, no_report
-from vlm_server.streaming import EventStream, note_usage, unless_client_leaves
+from vlm_server.streaming import UNFINISHED, EventStream, note_usage, unless_client_leaves
 from vlm_server.turns import Reply, TurnRequest
 
 logger = logging.getLogger(__name__)
@@ -155,8 +155,7 @@ async def _lines(request: Request, first: Reply, replies: AsyncGenerator[Reply, 
 
 def _note(request: Request, reply: Reply) -> None:
     note_usage(request, reply.usage)
-    if reply.finish_reason is not None:
-        request_facts(request.scope)["finish_reason"] = reply.finish_reason
+    request_facts(request.scope)["finish_reason"] = reply.finish_reason or UNFINISHED
 
 
 @dataclass(frozen=True, slots=True)
