@@ -105,7 +105,12 @@ class Engine:
             self.scheduler.hold(request_id)
             self._compiling[request_id] = self.guides.begin(request_id, params.grammar)
         num_hits = sum(self.embeddings.touch(image.content_hash) for image in prompt.images)
-        self._own = replace(self._own, num_embedding_cache_hits=self._own.num_embedding_cache_hits + num_hits)
+        own, num_misses = self._own, len(prompt.images) - num_hits
+        self._own = replace(
+            own,
+            num_embedding_cache_hits=own.num_embedding_cache_hits + num_hits,
+            num_embedding_cache_misses=own.num_embedding_cache_misses + num_misses,
+        )
 
     def abort(self, request_id: str) -> StepOutput | None:
         """End a request; its blocks are free on return. None where it is unknown or has ended."""
@@ -135,10 +140,18 @@ class Engine:
         own = {
             name: getattr(self._own, name)
             for name in ("num_steps", "num_batched_requests", "max_batched_requests", "num_images_encoded",
-                         "num_embedding_cache_hits", "step_time_s", "overhead_time_s", "encode_time_s")
+                         "num_embedding_cache_hits", "num_embedding_cache_misses", "step_time_s", "overhead_time_s", "encode_time_s")
         }  # fmt: skip
+        needed = {image.content_hash for image in self.scheduler.images_needed()}
+        requests = self.scheduler.requests.items()
+        waiting = [name for name, request in requests if any(image.content_hash in needed for image in request.prompt.images)]
         return replace(
-            counted, **own, num_images_waiting=len(self.scheduler.images_needed()), embedding_cache_bytes=self.embeddings.num_bytes
+            counted,
+            **own,
+            num_images_waiting=len(needed),
+            embedding_cache_bytes=self.embeddings.num_bytes,
+            oldest_waiting_s=self.clock.oldest_waiting_s(),
+            oldest_image_waiting_s=self.clock.oldest_s(waiting),
         )
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import sys
 
 from engine.channel import Channel
 from engine.core import Engine
+from engine.log_lines import set_up_logging
 from engine.messages import (
     Abort,
     Add,
@@ -82,6 +83,7 @@ def main(inbox_fd: int, outbox_fd: int) -> int:
     outbox = Channel(socket.socket(fileno=outbox_fd), FromEngine)
     start = inbox.receive(None)
     assert isinstance(start, Start)
+    set_up_logging(logging.INFO, start.config.log_format)
     try:
         engine = Engine(start.config, on_progress=_Progress(outbox))
     except (ValueError, OSError, KeyError) as error:
@@ -110,5 +112,4 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -300,7 +300,10 @@ class EngineStats:
     num_images_waiting: int = 0
     num_images_encoded: int = 0
     num_embedding_cache_hits: int = 0
+    num_embedding_cache_misses: int = 0
     embedding_cache_bytes: int = 0
     step_time_s: float = 0.0  # sum
     overhead_time_s: float = 0.0  # sum of the steps' time outside tensor work
     encode_time_s: float = 0.0  # sum
+    oldest_waiting_s: float = 0.0  # since the arrival of the oldest request that has not begun; 0 without one
+    oldest_image_waiting_s: float = 0.0  # the same of the oldest one that waits for a picture to be encoded

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "engine.beams": ".request .scheduler",
     "engine.channel": "vision.shared_array",
     "engine.client": ".channel .config .messages .request",
-    "engine.config": "",
+    "engine.config": ".log_lines",
     "engine.continuations": ".beams .sampler",
     "engine.core": ".beams .config .continuations .encoding .first_token .guided .reading .request .sampler .scheduler .workers",
     "engine.encoding": ".request .slices vision.encoder",
@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "engine.layers.packed": ".layers.int8",
     "engine.layers.parallel": "",
     "engine.layers.rotary": "",
+    "engine.log_lines": "",
     "engine.messages": ".config .request",
     "engine.model_runner": (
         ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .layers.rotary .models.decoder "
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     "engine.models.lora": ".models.registry .models.weights",
     "engine.models.registry": ".models.decoder",
     "engine.models.weights": ".layers.linear .models.registry",
-    "engine.process": ".channel .core .messages .request",
+    "engine.process": ".channel .core .log_lines .messages .request",
     "engine.reading": ".batch .request .sampler",
     "engine.request": "vision.shared_array",
     "engine.row": ".kv_cache .request",
@@ -91,26 +92,28 @@ MAY_IMPORT = {
     "vision.workers": ".frames",
     "vlm_server": "",
     "vlm_server.aborting": "",
-    "vlm_server.admission": ".auth .errors .metering .middleware .quotas",
+    "vlm_server.admission": ".auth .errors .metering .quotas",
     "vlm_server.alpaca": "",
-    "vlm_server.alpaca_protocol": ".alpaca .embedding_protocol .message_schema .protocol",
-    "vlm_server.alpaca_shapes": ".alpaca .errors .generation .streaming",
+    "vlm_server.alpaca_protocol": ".alpaca .embedding_protocol .message_schema .protocol .response_schema",
+    "vlm_server.alpaca_shapes": ".alpaca .errors .generation .shapes .stage_timings .streaming",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.answer_grammar": ".errors .tools engine.guided",
     "vlm_server.anthropic": "",
     "vlm_server.anthropic.field_names": ".errors",
     "vlm_server.anthropic.models": ".context .errors",
-    "vlm_server.anthropic.protocol": ".message_schema .nesting .tool_schema",
-    "vlm_server.anthropic.response_schema": "",
-    "vlm_server.anthropic.shapes": ".anthropic.protocol .errors .generation .nesting .parsing.events .streaming engine.request",
+    "vlm_server.anthropic.protocol": ".message_schema .nesting .protocol .tool_schema",
+    "vlm_server.anthropic.response_schema": ".response_schema",
+    "vlm_server.anthropic.shapes": (
+        ".anthropic.protocol .errors .generation .nesting .parsing.events .stage_timings .streaming engine.request"
+    ),
     "vlm_server.anthropic.translation": ".anthropic.field_names .anthropic.protocol .anthropic.turns .errors .protocol",
     "vlm_server.anthropic.turns": ".anthropic.field_names .anthropic.protocol",
     "vlm_server.api_calls": "",
     "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
         ".aborting .admission .answer_formats .api_keys .auth .backend .chat_page .config .context .docs .errors .files .metered_engine "
-        ".metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns "
-        "engine.request vision.image"
+        ".metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .tracing "
+        ".turns engine.request vision.image"
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
@@ -126,8 +129,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
-        ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal .tls "
-        "engine.config vision.config vlm_server"
+        ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal .tls .tracing "
+        "engine.config engine.log_lines vision.config vlm_server"
     ),
     "vlm_server.client": ".api_calls",
     "vlm_server.client_schemas": "",
@@ -152,12 +155,14 @@ MAY_IMPORT = {
     ),
     "vlm_server.file_protocol": ".message_schema",
     "vlm_server.files": ".errors .sessions.store",
-    "vlm_server.flags": ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
+    "vlm_server.flags": (
+        ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config engine.log_lines vision.config"
+    ),
     "vlm_server.format_protocol": ".message_schema",
     "vlm_server.generate_protocol": ".aborting .message_schema .protocol",
-    "vlm_server.generate_shape": ".errors .generation .streaming",
+    "vlm_server.generate_shape": ".errors .generation .stage_timings .streaming",
     "vlm_server.generation": (
-        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request"
+        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings engine.request"
     ),
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
@@ -172,7 +177,7 @@ MAY_IMPORT = {
     "vlm_server.metered_engine": ".backend .metering engine.request",
     "vlm_server.metering": ".quotas engine.request",
     "vlm_server.metrics": "engine.request vision.service",
-    "vlm_server.middleware": ".errors .metrics .stage_timings",
+    "vlm_server.middleware": ".errors .metrics .stage_timings .tracing",
     "vlm_server.nesting": "",
     "vlm_server.parsing": "",
     "vlm_server.parsing.answer": ".parsing.calls .parsing.events .parsing.reasoning",
@@ -198,7 +203,8 @@ MAY_IMPORT = {
     "vlm_server.responses.request": ".format_protocol .message_schema .nesting .protocol .responses.items .tool_schema",
     "vlm_server.responses.schema": ".format_protocol .response_schema .responses.items .responses.request",
     "vlm_server.responses.shape": (
-        ".backend .errors .generation .logprobs .responses.field_paths .responses.output .responses.request .sampling .streaming"
+        ".backend .errors .generation .logprobs .responses.field_paths .responses.output .responses.request .sampling .stage_timings "
+        ".streaming"
     ),
     "vlm_server.responses.token_texts": "",
     "vlm_server.responses.translation": ".errors .format_protocol .protocol .responses.field_paths .responses.items .responses.request",
@@ -209,14 +215,14 @@ MAY_IMPORT = {
         ".alpaca .alpaca_protocol .alpaca_shapes .auth .context .embedding_protocol .field_rules .generation .guided .middleware "
         ".protocol .routes.embeddings .shapes .streaming"
     ),
-    "vlm_server.routes.chat": ".chats .context .protocol .response_schema .shapes .streaming",
+    "vlm_server.routes.chat": ".chats .context .middleware .protocol .response_schema .shapes .streaming",
     "vlm_server.routes.completions": (
         ".aborting .auth .context .echo .errors .generation .guided .infill .middleware .protocol .response_schema .shapes .streaming "
         "engine.request"
     ),
     "vlm_server.routes.control": ".context .errors .response_schema",
     "vlm_server.routes.embeddings": (
-        ".auth .context .embedding_protocol .errors .files .middleware .response_schema .shapes .streaming engine.request"
+        ".auth .context .embedding_protocol .errors .files .middleware .response_schema .shapes .stage_timings .streaming engine.request"
     ),
     "vlm_server.routes.files": (
         ".auth .config .context .errors .field_rules .file_protocol .files .response_schema .streaming .uploads vision.image"
@@ -227,7 +233,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
     "vlm_server.routes.interactive": (
-        ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .streaming .turns"
+        ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .stage_timings .streaming .turns"
     ),
     "vlm_server.routes.messages": (
         ".anthropic.field_names .anthropic.models .anthropic.protocol .anthropic.response_schema .anthropic.shapes .anthropic.translation "
@@ -235,13 +241,15 @@ MAY_IMPORT = {
     ),
     "vlm_server.routes.models": ".anthropic.models .context .errors .response_schema",
     "vlm_server.routes.responses": (
-        ".auth .chats .context .errors .responses.items .responses.records .responses.request .responses.schema .responses.shape "
-        ".responses.translation .sessions.store .streaming"
+        ".auth .chats .context .errors .middleware .responses.items .responses.records .responses.request .responses.schema "
+        ".responses.shape .responses.translation .sessions.store .streaming"
     ),
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
     "vlm_server.routes.tokens": ".auth .context .errors .files .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
-    "vlm_server.serving": ".api_keys .app .auth .backend .config .connections .sessions.opening .sessions.store .tls engine.request",
+    "vlm_server.serving": (
+        ".api_keys .app .auth .backend .config .connections .sessions.opening .sessions.store .tls engine.log_lines engine.request"
+    ),
     "vlm_server.sessions": "",
     "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
     "vlm_server.sessions.lease": ".sessions.store",
@@ -249,7 +257,7 @@ MAY_IMPORT = {
     "vlm_server.sessions.redis_store": ".sessions.store",
     "vlm_server.sessions.sqlite_store": ".sessions.store",
     "vlm_server.sessions.store": "",
-    "vlm_server.shapes": ".backend .echo .errors .generation .logprobs .parsing.events .protocol .streaming",
+    "vlm_server.shapes": ".backend .echo .errors .generation .logprobs .parsing.events .protocol .stage_timings .streaming",
     "vlm_server.stage_timings": "",
     "vlm_server.streaming": ".errors .generation .middleware",
     "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
@@ -261,8 +269,9 @@ MAY_IMPORT = {
     "vlm_server.tools": (
         ".answer_formats .errors .parsing.answer .parsing.calls .parsing.reasoning .parsing.tool_formats .protocol .tool_schema"
     ),
+    "vlm_server.tracing": ".stage_timings vlm_server",
     "vlm_server.transcript": "engine.request",
-    "vlm_server.turns": ".backend .errors .generation .sessions.history .sessions.store engine.request vision.image",
+    "vlm_server.turns": ".backend .errors .generation .sessions.history .sessions.store .stage_timings engine.request vision.image",
     "vlm_server.uploads": ".errors .file_protocol vision.image",
 }
 

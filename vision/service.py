@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -33,6 +34,7 @@ Result = TypeVar("Result")
 
 _IN_PLACE_BYTES = 256 << 10  # hashed in less than a millisecond; more is hashed beside the event loop
 STAGES = ("fetch", "decode", "preprocess")
+STAGE_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # of the buckets of durations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +45,17 @@ class VisionStats:
     num_in_flight: dict[str, int] = field(default_factory=dict)  # stage → pictures
     num_done: dict[str, int] = field(default_factory=dict)  # stage → pictures, failed ones too
     time_s: dict[str, float] = field(default_factory=dict)  # stage → sum
+    durations: dict[str, list[int]] = field(default_factory=dict)  # stage → pictures by time, up to each of STAGE_BOUNDS_S and beyond
+    oldest_in_flight_s: float = 0.0  # how long one picture is in its stage, at most
     num_failed: dict[str, int] = field(default_factory=dict)  # MediaError.code → pictures
     num_pictures: int = 0  # asked for
     num_cache_hits: int = 0
     num_cache_misses: int = 0
     cache_bytes: int = 0
+    num_http_fresh: int = 0  # downloads that were not needed
+    num_http_revalidated: int = 0  # answered with 304
+    num_http_misses: int = 0  # of a whole picture
+    http_cache_bytes: int = 0
 
 
 class VisionService:
@@ -131,11 +139,17 @@ class VisionService:
             num_in_flight=dict(self._clock.num_in_flight),
             num_done=dict(self._clock.num_done),
             time_s=dict(self._clock.time_s),
+            durations={stage: list(counts) for stage, counts in self._clock.durations.items()},
+            oldest_in_flight_s=self._clock.oldest_s(),
             num_failed=dict(self._num_failed),
             num_pictures=self._num_pictures,
             num_cache_hits=self._cache.num_hits,
             num_cache_misses=self._cache.num_misses,
             cache_bytes=self._cache.num_bytes,
+            num_http_fresh=self._fetcher.cache.num_fresh,
+            num_http_revalidated=self._fetcher.cache.num_revalidated,
+            num_http_misses=self._fetcher.cache.num_missed,
+            http_cache_bytes=self._fetcher.cache.num_bytes,
         )
 
     @property
@@ -222,15 +236,24 @@ class StageClock:
         self.num_in_flight = dict.fromkeys(STAGES, 0)
         self.num_done = dict.fromkeys(STAGES, 0)
         self.time_s = dict.fromkeys(STAGES, 0.0)
+        self.durations = {stage: [0] * (len(STAGE_BOUNDS_S) + 1) for stage in STAGES}
+        self._began_s: dict[object, float] = {}  # of those in flight, the oldest first
+
+    def oldest_s(self) -> float:
+        """How long the oldest picture is in its stage; 0 without any."""
+        began_s = next(iter(self._began_s.values()), None)
+        return 0.0 if began_s is None else time.perf_counter() - began_s
 
     @contextlib.contextmanager
     def stage(self, name: str, timings_s: dict[str, float]) -> Iterator[None]:
-        started_s = time.perf_counter()
+        run = object()
+        self._began_s[run] = time.perf_counter()
         self.num_in_flight[name] += 1
         try:
             yield
         finally:
-            timings_s[name] = time.perf_counter() - started_s
+            timings_s[name] = time.perf_counter() - self._began_s.pop(run)
+            self.durations[name][bisect_left(STAGE_BOUNDS_S, timings_s[name])] += 1
             self.num_in_flight[name] -= 1
             self.num_done[name] += 1
             self.time_s[name] += timings_s[name]

@@ -12,7 +12,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vlm_server.auth import holder_of
 from vlm_server.errors import to_api_error
 from vlm_server.metering import metered
-from vlm_server.middleware import request_facts
 from vlm_server.quotas import PIXELS, REQUESTS, TOKENS, Quota, QuotaExceededError, Standing, shown
 
 # OpenAI's names for the first two kinds; what a page of another origin may read.
@@ -35,7 +34,6 @@ class EnforceQuotas:
         try:
             holder.quota.admit(REQUESTS)
         except QuotaExceededError as error:
-            request_facts(scope)["error"] = "quota_exceeded"
             await to_api_error(error).response(scope)(scope, receive, _telling(send, holder.quota))
             return
         await self._admitted(scope, receive, send, holder.quota)

@@ -1,5 +1,6 @@
 """The HTTP application: opens and closes what it serves, wraps it, and turns exceptions into error bodies (the only place)."""
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Collection
@@ -29,7 +30,7 @@ from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.files import Files
 from vlm_server.metered_engine import metered_engine
 from vlm_server.metrics import Metrics
-from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
+from vlm_server.middleware import BodyLimit, RequestLog, RootPath
 from vlm_server.quotas import Quota, QuotaExceededError
 from vlm_server.responses.records import ResponseRecords
 from vlm_server.routes import (
@@ -54,21 +55,26 @@ from vlm_server.sessions.history import SessionBusyError, Sessions
 from vlm_server.sessions.opening import OpenStore, open_store
 from vlm_server.sessions.store import Limits, RecordStore, StoreError
 from vlm_server.sessions.store import Quota as StoreQuota
+from vlm_server.tracing import Tracing, otlp_exporter
 from vlm_server.turns import Turns
 
 
-def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend, open_store: OpenStore = open_store) -> FastAPI:
+def create_app(
+    config: ServerConfig, *, open_backend: OpenBackend = open_backend, open_store: OpenStore = open_store, tracing: Tracing | None = None
+) -> FastAPI:
     """The server of one model. `open_backend` gives the engine and the pipeline, `open_store` what outlives them; tests put scripted ones
-    there. Its `state.keys` is the KeyRing, or None. Raises ApiKeysError.
+    there. tracing: in place of that to the config's collector. Its `state.keys` is the KeyRing, or None. Raises ApiKeysError.
     """
     metrics = Metrics()
+    if tracing is None and config.otlp_endpoint is not None:
+        tracing = Tracing(otlp_exporter(config.otlp_endpoint))
     running = RunningRequests() if config.enable_abort_handling else None
     keys = _key_ring(config, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         defaults = SamplingDefaults.load(config.generation_config, Path(config.engine.model_folder))
-        async with open_store(config.session_store) as store, open_backend(config) as backend:
+        async with _opened(tracing), open_store(config.session_store) as store, open_backend(config) as backend:
             limits = Limits(config.session_ttl_s, config.max_sessions)
             sessions = Sessions(store, model=config.model_name, limits=limits, max_bytes=config.max_session_bytes)
             kept = Limits(config.response_ttl_s, config.max_responses)
@@ -98,9 +104,21 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     if running is not None:
         app.add_middleware(TracksAborts, running=running)
     open_paths = (DOCS_PATHS if config.enable_docs else frozenset()) | (chat_page.paths if chat_page else frozenset())
-    _add_middleware(app, config, metrics, keys, open_paths=open_paths)
+    _add_middleware(app, config, metrics, keys, tracing, open_paths=open_paths)
     app.state.keys = keys
     return app
+
+
+@contextlib.asynccontextmanager
+async def _opened(tracing: Tracing | None) -> AsyncIterator[None]:
+    if tracing is None:
+        yield
+        return
+    await asyncio.to_thread(tracing.open)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(tracing.close)
 
 
 def _files(config: ServerConfig, store: RecordStore) -> Files:
@@ -133,7 +151,6 @@ async def _on_error(request: Request, error: Exception) -> Response:
     api_error = to_api_error(error)
     if api_error.status == 405 and (methods := _methods_of(request)):
         api_error.headers["Allow"] = ", ".join(methods)
-    request_facts(request.scope)["error"] = api_error.code
     return api_error.response(request.scope)
 
 
@@ -160,7 +177,9 @@ def _is_json(content_type: str) -> bool:
     return media_type == "application/json" or media_type.endswith("+json")
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics, keys: KeyRing | None, *, open_paths: Collection[str]) -> None:
+def _add_middleware(
+    app: FastAPI, config: ServerConfig, metrics: Metrics, keys: KeyRing | None, tracing: Tracing | None, *, open_paths: Collection[str]
+) -> None:
     """The last one added is the outermost: prefix, log, CORS, keys, quotas, body limit, routes."""
     app.add_middleware(BodyLimit, limit_bytes=config.max_body_bytes)
     if keys is not None:
@@ -174,5 +193,5 @@ def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics, keys: 
         allow_credentials=config.allow_credentials,
         expose_headers=["X-Request-Id", "Server-Timing", "Retry-After", *QUOTA_HEADERS],
     )
-    app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(RequestLog, metrics=metrics, tracing=tracing)
     app.add_middleware(RootPath, root_path=config.root_path)

@@ -98,7 +98,13 @@ class PromptPipeline(Protocol):
     ) -> list[int]: ...
 
     async def parts_prompt(
-        self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "", pictures: Mapping[str, bytes] | None = None
+        self,
+        parts: Sequence[dict[str, Any]],
+        *,
+        param: str,
+        tenant: str = "",
+        pictures: Mapping[str, bytes] | None = None,
+        timings: StageTimings | None = None,
     ) -> Prompt: ...
 
     async def turn_prompt(
@@ -109,6 +115,7 @@ class PromptPipeline(Protocol):
         pictures: Mapping[str, bytes] | None = None,
         names: Mapping[str, str] | None = None,
         tenant: str = "",
+        timings: StageTimings | None = None,
     ) -> TurnPrompt: ...
 
     async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]: ...

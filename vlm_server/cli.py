@@ -47,8 +47,11 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
     from vision.config import VisionConfig
     from vlm_server.checkpoint import find_adapter, find_checkpoint, find_tokenizer
     from vlm_server.template_choice import read_chosen
+    from vlm_server.tracing import check_installed
 
     secrets = _secrets(parsed)  # a mistake is known before a download
+    if parsed.otlp_endpoint:
+        check_installed()
     read_chosen(parsed.chat_template, parsed.chat_template_args, parsed.meta_instruction)
     checkpoint = find_checkpoint(
         _model(parsed), revision=parsed.revision, download_dir=parsed.download_dir, trust_remote_code=parsed.trust_remote_code
@@ -148,7 +151,7 @@ _DISABLING_SWITCHES = {"--disable-metrics": "--no-metrics", "--disable-fastapi-d
 
 def _serve(parsed: argparse.Namespace) -> int:
     """Serve a model over HTTP. Flags take - and _ alike."""
-    _set_up_logging(parsed.log_level)
+    _set_up_logging(parsed.log_level, parsed.log_format)
     from vlm_server.checkpoint import CheckpointError
     from vlm_server.serving import ServingError, serve
 
@@ -220,8 +223,10 @@ def _server_of(parsed: argparse.Namespace) -> "ChatServer":
     return ChatServer(parsed.url, key, ca_file=parsed.cafile or os.environ.get(CA_FILE_VARIABLE))
 
 
-def _set_up_logging(level: str) -> None:
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+def _set_up_logging(level: str, log_format: str) -> None:
+    from engine.log_lines import set_up_logging
+
+    set_up_logging(level, log_format)
     # At debug they log every answer's text, each file of a download, each start, and every piece of a form.
     for name in ("sse_starlette", "httpx2", "uvicorn", "python_multipart"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -73,6 +73,7 @@ class ServerConfig:
     enable_metrics: bool = True
     enable_docs: bool = True
     enable_ui: bool = True
+    otlp_endpoint: str | None = None  # an OpenTelemetry collector's; None: no traces
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
@@ -98,6 +99,11 @@ class ServerConfig:
             ("max_file_bytes_per_key", self.max_file_bytes_per_key >= 0, "at least 0"),
             ("response_ttl_s", self.response_ttl_s > 0, "above 0 seconds"),
             ("max_responses", self.max_responses >= 1, "at least 1"),
+            (
+                "otlp_endpoint",
+                self.otlp_endpoint is None or self.otlp_endpoint.startswith(("http://", "https://")),
+                "http://… or https://…",
+            ),
             ("sse_ping_s", self.sse_ping_s >= 0, "at least 0"),
         ):
             if not is_valid:

@@ -153,6 +153,7 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
         event_stream = {"schema": {"type": "string", "description": description}, "x-event-schema": _ref(MessageStreamEvent.__name__)}
         responses["200"]["content"]["text/event-stream"] = event_stream
     if path == _INTERACTIVE:
+        responses["200"]["headers"] = {"Server-Timing": _SERVER_TIMING}
         description = "With `stream: true`, the answer in pieces: one InteractiveResponse per line, nothing before or after it."
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string", "description": description}}
     if "requestBody" in operation and (examples := _examples(config).get(path)):

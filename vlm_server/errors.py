@@ -74,7 +74,9 @@ class ApiError(Exception):
 
     def response(self, scope: Scope) -> Response:
         """In the words of the API that the request of `scope` speaks."""
-        body = self.anthropic_body(scope.get("request_facts", {}).get("id")) if speaks_anthropic(scope) else self.body()
+        facts = scope.setdefault("request_facts", {})
+        facts["error"] = self.code  # for the log and the metrics
+        body = self.anthropic_body(facts.get("id")) if speaks_anthropic(scope) else self.body()
         return Response(msgspec.json.encode(body), self.status, self.headers, media_type="application/json")
 
 

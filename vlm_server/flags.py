@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from engine.config import AUTO_ALPHA, DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
+from engine.log_lines import LOG_FORMATS
 from vision.config import VisionConfig
 from vlm_server import alpaca
 from vlm_server.answer_formats import reasoning_parser_name, tool_parser_name
@@ -141,7 +142,13 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("metrics", "server", "GET /metrics", bool, "enable_metrics"),
         Flag("fastapi-docs", "server", "GET / and /openapi.json", bool, "enable_docs"),
         Flag("ui", "server", "the chat page, GET /ui", bool, "enable_ui"),
+        Flag(
+            "otlp-endpoint",
+            "server",
+            "OpenTelemetry collector that gets traces of requests, e.g. http://127.0.0.1:4318 (default: none; needs vlm-server[tracing])",
+        ),
         Flag("log-level", "server", "what is logged", LOG_LEVELS),
+        Flag("log-format", "engine", "text for people, or json: one object per line, requests with fields of their own", LOG_FORMATS),
     ),
     "engine": (
         Flag("device", "engine", "where the model runs", DEVICES),

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import PydanticCustomError
 
 from vlm_server.message_schema import ChatMessage, UnicodeText
-from vlm_server.protocol import GenerationFields, StopStrings
+from vlm_server.protocol import RETURN_TIMINGS, GenerationFields, StopStrings
 
 NO_SESSION = -1
 
@@ -76,6 +76,7 @@ class GenerateRequest(BaseModel):
         None, ge=-(2**63), lt=2**63, description="The same request with the same seed gives the same answer. 0, as null: none."
     )
     min_new_tokens: int | None = Field(None, ge=0, lt=2**31, description="No end before as many new tokens.")
+    return_timings: bool = Field(False, description=RETURN_TIMINGS)
 
     @field_validator("*", mode="before")
     @classmethod

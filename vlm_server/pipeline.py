@@ -163,6 +163,7 @@ class Pipeline:
         pictures: Mapping[str, bytes] | None = None,
         names: Mapping[str, str] | None = None,
         tenant: str = "",
+        timings: StageTimings | None = None,
     ) -> TurnPrompt:
         """The prompt for a further turn: begins with the tokens of `known`, as far as the template still writes their text.
 
@@ -170,10 +171,12 @@ class Pipeline:
         `chat_prompt`.
         """
         marker = _new_marker()
-        refs, text = await self._rendered(messages, marker, names=names, pictures=pictures)
+        timings = timings or StageTimings()
+        with timings.stage("template"):
+            refs, text = await self._rendered(messages, marker, names=names, pictures=pictures)
         fingerprint = await self._in_thread(lambda: self.tokenizer.fingerprint)
         segments = known.segments if known.tokenizer == fingerprint else ()
-        turn = await self._loaded_prompt(refs, text, marker, tenant, StageTimings(), segments)
+        turn = await self._loaded_prompt(refs, text, marker, tenant, timings, segments)
         return replace(turn, transcript=Transcript(turn.transcript.segments, fingerprint))
 
     async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
@@ -223,7 +226,13 @@ class Pipeline:
         return await self._in_thread(lambda: self._chat_tokens(text, measured, marker))
 
     async def parts_prompt(
-        self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "", pictures: Mapping[str, bytes] | None = None
+        self,
+        parts: Sequence[dict[str, Any]],
+        *,
+        param: str,
+        tenant: str = "",
+        pictures: Mapping[str, bytes] | None = None,
+        timings: StageTimings | None = None,
     ) -> Prompt:
         """The prompt for texts and pictures one after the other, without a template. `param` names their list.
 
@@ -237,7 +246,7 @@ class Pipeline:
             raise ImagesNotSupportedError(refs[0].param)
         placeholder = self.family.placeholder if self.family else ""
         text = "".join(self._guarded(part["text"], marker) if part["type"] == "text" else placeholder for part in plain)
-        return (await self._loaded_prompt(_held(refs, pictures), text, marker, tenant, StageTimings())).prompt
+        return (await self._loaded_prompt(_held(refs, pictures), text, marker, tenant, timings or StageTimings())).prompt
 
     async def picture_prompt(
         self,

@@ -28,6 +28,7 @@ from vlm_server.tool_schema import NamedTool, Tool, ToolChoice, Tools, forces_a_
 
 MAX_CHOICES = 128
 MAX_BEAMS = 32
+RETURN_TIMINGS = "Say in timings how many milliseconds each stage took, beside the usage; streamed, in the last chunk."
 _MAX_INT64 = 2**63 - 1
 
 
@@ -100,6 +101,7 @@ class GenerationFields(BaseModel):
     session_id: int | None = Field(
         None, ge=-_MAX_INT64 - 1, le=_MAX_INT64, description="The number by which POST /abort_request ends this request; -1: none."
     )
+    return_timings: bool | None = Field(None, description=RETURN_TIMINGS)
     user: str | None = Field(None, description="Accepted, without effect.")
 
     @property

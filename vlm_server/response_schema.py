@@ -32,6 +32,33 @@ class UsageInfo(BaseModel):
     )
 
 
+class PictureTimings(BaseModel):
+    """One picture's stages, in milliseconds; absent where they were not needed."""
+
+    fetch_ms: float | None = Field(None, description="Downloaded, or its data: URL decoded.")
+    decode_ms: float | None = Field(None, description="The file to pixels.")
+    preprocess_ms: float | None = Field(None, description="Resized and tiled for the model.")
+
+
+class RequestTimings(BaseModel):
+    """Milliseconds by stage; stages that were not needed are absent."""
+
+    files_ms: float | None = Field(None, description="Uploaded pictures, read from the store.")
+    template_ms: float | None = Field(None, description="The chat template, rendered.")
+    pictures_ms: float | None = Field(None, description="All pictures, worked on side by side.")
+    tokenize_ms: float | None = Field(None, description="The text to token ids.")
+    queue_ms: float | None = Field(None, description="Waiting in the engine; as the next two, of the answer that began first.")
+    encode_ms: float | None = Field(None, description="Pictures in the vision encoder.")
+    prefill_ms: float | None = Field(None, description="The prompt, until its first token.")
+    generate_ms: float | None = Field(None, description="From the first piece of the answers to the last.")
+    first_token_ms: float | None = Field(None, description="From the request's arrival to the first piece of an answer.")
+    total_ms: float = Field(description="From the request's arrival to the end of its answers.")
+    per_picture: list[PictureTimings] = Field(default_factory=list, description="Each picture's own stages, in the request's order.")
+
+
+TIMINGS = Field(None, description="With return_timings, streamed in the last chunk; absent otherwise.")
+
+
 class TopLogprob(BaseModel):
     token: str = Field(description="The token's text.")
     bytes: list[int] = Field(description="Its bytes, of which several tokens may be needed for one letter.")
@@ -86,6 +113,7 @@ class ChatCompletionResponse(BaseModel):
     usage: UsageInfo
     service_tier: str | None = _ALWAYS_NULL
     warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    timings: RequestTimings | None = TIMINGS
 
 
 class FunctionOfCallDelta(BaseModel):
@@ -126,6 +154,7 @@ class ChatCompletionStreamResponse(BaseModel):
     choices: list[ChatCompletionResponseStreamChoice]
     usage: UsageInfo | None
     warnings: list[str] = Field(default_factory=list)
+    timings: RequestTimings | None = TIMINGS
 
 
 class CompletionLogprobs(BaseModel):
@@ -152,6 +181,7 @@ class CompletionResponse(BaseModel):
     choices: list[CompletionResponseChoice]
     usage: UsageInfo
     warnings: list[str] = Field(default_factory=list)
+    timings: RequestTimings | None = TIMINGS
 
 
 class CompletionResponseStreamChoice(CompletionResponseChoice):
@@ -168,6 +198,7 @@ class CompletionStreamResponse(BaseModel):
     choices: list[CompletionResponseStreamChoice]
     usage: UsageInfo | None
     warnings: list[str] = Field(default_factory=list)
+    timings: RequestTimings | None = TIMINGS
 
 
 class GenerateFinishReason(BaseModel):
@@ -180,6 +211,7 @@ class GenerateMeta(BaseModel):
     finish_reason: GenerateFinishReason | None = Field(description="Streamed, null but in the last piece.")
     output_token_logprobs: list[list[float]] | None = Field(description="Log probability and id of each of output_ids.")
     routed_experts: list[int] | None = _ALWAYS_NULL
+    timings: RequestTimings | None = TIMINGS
 
 
 class GenerateReqOutput(BaseModel):
@@ -210,6 +242,7 @@ class InteractiveResponse(BaseModel):
     )
     error: ErrorDetail | None = Field(None, description="With finish_reason error, which only a stream has; absent otherwise.")
     warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    timings: RequestTimings | None = TIMINGS
 
 
 class ModelPermission(BaseModel):

@@ -14,6 +14,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from engine.log_lines import JSON
 from engine.request import EngineError
 from vlm_server.api_keys import is_open_to_others
 from vlm_server.app import create_app
@@ -50,7 +51,7 @@ def serve(config: ServerConfig) -> None:
 
 async def _run(config: ServerConfig, listener: socket.socket) -> None:
     started_s = time.monotonic()
-    progress = ProgressLine(f"Loading {config.model_root}")
+    progress = ProgressLine(f"Loading {config.model_root}", is_logged=config.engine.log_format == JSON)
     try:
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -91,6 +92,7 @@ class _Server(uvicorn.Server):
         app = create_app(config, open_backend=opened, open_store=opened_store)
         super().__init__(_uvicorn_config(app, config))
         self._ready = ready
+        self._is_logged = config.engine.log_format == JSON  # what else is a line of text on stderr
         self._keys: KeyRing | None = app.state.keys if config.api_key_files else None
         self._reloads: set[asyncio.Task[None]] = set()
 
@@ -111,7 +113,10 @@ class _Server(uvicorn.Server):
         if num_requests:
             limit_s = self.config.timeout_graceful_shutdown
             message = f"Stopping: {num_requests} running requests have {limit_s} s to finish; a second signal ends them"
-            print(message, file=sys.stderr, flush=True)
+            if self._is_logged:
+                logger.warning(message)
+            else:
+                print(message, file=sys.stderr, flush=True)
 
     def _reload_keys(self, keys: KeyRing) -> None:
         task = asyncio.create_task(keys.reload())
@@ -140,12 +145,13 @@ def _uvicorn_config(app: FastAPI, server: ServerConfig) -> uvicorn.Config:
 
 
 class ProgressLine:
-    """One line on stderr: redrawn on a terminal, a line per quarter elsewhere."""
+    """One line on stderr: redrawn on a terminal, a line per quarter elsewhere. is_logged: as lines of the log, which has its own form."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, is_logged: bool = False) -> None:
         self._text = text
         self._last = -1.0
-        self._is_terminal = sys.stderr.isatty()
+        self._is_logged = is_logged
+        self._is_terminal = sys.stderr.isatty() and not is_logged
 
     def show(self, fraction: float) -> None:
         """`fraction` of the weights is loaded, 0 to 1."""
@@ -153,6 +159,9 @@ class ProgressLine:
         if fraction < 1 and fraction - self._last < step:
             return
         self._last = fraction
+        if self._is_logged:
+            logger.info("%s: %.0f %%", self._text, 100 * fraction)
+            return
         bar = ("#" * round(20 * fraction)).ljust(20, ".")
         line = f"{self._text} [{bar}] {fraction:4.0%}"
         print(f"\r{line}" if self._is_terminal else line, end="" if self._is_terminal else "\n", file=sys.stderr, flush=True)

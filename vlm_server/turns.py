@@ -19,6 +19,7 @@ from vlm_server.errors import ApiError
 from vlm_server.generation import Generation, Usage
 from vlm_server.sessions.history import History, OpenSession, SessionBusyError, Sessions, picture_url
 from vlm_server.sessions.store import LeaseLostError, RecordId
+from vlm_server.stage_timings import StageTimings
 
 WAIT_FOR_END_S = 30.0  # of a running turn, when its session is to be ended
 WAIT_FOR_CANCEL_S = 5.0
@@ -47,6 +48,7 @@ class TurnRequest:
     files: Mapping[str, bytes] = field(default_factory=dict)  # of those pictures that are here already, by the URL in their message
     generation: Callable[[Prompt], Generation]
     prompt_prepared: Callable[[float], None] = lambda duration_s: None
+    timings: StageTimings = field(default_factory=StageTimings)  # of the client's request
 
 
 @dataclass(slots=True, eq=False)
@@ -184,7 +186,8 @@ class Turns:
         paths = [path for _, _, path in request.pictures]
         refs = [ImageRef(image["url"], path, data=request.files.get(image["url"])) for image, path in zip(images, paths, strict=True)]
         limit_bytes = max(0, self._sessions.max_bytes - session.num_picture_bytes)
-        files = await self._pipeline.fetch_pictures(refs, limit_bytes=limit_bytes, tenant=request.tenant)
+        with request.timings.stage("pictures"):
+            files = await self._pipeline.fetch_pictures(refs, limit_bytes=limit_bytes, tenant=request.tenant)
         urls = await asyncio.to_thread(lambda: [picture_url(data) for data in files])
         for image, url in zip(images, urls, strict=True):
             image["url"] = url
@@ -198,7 +201,9 @@ class Turns:
         started_s = time.monotonic()
         first = len(history.messages)
         names = {f"messages[{first + number}].content[{index}].image_url": path for number, index, path in request.pictures}
-        prompt = await self._pipeline.turn_prompt(messages, known=history.transcript, pictures=pictures, names=names, tenant=request.tenant)
+        prompt = await self._pipeline.turn_prompt(
+            messages, known=history.transcript, pictures=pictures, names=names, tenant=request.tenant, timings=request.timings
+        )
         request.prompt_prepared(time.monotonic() - started_s)
         turn.generation = request.generation(prompt.prompt)
         turn.num_known_tokens = prompt.num_known_tokens
@@ -217,6 +222,8 @@ class Turns:
         async with aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
                 pieces.append(delta.text)
+                if len(pieces) == 1 or delta.finish_reason is not None:
+                    generation.tell(turn.request.timings)
                 if delta.finish_reason is not None:
                     return "".join(pieces), turn.reply(delta.text, delta.finish_reason)
                 turn.replies.put_nowait(turn.reply(delta.text))

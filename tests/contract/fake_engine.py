@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -238,7 +239,8 @@ class FakePipeline:
             token_ids += b"\n" if message is not messages[-1] or not continue_final_message else b""
         token_ids += self.template.generation_prompt.encode() if add_generation_prompt else b""
         if timings is not None:
-            timings.seconds.update(PREPARATION_S | ({"pictures": 0.25} if images else {}))
+            timings.add_until(time.monotonic(), PREPARATION_S | ({"pictures": 0.25} if images else {}))
+            timings.pictures += [{"fetch": 0.25}] * len(images)
         keys = make_cache_keys(token_ids, images, spans, salt=tenant)
         return Prompt(token_ids=tuple(token_ids), cache_keys=keys, images=tuple(images), spans=tuple(spans))
 
@@ -267,7 +269,13 @@ class FakePipeline:
         return list(prompt.token_ids)
 
     async def parts_prompt(
-        self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "", pictures: Mapping[str, bytes] | None = None
+        self,
+        parts: Sequence[dict[str, Any]],
+        *,
+        param: str,
+        tenant: str = "",
+        pictures: Mapping[str, bytes] | None = None,
+        timings: StageTimings | None = None,
     ) -> Prompt:
         token_ids: list[int] = []
         for index, part in enumerate(parts):
@@ -304,11 +312,12 @@ class FakePipeline:
         pictures: Mapping[str, bytes],
         names: Mapping[str, str],
         tenant: str = "",
+        timings: StageTimings | None = None,
     ) -> TurnPrompt:
         """The known tokens, and the last messages behind them: those since the last answer."""
         self.turns.append((messages, dict(pictures)))
         try:
-            whole = await self.chat_prompt(messages, tenant=tenant, pictures=pictures)
+            whole = await self.chat_prompt(messages, tenant=tenant, pictures=pictures, timings=timings)
         except MediaError as error:
             raise MediaError(error.code, "not a picture", param=names.get(str(error.param), error.param)) from None
         if not known.segments:

@@ -211,7 +211,17 @@ def test_a_picture_seen_before_is_not_encoded_again(seeing):
         run(seeing)
 
     assert seeing.runner.encoder.batch_sizes == [1]
-    assert seeing.stats().num_embedding_cache_hits == 1
+    assert (seeing.stats().num_embedding_cache_hits, seeing.stats().num_embedding_cache_misses) == (1, 1)
+
+
+def test_the_statistics_say_how_long_a_request_and_a_picture_wait(seeing):
+    seeing.add("image", image_prompt(52), SamplingParams(max_tokens=1, temperature=0))
+    before = seeing.stats()
+    run(seeing)
+    after = seeing.stats()
+
+    assert min(before.oldest_waiting_s, before.oldest_image_waiting_s) > 0
+    assert (after.oldest_waiting_s, after.oldest_image_waiting_s) == (0, 0)
 
 
 def test_the_first_output_says_where_the_time_went_and_no_later_one_does(seeing):

@@ -56,6 +56,9 @@ async def test_pictures_come_back_in_order_with_everything_the_model_needs(servi
     assert np.array_equal(web.arrays["pixel_values"].numpy(), noise(8, 6)[::2, ::2])
     assert set(web.timings_s) == {"fetch", "decode", "preprocess"}
     assert all(seconds >= 0 for seconds in web.timings_s.values())
+    stats = service.stats()
+    assert {stage: sum(counts) for stage, counts in stats.durations.items()} == stats.num_done
+    assert (stats.num_http_misses, stats.num_http_fresh, stats.oldest_in_flight_s) == (1, 0, 0)
     close([web, inline])
 
 

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from vlm_server.message_schema import UnicodeText
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
+from vlm_server.protocol import RETURN_TIMINGS
 from vlm_server.tool_schema import MAX_TOOLS, FunctionName
 
 _OTHER_BLOCKS = frozenset(
@@ -268,6 +269,7 @@ class MessagesRequest(CountTokensRequest):
     stream: bool | None = Field(None, description="Answer as server-sent events.")
     metadata: dict[str, Any] | None = Field(None, description="Accepted, without effect.")
     service_tier: Literal["auto", "standard_only"] | None = Field(None, description="Accepted, without effect: there is one tier.")
+    return_timings: bool | None = Field(None, description=RETURN_TIMINGS)
     thread: Annotated[None, BeforeValidator(_no_thread)] = Field(None, description="Not supported.")
 
 

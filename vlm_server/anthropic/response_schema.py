@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from vlm_server.response_schema import TIMINGS, RequestTimings
+
 
 class TextContent(BaseModel):
     type: Literal["text"]
@@ -57,6 +59,7 @@ class MessageResponse(StopFields):
     content: list[ContentOfMessage]
     usage: MessageUsage
     warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    timings: RequestTimings | None = TIMINGS
 
 
 class MessageStreamEvent(BaseModel):
@@ -72,6 +75,7 @@ class MessageStreamEvent(BaseModel):
         None, description="text_delta, thinking_delta, signature_delta or input_json_delta; of message_delta the stop fields."
     )
     usage: DeltaUsage | None = Field(None, description="Of message_delta: of the whole answer.")
+    timings: RequestTimings | None = Field(None, description="Of message_delta, with return_timings.")
 
 
 class TokenCount(BaseModel):

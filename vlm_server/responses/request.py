@@ -215,6 +215,7 @@ class CreateResponse(BaseModel):
     ignore_eos: bool | None = _as_in_chats("ignore_eos")
     include_stop_str_in_output: bool | None = _as_in_chats("include_stop_str_in_output")
     skip_special_tokens: bool | None = _as_in_chats("skip_special_tokens")
+    return_timings: bool | None = _as_in_chats("return_timings")
     structured_outputs: StructuredOutputs | None = _as_in_chats("structured_outputs")
     chat_template_kwargs: TemplateVariables = _as_in_chats("chat_template_kwargs")
     enable_thinking: bool | None = _as_in_chats("enable_thinking")

@@ -12,6 +12,7 @@ from vlm_server.responses.field_paths import FieldPaths
 from vlm_server.responses.output import Chunk, OutputWriter
 from vlm_server.responses.request import CreateResponse, FunctionTool, TextFormatJsonSchema, ToolChoiceAllowed, ToolChoiceFunction
 from vlm_server.sampling import SamplingDefaults
+from vlm_server.stage_timings import Report, no_report
 from vlm_server.streaming import EventStyle
 
 _FAILURES = {429: "rate_limit_exceeded", 503: "server_error", 500: "server_error"}
@@ -22,8 +23,11 @@ class ResponseShape:
 
     events = EventStyle(is_named=True, closing=b"")
 
-    def __init__(self, head: dict[str, Any], tokenizer: Tokenizer, *, warnings: Sequence[str] = (), paths: FieldPaths) -> None:
-        """head: see `response_head`."""
+    def __init__(
+        self, head: dict[str, Any], tokenizer: Tokenizer, *, warnings: Sequence[str] = (), paths: FieldPaths, report: Report = no_report
+    ) -> None:
+        """head: see `response_head`. report: the request's timings, where they are asked for."""
+        self._report = report
         self._head = head
         self._tokenizer = tokenizer
         self._warnings = {"warnings": list(warnings)} if warnings else {}
@@ -77,6 +81,7 @@ class ResponseShape:
             "output_text": self._writer.text,
             "usage": _usage(usage),
             **self._warnings,
+            **self._report(),
         }
         return self.final
 

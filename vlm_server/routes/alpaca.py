@@ -42,7 +42,7 @@ async def chat_completions(request: Request, body: AlpacaChatRequest) -> Respons
     response_id = new_id("chatcmpl")
     chat = body.filled(ChatCompletionRequest, model=context.config.model_name, messages=text)
     generation = await _begin(request, context, chat, text, response_id)
-    shape = AlpacaChatShape(body.turns, **_naming(context, body, response_id, warnings))
+    shape = AlpacaChatShape(body.turns, **_naming(request, context, body, response_id, warnings))
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 
@@ -55,7 +55,7 @@ async def completions(request: Request, body: AlpacaCompletionRequest) -> Respon
     response_id = new_id("cmpl")
     completion = body.filled(CompletionRequest, model=context.config.model_name, prompt=text)
     generation = await _begin(request, context, completion, text, response_id)
-    shape = AlpacaCompletionShape(**_naming(context, body, response_id, warnings))
+    shape = AlpacaCompletionShape(**_naming(request, context, body, response_id, warnings))
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 
@@ -92,12 +92,13 @@ async def _begin(
     return context.generation(body, [prompt], grammar=grammar, request_id=response_id)
 
 
-def _naming(context: ServerContext, body: AlpacaFields, response_id: str, warnings: list[str]) -> dict[str, Any]:
+def _naming(request: Request, context: ServerContext, body: AlpacaFields, response_id: str, warnings: list[str]) -> dict[str, Any]:
     return {
         "model": context.config.model_name,
         "response_id": response_id,
         "includes_usage": body.includes_usage,
         "warnings": warnings,
+        "report": request_timings(request.scope).report_if(body.return_timings),
     }
 
 

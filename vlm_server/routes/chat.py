@@ -5,6 +5,7 @@ from starlette.responses import Response
 
 from vlm_server.chats import begin_chat
 from vlm_server.context import context_of
+from vlm_server.middleware import request_timings
 from vlm_server.protocol import ChatCompletionRequest
 from vlm_server.response_schema import ChatCompletionResponse
 from vlm_server.shapes import ChatShape, new_id
@@ -21,5 +22,6 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     abort = context.abortable(request, body.session_id)
     chat = await begin_chat(request, context, body, response_id=response_id, abort=abort)
     tokenizer = context.backend.pipeline.tokenizer
-    shape = ChatShape(body, tokenizer, response_id=response_id, warnings=chat.warnings, is_plain=chat.is_plain)
+    report = request_timings(request.scope).report_if(body.return_timings)
+    shape = ChatShape(body, tokenizer, response_id=response_id, warnings=chat.warnings, is_plain=chat.is_plain, report=report)
     return await answer(request, chat.generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)

@@ -42,7 +42,8 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     ends = infill_end_ids(infill, context.backend.pipeline.tokenizer) if infill is not None else ()
     generation = context.generation(body, prompts, grammar=grammar, stop_token_ids=ends, request_id=response_id, abort=abort)
     echoes = await asyncio.to_thread(_echoes, context, body, prompts) if body.echo else []
-    shape = CompletionShape(body, context.backend.pipeline.tokenizer, response_id=response_id, warnings=warnings, echoes=echoes)
+    tokenizer, report = context.backend.pipeline.tokenizer, request_timings(request.scope).report_if(body.return_timings)
+    shape = CompletionShape(body, tokenizer, response_id=response_id, warnings=warnings, echoes=echoes, report=report)
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 

@@ -19,6 +19,7 @@ from vlm_server.files import images_in_parts
 from vlm_server.middleware import request_facts
 from vlm_server.response_schema import EmbeddingsResponse
 from vlm_server.shapes import new_id
+from vlm_server.stage_timings import StageTimings
 from vlm_server.streaming import unless_client_leaves
 
 router = APIRouter()
@@ -78,7 +79,9 @@ async def _prompt(context: ServerContext, path: str, item: str | list[int] | lis
         match item:
             case [dict(), *_] as parts:
                 pictures = await context.files.take(images_in_parts(parts, path), tenant=tenant)
-                return await context.backend.pipeline.parts_prompt(parts, param=path, tenant=tenant, pictures=pictures)  # type: ignore[arg-type]
+                timings = StageTimings(observer=context.metrics)
+                pipeline = context.backend.pipeline
+                return await pipeline.parts_prompt(parts, param=path, tenant=tenant, pictures=pictures, timings=timings)  # type: ignore[arg-type]
             case _:
                 return await context.text_prompt(item, tenant=tenant)  # type: ignore[arg-type]
     except InvalidRequestError as error:
@@ -90,6 +93,7 @@ async def _vector(context: ServerContext, prompt: Prompt, path: str) -> np.ndarr
     async with aclosing(context.backend.engine.generate(prompt, _PARAMS, request_id=new_id("embd"))) as outputs:
         try:
             async for output in outputs:
+                context.metrics.stages_measured(output.timings_s or {})
                 if output.embedding is not None:
                     vector = np.asarray(output.embedding)
                     return np.asarray(vector / max(np.linalg.norm(vector), 1e-12), np.float32)

@@ -35,7 +35,9 @@ async def generate(request: Request, body: GenerateReqInput) -> Response:
     prompt = await unless_client_leaves(request, unless_aborted(abort, work, instead=NO_PROMPT))
     context.metrics.prompt_prepared(watch.elapsed_s)
     generation = context.generation(body, [prompt], grammar=grammar, request_id=new_id("gen"), abort=abort)
-    shape = GenerateShape(num_prompt_tokens=len(prompt.token_ids), returns_logprob=bool(body.return_logprob), warnings=warnings)
+    report = request_timings(request.scope).report_if(body.return_timings)
+    num_tokens, returns_logprob = len(prompt.token_ids), bool(body.return_logprob)
+    shape = GenerateShape(num_prompt_tokens=num_tokens, returns_logprob=returns_logprob, warnings=warnings, report=report)
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 

@@ -22,7 +22,7 @@ from vlm_server.chats import begin_chat, count_tokens
 from vlm_server.context import context_of
 from vlm_server.errors import ApiError, to_api_error
 from vlm_server.field_rules import check_fields
-from vlm_server.middleware import request_facts
+from vlm_server.middleware import request_facts, request_timings
 from vlm_server.streaming import answer
 
 router = APIRouter(tags=["messages"])
@@ -45,7 +45,8 @@ async def messages(request: Request, body: MessagesRequest, anthropic_version: V
         response_id = f"msg_{uuid.uuid4().hex}"
         chat = await begin_chat(request, context, translation.chat, response_id=response_id)
         warnings += map(translation.names.in_warning, chat.warnings)
-        shape = MessageShape(body, response_id=response_id, request_id=request_facts(request.scope)["id"], warnings=warnings)
+        request_id, report = request_facts(request.scope)["id"], request_timings(request.scope).report_if(body.return_timings)
+        shape = MessageShape(body, response_id=response_id, request_id=request_id, warnings=warnings, report=report)
         return await answer(request, chat.generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 

@@ -43,6 +43,7 @@ async def pooling(request: Request, body: PoolingRequest) -> Response:
 
 async def _cross_entropy(context: ServerContext, prompt: Prompt) -> float:
     async for output in context.backend.engine.generate(prompt, _PARAMS, request_id=new_id("ppl")):
+        context.metrics.stages_measured(output.timings_s or {})
         if output.prompt_logprobs is not None:
             return -sum(scored.logprob for scored in output.prompt_logprobs) / len(output.prompt_logprobs)
     raise ApiError(500, "engine_error", output.error or "the engine gave no log-probabilities")
