@@ -8,6 +8,7 @@ import http
 import re
 from collections.abc import Mapping, Sequence
 
+import fastapi
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -84,6 +85,14 @@ def speaks_anthropic(scope: Scope) -> bool:
     return is_route or any(name == b"anthropic-version" for name, _ in scope["headers"])
 
 
+class RefusedBodyError(fastapi.HTTPException):
+    """An ApiError that is found while a body is read, as the one kind that FastAPI lets through then."""
+
+    def __init__(self, refusal: ApiError) -> None:
+        super().__init__(refusal.status, refusal.message)
+        self.refusal = refusal
+
+
 def bad_request(code: str, message: str, *, param: str | None = None) -> ApiError:
     return ApiError(400, code, message, param=param)
 
@@ -96,6 +105,8 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
     match error:
         case ApiError():
             return error
+        case RefusedBodyError():
+            return error.refusal
         case MediaError():
             message = f"{error.param}: {error.message}" if error.param else error.message
             return ApiError(error.status, error.code, message, param=error.param)

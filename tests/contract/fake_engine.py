@@ -26,6 +26,7 @@ from engine.request import (
 )
 from tests.vlm_server.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE, ByteTokenizer
 from vision.image import ImageRef, MediaError
+from vision.request_room import RequestRoom
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
 from vlm_server.detokenizer import StopWords
@@ -266,8 +267,17 @@ class FakePipeline:
         )
         return list(prompt.token_ids)
 
+    def request_room(self) -> RequestRoom | None:
+        return None
+
     async def parts_prompt(
-        self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "", pictures: Mapping[str, bytes] | None = None
+        self,
+        parts: Sequence[dict[str, Any]],
+        *,
+        param: str,
+        tenant: str = "",
+        pictures: Mapping[str, bytes] | None = None,
+        room: RequestRoom | None = None,
     ) -> Prompt:
         token_ids: list[int] = []
         for index, part in enumerate(parts):
