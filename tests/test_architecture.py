@@ -100,7 +100,7 @@ MAY_IMPORT = {
     "vlm_server.anthropic.field_names": ".errors",
     "vlm_server.anthropic.models": ".context .errors",
     "vlm_server.anthropic.protocol": ".config .message_schema .nesting .tool_schema",
-    "vlm_server.anthropic.response_schema": "",
+    "vlm_server.anthropic.response_schema": ".error_codes",
     "vlm_server.anthropic.shapes": ".anthropic.protocol .errors .generation .nesting .parsing.events .streaming engine.request",
     "vlm_server.anthropic.translation": ".anthropic.field_names .anthropic.protocol .anthropic.turns .errors .protocol",
     "vlm_server.anthropic.turns": ".anthropic.field_names .anthropic.protocol",
@@ -144,7 +144,8 @@ MAY_IMPORT = {
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
-    "vlm_server.errors": ".quotas .sessions.history .sessions.store engine.request vision.image",
+    "vlm_server.error_codes": "",
+    "vlm_server.errors": ".error_codes .quotas .sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
         ".alpaca_protocol .anthropic.protocol .embedding_protocol .errors .file_protocol .format_protocol .generate_protocol "
@@ -194,7 +195,7 @@ MAY_IMPORT = {
         ".alpaca_protocol .config .embedding_protocol .errors .format_protocol .generate_protocol .interactive_protocol .message_schema "
         ".protocol .token_protocol"
     ),
-    "vlm_server.response_schema": "",
+    "vlm_server.response_schema": ".error_codes",
     "vlm_server.responses": "",
     "vlm_server.responses.field_paths": ".errors engine.request vision.image",
     "vlm_server.responses.items": ".message_schema",

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from vlm_server import error_codes
+
 
 class TextContent(BaseModel):
     type: Literal["text"]
@@ -97,7 +99,7 @@ class ModelInfoList(BaseModel):
 
 
 class ErrorDetails(BaseModel):
-    error_code: str
+    error_code: str = Field(description=error_codes.DESCRIPTION)
     param: str | None = Field(description="The field's path in the request.")
 
 
