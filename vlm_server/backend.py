@@ -154,7 +154,7 @@ class Backend:
     stop_words: StopWords = field(default_factory=StopWords)  # the chat template's, for every request
 
 
-def _render_limits(limits: RequestLimits) -> RenderLimits:
+def render_limits(limits: RequestLimits) -> RenderLimits:
     """A template writes its own words around the messages', and the tools."""
     return RenderLimits(cpu_s=limits.template_timeout_s, max_characters=2 * limits.max_prompt_characters + MAX_TEMPLATE_CHARACTERS)
 
@@ -181,7 +181,7 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         stack.callback(start.cancel)
         vision = VisionService(config.vision, model_folder=folder, trust_remote_code=trusts)
         stack.push_async_callback(vision.close)
-        jinja = JinjaProcess(_render_limits(config.limits))
+        jinja = JinjaProcess(render_limits(config.limits))
         stack.push_async_callback(asyncio.to_thread, jinja.close)
         pipeline = await asyncio.to_thread(
             Pipeline.load,

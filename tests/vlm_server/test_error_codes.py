@@ -25,7 +25,8 @@ def raised() -> list[Raised]:
 def test_every_code_that_is_raised_is_listed_with_its_status(raised: list[Raised]) -> None:
     unlisted = [found for found in raised if found.code not in ERROR_CODES or found.status not in (None, *ERROR_CODES[found.code].statuses)]
 
-    assert unlisted == [], "add them to vlm_server/error_codes.py, and write docs/errors.md anew"
+    shown = "\n".join(f"{found.place}: {found.code} {found.status}" for found in unlisted)
+    assert not unlisted, f"add to vlm_server/error_codes.py, and write docs/errors.md with python -m vlm_server.error_codes:\n{shown}"
 
 
 def test_every_listed_code_and_status_is_raised(raised: list[Raised]) -> None:

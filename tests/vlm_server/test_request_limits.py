@@ -9,6 +9,7 @@ import requests
 
 from tests.contract.running import RunningServer, fake_config, running_server
 from vlm_server.app import create_app
+from vlm_server.backend import MAX_TEMPLATE_CHARACTERS, render_limits
 from vlm_server.config import ALPACA, RequestLimits
 from vlm_server.docs import openapi_schema
 
@@ -260,8 +261,15 @@ def test_every_route_that_reads_json_is_tried() -> None:
     assert {path for path, body in bodies.items() if "application/json" in body["content"]} == set(SMALL)
 
 
+def test_the_chat_templates_process_gets_its_limits() -> None:
+    limits = render_limits(RequestLimits(template_timeout_s=1.5, max_prompt_characters=1000))
+
+    assert limits.cpu_s == 1.5
+    assert limits.max_characters == 2000 + MAX_TEMPLATE_CHARACTERS
+
+
 def test_every_limit_is_tried() -> None:
-    untried = {"template_timeout_s"}  # of the template's process: see test_jinja_process
+    untried = {"template_timeout_s"}  # of the template's process: see test_jinja_process and test_chat_template
     names = {"max_choices": "max-n"}
 
     flags = {names.get(name, name.replace("_", "-")) for name in set(RequestLimits.__slots__) - untried}
