@@ -120,8 +120,9 @@ DESCRIPTION = f"A stable string, one of {', '.join(f'`{code}`' for code in ERROR
 _HEAD = """# Errors
 
 Every error is JSON with a stable `code`. OpenAI's and LMDeploy's clients find it in `error.code`, beside the `message` and `param`, the
-path of the field that is wrong, as `messages[0].content[1].image_url`. On Anthropic's routes it is `error.details.error_code`, with `param`
-beside it. An error in the middle of a stream is an event of the same content. A 429 or 503 says in `Retry-After` after how many seconds
+path of the field that is wrong, as `messages[0].content[1].image_url`. On Anthropic's routes it is `error.details.error_code`, with
+`param` beside it. An error in the middle of a stream is an event of the same content; on `/v1/responses` it is `response.failed`, whose
+`error.code` is one of OpenAI's three and whose `error.type` is the code below. A 429 or 503 says in `Retry-After` after how many seconds
 another try may succeed.
 
 Where the shape of a body is wrong in several places, the error is about the first one and `detail` lists them.

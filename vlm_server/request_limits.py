@@ -134,11 +134,16 @@ def _lengths(field: str, given: object) -> Iterator[tuple[str, int]]:
     if isinstance(given, str):
         yield field, len(given)
         return
-    items = given if isinstance(given, list) else []
+    items = given if isinstance(given, list) and not _are_token_ids(given) else []
     yield field, sum(len(part.text) for part in items if isinstance(part, TextPart))
     for index, item in enumerate(items):
         if isinstance(item, str | list):
             yield from _lengths(f"{field}[{index}]", item)
+
+
+def _are_token_ids(given: list[Any]) -> bool:
+    """By the first one: there may be millions."""
+    return bool(given) and isinstance(given[0], int)
 
 
 def _num_characters(message: object) -> int:

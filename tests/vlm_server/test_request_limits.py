@@ -171,6 +171,12 @@ def alpaca() -> Iterator[RunningServer]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def small_bodies() -> Iterator[RunningServer]:
+    with running_server(fake_config(max_body_bytes=1000)) as server:
+        yield server
+
+
 def post(server: RunningServer, route: str, fields: dict[str, Any]) -> requests.Response:
     body = {"model": server.model, **SMALL[route], **fields}
     headers = {"anthropic-version": "2023-06-01"} if route in (MESSAGES, COUNT) else {}
@@ -259,6 +265,30 @@ def test_every_route_that_reads_json_is_tried() -> None:
     bodies = {path: methods["post"].get("requestBody", {"content": {}}) for path, methods in document["paths"].items() if "post" in methods}
 
     assert {path for path, body in bodies.items() if "application/json" in body["content"]} == set(SMALL)
+
+
+def test_the_inputs_of_one_embeddings_request_share_its_bytes_and_pixels(narrow: RunningServer) -> None:
+    narrow.backend.reset()
+    for _ in range(2):
+        assert post(narrow, EMBEDDINGS, {"input": [[PART], [PART]]}).status_code == 200
+
+    rooms = narrow.backend.pipeline.rooms
+
+    assert None not in rooms
+    assert rooms[0] is rooms[1] is not rooms[2] is rooms[3]
+
+
+@pytest.mark.parametrize("route", [*SMALL, "/v1/files"])
+def test_a_body_over_the_limit_is_a_413_on_every_route(small_bodies: RunningServer, route: str) -> None:
+    large = json.dumps({"model": small_bodies.model, **SMALL.get(route, {}), "a_field": "x" * 2000}).encode()
+    headers = {"content-type": "multipart/form-data; boundary=x" if route == "/v1/files" else "application/json"}
+
+    for body in (large, iter([large[:500], large[500:]])):  # with its length, and in chunks without
+        response = requests.post(small_bodies.url + route, data=body, headers=headers, timeout=10)
+        error = response.json()["error"]
+
+        assert (response.status_code, error.get("code") or error["details"]["error_code"]) == (413, "request_too_large")
+        assert "--max-body-bytes" in error["message"]
 
 
 def test_the_chat_templates_process_gets_its_limits() -> None:
