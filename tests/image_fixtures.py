@@ -14,9 +14,11 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from tests.tiny_models import write_tiny
+from vision.config import VisionConfig
 from vision.encoder import VisionEncoder
 from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
 from vision.processor import ImagePreprocessor
+from vision.request_room import RequestRoom
 from vision.shared_array import SharedArray
 from vlm_server.embedded import embedded_model_folder
 
@@ -97,7 +99,10 @@ class FakeImages:
         self.asked: list[ImageRef] = []
         self.given: list[ProcessedImage] = []
 
-    async def load(self, refs: Any, *, tenant: str = "") -> list[ProcessedImage]:
+    def request_room(self) -> RequestRoom:
+        return RequestRoom(VisionConfig())
+
+    async def load(self, refs: Any, *, tenant: str = "", room: RequestRoom | None = None) -> list[ProcessedImage]:
         self.asked += refs
         loaded = [self._load(ref) for ref in refs]
         self.given += loaded

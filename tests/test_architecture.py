@@ -81,9 +81,11 @@ MAY_IMPORT = {
     "vision.preprocess": ".frames .image .shared_array",
     "vision.preprocess_pool": ".config .frames .image .preprocess .shared_array .workers",
     "vision.processor": ".families .image .resolution",
+    "vision.request_room": ".config .image",
     "vision.resolution": ".image",
     "vision.service": (
-        ".addresses .cache .config .decode_pool .fetcher .image .preprocess .preprocess_pool .shared_array .single_flight .workers"
+        ".addresses .cache .config .decode_pool .fetcher .image .preprocess .preprocess_pool .request_room .shared_array .single_flight "
+        ".workers"
     ),
     "vision.shared_array": "",
     "vision.single_flight": "",
@@ -101,8 +103,8 @@ MAY_IMPORT = {
     "vlm_server.anthropic": "",
     "vlm_server.anthropic.field_names": ".errors",
     "vlm_server.anthropic.models": ".context .errors",
-    "vlm_server.anthropic.protocol": ".message_schema .nesting .protocol .tool_schema",
-    "vlm_server.anthropic.response_schema": ".response_schema",
+    "vlm_server.anthropic.protocol": ".config .message_schema .nesting .protocol .tool_schema",
+    "vlm_server.anthropic.response_schema": ".error_codes .response_schema",
     "vlm_server.anthropic.shapes": (
         ".anthropic.protocol .errors .generation .nesting .parsing.events .stage_timings .streaming engine.request"
     ),
@@ -117,7 +119,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
+        ".config .detokenizer .jinja_process .jinja_worker .pipeline .stage_timings .transcript engine.client engine.request vision.image "
+        "vision.request_room vision.service"
     ),
     "vlm_server.built_in_templates": ".alpaca .role_template",
     "vlm_server.chat_client": ".client",
@@ -138,8 +141,8 @@ MAY_IMPORT = {
     "vlm_server.connections": ".config",
     "vlm_server.context": (
         ".aborting .answer_formats .auth .backend .config .detokenizer .embedding_protocol .errors .field_rules .files .generation "
-        ".interactive_protocol .metrics .middleware .parsing.answer .protocol .responses.records .responses.request .sampling "
-        ".token_protocol .turns engine.request"
+        ".interactive_protocol .metrics .middleware .parsing.answer .protocol .request_limits .responses.records .responses.request "
+        ".sampling .token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
     "vlm_server.docs": ".anthropic.response_schema .client_schemas .config .examples .response_schema .responses.schema vlm_server",
@@ -147,7 +150,8 @@ MAY_IMPORT = {
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
-    "vlm_server.errors": ".quotas .sessions.history .sessions.store engine.request vision.image",
+    "vlm_server.error_codes": "",
+    "vlm_server.errors": ".error_codes .quotas .sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
         ".alpaca_protocol .anthropic.protocol .embedding_protocol .errors .file_protocol .format_protocol .generate_protocol "
@@ -162,7 +166,8 @@ MAY_IMPORT = {
     "vlm_server.generate_protocol": ".aborting .message_schema .protocol",
     "vlm_server.generate_shape": ".errors .generation .stage_timings .streaming",
     "vlm_server.generation": (
-        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings engine.request"
+        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings "
+        "engine.request"
     ),
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
@@ -172,6 +177,7 @@ MAY_IMPORT = {
     "vlm_server.internlm_tools": "",
     "vlm_server.jinja_process": ".jinja_worker vision.workers",
     "vlm_server.jinja_worker": "vision.confinement",
+    "vlm_server.json_body": ".config .errors .nesting",
     "vlm_server.logprobs": "engine.request",
     "vlm_server.message_schema": ".image_protocol .nesting",
     "vlm_server.metered_engine": ".backend .metering engine.request",
@@ -190,11 +196,15 @@ MAY_IMPORT = {
     "vlm_server.picture_places": ".tokenizer engine.request vision.families",
     "vlm_server.pipeline": (
         ".chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .stage_timings .template_choice .tokenizer "
-        ".transcript engine.request vision.config vision.families vision.image"
+        ".transcript engine.request vision.config vision.families vision.image vision.request_room"
     ),
-    "vlm_server.protocol": ".format_protocol .image_protocol .message_schema .nesting .tool_schema",
+    "vlm_server.protocol": ".config .format_protocol .image_protocol .message_schema .nesting .tool_schema",
     "vlm_server.quotas": "",
-    "vlm_server.response_schema": "",
+    "vlm_server.request_limits": (
+        ".alpaca_protocol .config .embedding_protocol .errors .format_protocol .generate_protocol .interactive_protocol .message_schema "
+        ".protocol .token_protocol"
+    ),
+    "vlm_server.response_schema": ".error_codes",
     "vlm_server.responses": "",
     "vlm_server.responses.field_paths": ".errors engine.request vision.image",
     "vlm_server.responses.items": ".message_schema",
@@ -210,42 +220,46 @@ MAY_IMPORT = {
     "vlm_server.responses.translation": ".errors .format_protocol .protocol .responses.field_paths .responses.items .responses.request",
     "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
-    "vlm_server.routes.abort": ".aborting .auth .context .errors .field_rules .generate_protocol",
+    "vlm_server.routes.abort": ".aborting .auth .context .errors .field_rules .generate_protocol .json_body",
     "vlm_server.routes.alpaca": (
-        ".alpaca .alpaca_protocol .alpaca_shapes .auth .context .embedding_protocol .field_rules .generation .guided .middleware "
-        ".protocol .routes.embeddings .shapes .streaming"
+        ".alpaca .alpaca_protocol .alpaca_shapes .auth .context .embedding_protocol .field_rules .generation .guided .json_body "
+        ".middleware .protocol .request_limits .routes.embeddings .shapes .streaming"
     ),
-    "vlm_server.routes.chat": ".chats .context .middleware .protocol .response_schema .shapes .streaming",
+    "vlm_server.routes.chat": ".chats .context .json_body .middleware .protocol .response_schema .shapes .streaming",
     "vlm_server.routes.completions": (
-        ".aborting .auth .context .echo .errors .generation .guided .infill .middleware .protocol .response_schema .shapes .streaming "
-        "engine.request"
+        ".aborting .auth .context .echo .errors .generation .guided .infill .json_body .middleware .protocol .response_schema .shapes "
+        ".streaming engine.request"
     ),
     "vlm_server.routes.control": ".context .errors .response_schema",
     "vlm_server.routes.embeddings": (
-        ".auth .context .embedding_protocol .errors .files .middleware .response_schema .shapes .stage_timings .streaming engine.request"
+        ".auth .context .embedding_protocol .errors .files .json_body .middleware .response_schema .shapes .stage_timings .streaming "
+        "engine.request vision.request_room"
     ),
     "vlm_server.routes.files": (
         ".auth .config .context .errors .field_rules .file_protocol .files .response_schema .streaming .uploads vision.image"
     ),
     "vlm_server.routes.generate": (
-        ".aborting .auth .context .errors .generate_protocol .generate_shape .generation .guided .middleware .response_schema .shapes "
-        ".streaming engine.request"
+        ".aborting .auth .context .errors .generate_protocol .generate_shape .generation .guided .json_body .middleware .response_schema "
+        ".shapes .streaming engine.request"
     ),
     "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
     "vlm_server.routes.interactive": (
-        ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .stage_timings .streaming .turns"
+        ".auth .context .errors .interactive_protocol .json_body .middleware .response_schema .sessions.store .shapes .stage_timings "
+        ".streaming .turns"
     ),
     "vlm_server.routes.messages": (
         ".anthropic.field_names .anthropic.models .anthropic.protocol .anthropic.response_schema .anthropic.shapes .anthropic.translation "
-        ".chats .context .errors .field_rules .middleware .streaming engine.request vision.image"
+        ".chats .context .errors .field_rules .json_body .middleware .streaming engine.request vision.image"
     ),
     "vlm_server.routes.models": ".anthropic.models .context .errors .response_schema",
     "vlm_server.routes.responses": (
-        ".auth .chats .context .errors .middleware .responses.items .responses.records .responses.request .responses.schema "
+        ".auth .chats .context .errors .json_body .middleware .responses.items .responses.records .responses.request .responses.schema "
         ".responses.shape .responses.translation .sessions.store .streaming"
     ),
-    "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
-    "vlm_server.routes.tokens": ".auth .context .errors .files .response_schema .streaming .token_protocol .tools",
+    "vlm_server.routes.scoring": (
+        ".auth .context .errors .json_body .middleware .response_schema .shapes .streaming .token_protocol engine.request"
+    ),
+    "vlm_server.routes.tokens": ".auth .context .errors .files .json_body .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
     "vlm_server.serving": (
         ".api_keys .app .auth .backend .config .connections .sessions.opening .sessions.store .tls engine.log_lines engine.request"
@@ -265,13 +279,16 @@ MAY_IMPORT = {
     "vlm_server.tls": "",
     "vlm_server.token_protocol": ".image_protocol .message_schema .protocol .tool_schema",
     "vlm_server.tokenizer": "vision",
-    "vlm_server.tool_schema": ".message_schema .nesting",
+    "vlm_server.tool_schema": ".config .message_schema .nesting",
     "vlm_server.tools": (
         ".answer_formats .errors .parsing.answer .parsing.calls .parsing.reasoning .parsing.tool_formats .protocol .tool_schema"
     ),
     "vlm_server.tracing": ".stage_timings vlm_server",
     "vlm_server.transcript": "engine.request",
-    "vlm_server.turns": ".backend .errors .generation .sessions.history .sessions.store .stage_timings engine.request vision.image",
+    "vlm_server.turns": (
+        ".backend .config .errors .generation .request_limits .sessions.history .sessions.store .stage_timings engine.request "
+        "vision.image"
+    ),
     "vlm_server.uploads": ".errors .file_protocol vision.image",
 }
 

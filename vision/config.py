@@ -16,6 +16,8 @@ class VisionConfig:
 
     max_picture_bytes: int = 20 << 20  # as sent, before decoding
     max_picture_pixels: int = MAX_PICTURE_PIXELS  # width × height as its header says
+    max_request_picture_bytes: int = 128 << 20  # of all pictures of one request, as sent
+    max_request_pixels: int = 500_000_000  # of all pictures of one request, cached ones too
     max_pictures_in_flight: int = 64  # between their URL and their processed arrays; more wait
 
     max_redirects: int = 3
@@ -76,6 +78,8 @@ class VisionConfig:
 _AT_LEAST_ONE = (
     "max_picture_bytes",
     "max_picture_pixels",
+    "max_request_picture_bytes",
+    "max_request_pixels",
     "max_pictures_in_flight",
     "max_downloads_per_host",
     "num_decode_workers",

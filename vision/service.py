@@ -24,6 +24,7 @@ from vision.fetcher import Fetcher
 from vision.image import ImageOptions, ImageRef, MeasuredImage, MediaError, ProcessedImage
 from vision.preprocess import DEFAULT_PROCESSOR, PreprocessSettings
 from vision.preprocess_pool import PreprocessPool
+from vision.request_room import RequestRoom
 from vision.shared_array import SharedArray
 from vision.single_flight import SingleFlight
 from vision.workers import WorkerError
@@ -71,6 +72,7 @@ class VisionService:
         look_up: LookUp | None = None,
     ) -> None:
         """`processor`: `module:class` in place of the model's own. `look_up`: host name → addresses in place of the system's resolver."""
+        self._config = config
         settings = PreprocessSettings(model_folder, trust_remote_code, processor)
         self._fetcher = Fetcher(config, look_up=look_up)
         self._decode_pool = DecodePool(config)
@@ -102,19 +104,25 @@ class VisionService:
         await asyncio.gather(self._fetcher.close(), self._decode_pool.close(), self._preprocess_pool.close())
         self._cache.clear()
 
-    async def load(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[ProcessedImage]:
+    def request_room(self) -> RequestRoom:
+        """For a request that loads its pictures in several calls."""
+        return RequestRoom(self._config)
+
+    async def load(self, refs: Sequence[ImageRef], *, tenant: str = "", room: RequestRoom | None = None) -> list[ProcessedImage]:
         """The pictures in the order of `refs`, worked on side by side; their arrays are the caller's to close.
 
-        What one tenant sent is not looked up for another. Raises MediaError with the `param` of the first picture that failed; the others
-        are cancelled, as all are when the caller is.
+        room: of the request that they belong to, where that has others beside them. What one tenant sent is not looked up for another.
+        Raises MediaError with the `param` of the first picture that failed; the others are cancelled, as all are when the caller is.
         """
         self._num_pictures += len(refs)
-        return await self._side_by_side(refs, lambda ref: self._fetch_and_process(ref, tenant))
+        shared = room or self.request_room()
+        return await self._side_by_side(refs, lambda ref: self._fetch_and_process(ref, tenant, shared))
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]:
         """What the pictures take of a prompt, from their headers: nothing is decoded. Raises as `load`, save for damage behind a header."""
         self._num_pictures += len(refs)
-        return await self._side_by_side(refs, lambda ref: self._fetch_and_measure(ref, tenant))
+        room = self.request_room()
+        return await self._side_by_side(refs, lambda ref: self._fetch_and_measure(ref, tenant, room))
 
     async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
         """The pictures' files as they are, for a caller who keeps them and gives them to `load` as `ImageRef.data`.
@@ -199,21 +207,26 @@ class VisionService:
         with self._clock.stage("fetch", timings_s):
             return await self._fetcher.fetch(ref.url, tenant=tenant)
 
-    async def _fetch_and_process(self, ref: ImageRef, tenant: str) -> ProcessedImage:
+    async def _fetch_and_process(self, ref: ImageRef, tenant: str, room: RequestRoom) -> ProcessedImage:
         timings_s: dict[str, float] = {}
         data = await self._fetch(ref, tenant, timings_s)
+        room.take_bytes(len(data))
         fingerprint = await self._fingerprint()
         key = tenant, await _content_hash(data, ref.options, fingerprint)
         image = self._cache.get(key)
         if image is None:
             image = await self._flights.run(key, lambda: self._process(key, data, ref.options))
             timings_s |= image.timings_s
+        room.take_pixels(image.width * image.height)
         return _own_copy(image, timings_s)
 
-    async def _fetch_and_measure(self, ref: ImageRef, tenant: str) -> MeasuredImage:
+    async def _fetch_and_measure(self, ref: ImageRef, tenant: str, room: RequestRoom) -> MeasuredImage:
         data = await self._fetch(ref, tenant, {})
+        room.take_bytes(len(data))
         await self._fingerprint()  # the workers are there
-        result = await self._preprocess_pool.measure(await self._decode_pool.measure(data), ref.options)
+        height, width = await self._decode_pool.measure(data)
+        room.take_pixels(width * height)
+        result = await self._preprocess_pool.measure((height, width), ref.options)
         return MeasuredImage(result.num_tokens, result.layout)
 
     async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions) -> ProcessedImage:

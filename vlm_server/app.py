@@ -80,7 +80,7 @@ def create_app(
             kept = Limits(config.response_ttl_s, config.max_responses)
             records = ResponseRecords(store, limits=kept, max_bytes=config.max_session_bytes)
             formats = _answer_formats(config, backend)
-            async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns:
+            async with contextlib.aclosing(Turns(sessions, backend.pipeline, limits=config.limits)) as turns:
                 uploads, created_s = _files(config, store), int(time.time())
                 charging = replace(backend, engine=metered_engine(backend.engine)) if keys is not None else backend
                 app.state.context = ServerContext(config, charging, defaults, metrics, turns, formats, uploads, records, created_s, running)

@@ -12,11 +12,15 @@ from typing import Any, Protocol
 
 from engine.request import EngineInfo, EngineStats, Prompt, SamplingParams, StepOutput
 from vision.image import ImageRef
+from vision.request_room import RequestRoom
 from vision.service import VisionStats
-from vlm_server.config import ServerConfig
+from vlm_server.config import RequestLimits, ServerConfig
 from vlm_server.detokenizer import StopWords, TextDecoder
+from vlm_server.jinja_worker import RenderLimits
 from vlm_server.stage_timings import StageTimings
 from vlm_server.transcript import Transcript, TurnPrompt
+
+MAX_TEMPLATE_CHARACTERS = 4 << 20  # that a chat template may write beside the request's own text
 
 
 class Engine(Protocol):
@@ -97,6 +101,8 @@ class PromptPipeline(Protocol):
         pictures: Mapping[str, bytes] | None = None,
     ) -> list[int]: ...
 
+    def request_room(self) -> RequestRoom | None: ...
+
     async def parts_prompt(
         self,
         parts: Sequence[dict[str, Any]],
@@ -105,6 +111,7 @@ class PromptPipeline(Protocol):
         tenant: str = "",
         pictures: Mapping[str, bytes] | None = None,
         timings: StageTimings | None = None,
+        room: RequestRoom | None = None,
     ) -> Prompt: ...
 
     async def turn_prompt(
@@ -149,6 +156,11 @@ class Backend:
     stop_words: StopWords = field(default_factory=StopWords)  # the chat template's, for every request
 
 
+def render_limits(limits: RequestLimits) -> RenderLimits:
+    """A template writes its own words around the messages', and the tools."""
+    return RenderLimits(cpu_s=limits.template_timeout_s, max_characters=2 * limits.max_prompt_characters + MAX_TEMPLATE_CHARACTERS)
+
+
 OpenBackend = Callable[[ServerConfig], AbstractAsyncContextManager[Backend]]
 
 
@@ -171,7 +183,7 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         stack.callback(start.cancel)
         vision = VisionService(config.vision, model_folder=folder, trust_remote_code=trusts)
         stack.push_async_callback(vision.close)
-        jinja = JinjaProcess()
+        jinja = JinjaProcess(render_limits(config.limits))
         stack.push_async_callback(asyncio.to_thread, jinja.close)
         pipeline = await asyncio.to_thread(
             Pipeline.load,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlm_server import __version__
-from vlm_server.config import DEFAULT_PORT, ConnectionLimits, ServerConfig
+from vlm_server.config import DEFAULT_PORT, ConnectionLimits, RequestLimits, ServerConfig
 from vlm_server.flags import add_serve_flags, compat_defaults, device_values, normalized, values_for
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
         model_root=checkpoint.root,
         tokenizer_folder=find_tokenizer(parsed.tokenizer_path, adapter=adapter),
         connections=ConnectionLimits(**values_for("connections", parsed)),
+        limits=RequestLimits(**values_for("limits", parsed)),
         **values_for("server", parsed),
         **secrets,
     )

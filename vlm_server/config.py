@@ -1,6 +1,6 @@
 """The server's settings: the HTTP side's own, and the engine's and the vision package's inside. Never changes after start."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from engine.config import EngineConfig
 from vision.config import VisionConfig
@@ -25,6 +25,41 @@ class ConnectionLimits:
         for name in ("head_s", "body_pause_s", "body_s", "keep_alive_s", "send_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed, only above 0 seconds")
+
+
+# The most that the flags of these names may allow: routes know no more.
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 64
+MAX_SCHEMA_CHARACTERS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLimits:
+    """What one request may hold and ask for. A limit is never switched off, only set. Pictures' bytes and pixels: see `VisionConfig`."""
+
+    max_pictures: int = 128  # in all its messages, also in those that the server kept
+    max_messages: int = 4096  # those that the server kept included
+    max_choices: int = MAX_CHOICES  # n, best_of
+    max_answers: int = 1024  # prompts × answers to each
+    max_stop_strings: int = MAX_STOP_STRINGS
+    max_stop_characters: int = 16384  # of all stop strings together
+    max_schema_characters: int = MAX_SCHEMA_CHARACTERS  # of a schema or grammar, or of all tools, as JSON
+    max_json_depth: int = 128  # levels of lists and objects in a body
+    max_json_values: int = 2_000_000  # in a body; each takes about a hundred bytes of memory, however short it was written
+    max_prompt_characters: int = 1 << 20  # of one prompt's text
+    template_timeout_s: float = 3.0  # processor time of the chat template for one prompt
+
+    def __post_init__(self) -> None:
+        for name in (limit.name for limit in fields(self)):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed, only above 0")
+        for name, most in (
+            ("max_choices", MAX_CHOICES),
+            ("max_stop_strings", MAX_STOP_STRINGS),
+            ("max_schema_characters", MAX_SCHEMA_CHARACTERS),
+        ):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed, only 1 to {most}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +103,7 @@ class ServerConfig:
     sse_ping_s: float = 0.0  # seconds between the comment lines of a silent stream; 0: none
     drain_timeout_s: float = 30.0  # for running requests, when the server is told to stop
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     allow_terminate_by_client: bool = False
     enable_abort_handling: bool = False
     enable_metrics: bool = True

@@ -8,6 +8,7 @@ import http
 import re
 from collections.abc import Mapping, Sequence
 
+import fastapi
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -15,12 +16,14 @@ from starlette.types import Scope
 
 from engine.request import EngineDeadError, InvalidRequestError, PromptTooLongError, QueueFullError
 from vision.image import MediaError
+from vlm_server.error_codes import ERROR_CODES
 from vlm_server.quotas import QuotaExceededError
 from vlm_server.sessions.history import SessionBusyError
 from vlm_server.sessions.store import StoreError
 
 MAX_DETAILS = 32
 RETRY_AFTER_S = 2  # an engine that died is back after about as long
+_PASSING = (429, 503)  # the same request may succeed later
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {
@@ -36,7 +39,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large",
 
 
 class ApiError(Exception):
-    """An answer other than success. `code` is a stable string, `param` the field's path in the request."""
+    """An answer other than success. `code` is one of `error_codes`, `param` the field's path in the request."""
 
     def __init__(
         self,
@@ -48,12 +51,13 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
         detail: Sequence[Mapping[str, object]] = (),
     ) -> None:
+        assert code in ERROR_CODES, f"{code} is not in vlm_server/error_codes.py"
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.param = param
-        self.headers = dict(headers or {})
+        self.headers = ({"retry-after": str(RETRY_AFTER_S)} if status in _PASSING else {}) | dict(headers or {})
         self.detail = detail  # all that is wrong with a body's shape, as FastAPI's clients read it
 
     @property
@@ -86,6 +90,14 @@ def speaks_anthropic(scope: Scope) -> bool:
     return is_route or any(name == b"anthropic-version" for name, _ in scope["headers"])
 
 
+class RefusedBodyError(fastapi.HTTPException):
+    """An ApiError that is found while a body is read, as the one kind that FastAPI lets through then."""
+
+    def __init__(self, refusal: ApiError) -> None:
+        super().__init__(refusal.status, refusal.message)
+        self.refusal = refusal
+
+
 def bad_request(code: str, message: str, *, param: str | None = None) -> ApiError:
     return ApiError(400, code, message, param=param)
 
@@ -98,6 +110,8 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
     match error:
         case ApiError():
             return error
+        case RefusedBodyError():
+            return error.refusal
         case MediaError():
             message = f"{error.param}: {error.message}" if error.param else error.message
             return ApiError(error.status, error.code, message, param=error.param)

@@ -107,7 +107,7 @@ class JinjaProcess:
             return f"it took longer than {WAIT_LIMIT_S:g} s"
         status = worker.end()
         if status == -signal.SIGPROF:
-            return f"it took longer than {self._limits.cpu_s:g} s of processor time"
+            return f"it took longer than {self._limits.cpu_s:g} s of processor time (--template-timeout-s)"
         if status == EXIT_MEMORY:
             return f"it needs more than {self._limits.memory_bytes >> 20} MiB"
         logger.warning("%s ended with status %s", _MODULE, status)

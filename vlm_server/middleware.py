@@ -7,11 +7,10 @@ import uuid
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlm_server.errors import ApiError, speaks_anthropic, to_api_error
+from vlm_server.errors import ApiError, RefusedBodyError, speaks_anthropic, to_api_error
 from vlm_server.metrics import Metrics
 from vlm_server.stage_timings import StageTimings
 from vlm_server.tracing import RequestSpan, Tracing
@@ -152,8 +151,7 @@ class BodyLimit:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._limit_bytes:
-                refusal = self._refusal()
-                raise HTTPException(refusal.status, refusal.message)  # the one kind that FastAPI lets through while it reads a body
+                raise RefusedBodyError(self._refusal())
             return message
 
         await self._app(scope, limited_receive, send)

@@ -17,6 +17,7 @@ from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, m
 from vision.config import MAX_PICTURE_PIXELS
 from vision.families import Family, load_family
 from vision.image import ImageRef, MeasuredImage, ProcessedImage
+from vision.request_room import RequestRoom
 from vlm_server.chat_template import Message, TemplateError
 from vlm_server.detokenizer import StopWords
 from vlm_server.jinja_process import JinjaProcess
@@ -44,7 +45,9 @@ class ImagesNotSupportedError(InvalidRequestError):
 class ImageLoader(Protocol):
     """What the pipeline asks of the vision service."""
 
-    async def load(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[ProcessedImage]: ...
+    def request_room(self) -> RequestRoom: ...
+
+    async def load(self, refs: Sequence[ImageRef], *, tenant: str = "", room: RequestRoom | None = None) -> list[ProcessedImage]: ...
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]: ...
 
@@ -225,6 +228,10 @@ class Pipeline:
         measured = await self._images.measure(refs, tenant=tenant) if refs and self._images is not None else []
         return await self._in_thread(lambda: self._chat_tokens(text, measured, marker))
 
+    def request_room(self) -> RequestRoom | None:
+        """What the pictures of several `parts_prompt` of one request share; None where there are no pictures."""
+        return self._images.request_room() if self._images is not None else None
+
     async def parts_prompt(
         self,
         parts: Sequence[dict[str, Any]],
@@ -233,10 +240,11 @@ class Pipeline:
         tenant: str = "",
         pictures: Mapping[str, bytes] | None = None,
         timings: StageTimings | None = None,
+        room: RequestRoom | None = None,
     ) -> Prompt:
         """The prompt for texts and pictures one after the other, without a template. `param` names their list.
 
-        pictures: as for `chat_prompt`. Raises as it does.
+        pictures: as for `chat_prompt`. room: None where the request has no other pictures. Raises as `chat_prompt` does.
         """
         marker = _new_marker()
         refs: list[ImageRef] = []
@@ -246,7 +254,7 @@ class Pipeline:
             raise ImagesNotSupportedError(refs[0].param)
         placeholder = self.family.placeholder if self.family else ""
         text = "".join(self._guarded(part["text"], marker) if part["type"] == "text" else placeholder for part in plain)
-        return (await self._loaded_prompt(_held(refs, pictures), text, marker, tenant, timings or StageTimings())).prompt
+        return (await self._loaded_prompt(_held(refs, pictures), text, marker, tenant, timings or StageTimings(), room=room)).prompt
 
     async def picture_prompt(
         self,
@@ -330,19 +338,28 @@ class Pipeline:
         return _held(refs, pictures), text
 
     async def _loaded_prompt(
-        self, refs: Sequence[ImageRef], text: str, marker: str, tenant: str, timings: StageTimings, known: Sequence[Segment] = ()
+        self,
+        refs: Sequence[ImageRef],
+        text: str,
+        marker: str,
+        tenant: str,
+        timings: StageTimings,
+        known: Sequence[Segment] = (),
+        room: RequestRoom | None = None,
     ) -> TurnPrompt:
         """The prompt for a text with a placeholder for each picture."""
-        loaded = await self._loaded(refs, tenant, timings)
+        loaded = await self._loaded(refs, tenant, timings, room)
         with timings.stage("tokenize"), _closing_on_error(loaded):
             return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant, known))
 
-    async def _loaded(self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings) -> list[ProcessedImage]:
+    async def _loaded(
+        self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings, room: RequestRoom | None = None
+    ) -> list[ProcessedImage]:
         if not refs or self._images is None:
             return []
         admit_pictures()
         with timings.stage("pictures"):
-            loaded = await self._images.load(refs, tenant=tenant)
+            loaded = await self._images.load(refs, tenant=tenant, room=room)
         charge_pixels(sum(image.width * image.height for image in loaded))
         for image in loaded:
             timings.add_slowest("picture", image.timings_s)

@@ -20,13 +20,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from vlm_server.config import MAX_CHOICES, MAX_STOP_STRINGS
 from vlm_server.format_protocol import ResponseFormat, StructuredOutputs, TextFormat
 from vlm_server.image_protocol import ProcessorSettings
 from vlm_server.message_schema import ChatMessage, TextPart, UnicodeText, check_ending
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
 from vlm_server.tool_schema import NamedTool, Tool, ToolChoice, Tools, forces_a_call, may_be_called, names_in
 
-MAX_CHOICES = 128
 MAX_BEAMS = 32
 RETURN_TIMINGS = "Say in timings how many milliseconds each stage took, beside the usage; streamed, in the last chunk."
 _MAX_INT64 = 2**63 - 1
@@ -40,7 +40,7 @@ def _stop_list(value: object) -> object:
 
 
 StopStrings = Annotated[
-    Annotated[list[Annotated[UnicodeText, Field(min_length=1)]], Field(max_length=64)] | None,
+    Annotated[list[Annotated[UnicodeText, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)] | None,
     BeforeValidator(_stop_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
 ]

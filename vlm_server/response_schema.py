@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from vlm_server import error_codes
+
 # OpenAI's field, with the type that it has there: generators of clients know none that is null alone.
 _ALWAYS_NULL = Field(None, description="Always null.")
 
@@ -227,7 +229,7 @@ class ErrorDetail(BaseModel):
     message: str = Field(description="What was wrong, and what is allowed.")
     type: str = Field(description="The kind of error, as OpenAI calls it.")
     param: str | None = Field(description="The field, by its path in the request.")
-    code: str = Field(description="A stable string.")
+    code: str = Field(description=error_codes.DESCRIPTION)
 
 
 class InteractiveResponse(BaseModel):

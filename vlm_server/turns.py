@@ -15,8 +15,10 @@ from typing import Any
 from engine.request import Prompt
 from vision.image import ImageRef
 from vlm_server.backend import PromptPipeline
+from vlm_server.config import RequestLimits
 from vlm_server.errors import ApiError
 from vlm_server.generation import Generation, Usage
+from vlm_server.request_limits import check_conversation
 from vlm_server.sessions.history import History, OpenSession, SessionBusyError, Sessions, picture_url
 from vlm_server.sessions.store import LeaseLostError, RecordId
 from vlm_server.stage_timings import StageTimings
@@ -81,8 +83,9 @@ class _Turn:
 class Turns:
     """All turns of one server. `aclose()` ends those that run."""
 
-    def __init__(self, sessions: Sessions, pipeline: PromptPipeline) -> None:
+    def __init__(self, sessions: Sessions, pipeline: PromptPipeline, *, limits: RequestLimits | None = None) -> None:
         self._sessions = sessions
+        self._limits = limits or RequestLimits()
         self._pipeline = pipeline
         self._turns: set[_Turn] = set()
         self._running: dict[RecordId, _Turn] = {}  # those that have their session
@@ -198,6 +201,7 @@ class Turns:
     ) -> tuple[Reply, History | None]:
         """The turn's last reply, and the history with the turn; None where the window was too small for it."""
         request, messages = turn.request, [*history.messages, *new]
+        check_conversation(messages, self._limits, param="session_id")
         started_s = time.monotonic()
         first = len(history.messages)
         names = {f"messages[{first + number}].content[{index}].image_url": path for number, index, path in request.pictures}

@@ -26,7 +26,9 @@ from engine.request import (
     make_cache_keys,
 )
 from tests.vlm_server.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE, ByteTokenizer
+from vision.config import VisionConfig
 from vision.image import ImageRef, MediaError
+from vision.request_room import RequestRoom
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
 from vlm_server.detokenizer import StopWords
@@ -203,6 +205,7 @@ class FakePipeline:
         self.template = FakeTemplate()
         self.template_kwargs: dict[str, Any] | None = None
         self.image_settings: Mapping[str, Any] | None = None
+        self.rooms: list[RequestRoom | None] = []  # of every `parts_prompt`
         self.turns: list[tuple[list[dict[str, Any]], dict[str, bytes]]] = []  # messages and files of every `turn_prompt`
 
     async def chat_prompt(
@@ -268,6 +271,9 @@ class FakePipeline:
         )
         return list(prompt.token_ids)
 
+    def request_room(self) -> RequestRoom | None:
+        return RequestRoom(VisionConfig())
+
     async def parts_prompt(
         self,
         parts: Sequence[dict[str, Any]],
@@ -276,7 +282,9 @@ class FakePipeline:
         tenant: str = "",
         pictures: Mapping[str, bytes] | None = None,
         timings: StageTimings | None = None,
+        room: RequestRoom | None = None,
     ) -> Prompt:
+        self.rooms.append(room)
         token_ids: list[int] = []
         for index, part in enumerate(parts):
             if part["type"] == "image_url":

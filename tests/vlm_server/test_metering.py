@@ -124,7 +124,7 @@ class CountingImages(FakeImages):
 
     num_loaded = num_fetched = 0
 
-    async def load(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[ProcessedImage]:
+    async def load(self, refs: Sequence[ImageRef], *, tenant: str = "", room: object = None) -> list[ProcessedImage]:
         self.num_loaded += len(refs)
         return await super().load(refs, tenant=tenant)
 

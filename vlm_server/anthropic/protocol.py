@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from vlm_server.config import MAX_STOP_STRINGS
 from vlm_server.message_schema import UnicodeText
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
 from vlm_server.protocol import RETURN_TIMINGS
@@ -265,7 +266,7 @@ class MessagesRequest(CountTokensRequest):
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default: the checkpoint's generation config, else 1.")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=2**31)
-    stop_sequences: Annotated[list[Annotated[UnicodeText, Field(min_length=1)]], Field(max_length=64)] | None = None
+    stop_sequences: Annotated[list[Annotated[UnicodeText, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stream: bool | None = Field(None, description="Answer as server-sent events.")
     metadata: dict[str, Any] | None = Field(None, description="Accepted, without effect.")
     service_tier: Literal["auto", "standard_only"] | None = Field(None, description="Accepted, without effect: there is one tier.")

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from vlm_server import error_codes
 from vlm_server.response_schema import TIMINGS, RequestTimings
 
 
@@ -101,7 +102,7 @@ class ModelInfoList(BaseModel):
 
 
 class ErrorDetails(BaseModel):
-    error_code: str
+    error_code: str = Field(description=error_codes.DESCRIPTION)
     param: str | None = Field(description="The field's path in the request.")
 
 

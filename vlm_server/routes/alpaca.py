@@ -23,19 +23,22 @@ from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.field_rules import check_fields
 from vlm_server.generation import Generation
 from vlm_server.guided import grammar_of
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_facts, request_timings
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest
+from vlm_server.request_limits import check_limits
 from vlm_server.routes.embeddings import embed_all
 from vlm_server.shapes import new_id
 from vlm_server.streaming import answer, unless_client_leaves
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions", response_model=AlpacaChatResponse, tags=["chat"], summary="Answer the last message")
 async def chat_completions(request: Request, body: AlpacaChatRequest) -> Response:
     """Messages in, all of them and an answer out; with `stream`, the answer alone as server-sent events."""
     context = context_of(request)
+    check_limits(body, context.config.limits)
     warnings = check_fields(body, strict=context.config.strict_fields) + _left_out(body.turns)
     given_task = context.config.meta_instruction
     text = chat_prompt(body.turns, task=TASK if given_task is None else given_task)

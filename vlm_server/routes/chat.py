@@ -5,13 +5,14 @@ from starlette.responses import Response
 
 from vlm_server.chats import begin_chat
 from vlm_server.context import context_of
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_timings
 from vlm_server.protocol import ChatCompletionRequest
 from vlm_server.response_schema import ChatCompletionResponse
 from vlm_server.shapes import ChatShape, new_id
 from vlm_server.streaming import answer
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletionResponse, tags=["chat"], summary="Continue a conversation")

@@ -14,13 +14,14 @@ from vlm_server.errors import bad_request, to_api_error
 from vlm_server.generation import NO_PROMPT
 from vlm_server.guided import grammar_of
 from vlm_server.infill import InfillFormat, infill_end_ids, infill_format, infill_tokens
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_timings
 from vlm_server.protocol import CompletionRequest
 from vlm_server.response_schema import CompletionResponse
 from vlm_server.shapes import CompletionShape, new_id
 from vlm_server.streaming import answer, unless_client_leaves
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/completions", response_model=CompletionResponse, tags=["completions"], summary="Continue a text")

@@ -12,12 +12,13 @@ from vlm_server.generate_protocol import GenerateReqInput
 from vlm_server.generate_shape import GenerateShape
 from vlm_server.generation import NO_PROMPT
 from vlm_server.guided import grammar_of
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_timings
 from vlm_server.response_schema import GenerateReqOutput
 from vlm_server.shapes import new_id
 from vlm_server.streaming import answer, unless_client_leaves
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/generate", response_model=GenerateReqOutput, tags=["completions"], summary="Continue a text or token ids, with pictures")

@@ -17,6 +17,7 @@ from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import bad_request, to_api_error
 from vlm_server.interactive_protocol import NO_SESSION, GenerateRequest
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_facts, request_timings
 from vlm_server.response_schema import InteractiveResponse
 from vlm_server.sessions.store import RecordId
@@ -27,7 +28,7 @@ from vlm_server.turns import Reply, TurnRequest
 
 logger = logging.getLogger(__name__)
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 _encode = msgspec.json.Encoder().encode
 _NOTHING = Reply(finish_reason="stop")  # what cancelling and ending answer

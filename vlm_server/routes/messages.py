@@ -22,10 +22,11 @@ from vlm_server.chats import begin_chat, count_tokens
 from vlm_server.context import context_of
 from vlm_server.errors import ApiError, to_api_error
 from vlm_server.field_rules import check_fields
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_facts, request_timings
 from vlm_server.streaming import answer
 
-router = APIRouter(tags=["messages"])
+router = APIRouter(route_class=JsonRoute, tags=["messages"])
 models_router = APIRouter(prefix="/anthropic", tags=["models"])
 
 _EXAMPLE = {"version": Example(value="2023-06-01")}

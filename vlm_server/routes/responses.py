@@ -11,6 +11,7 @@ from vlm_server.auth import tenant_of
 from vlm_server.chats import begin_chat
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import ApiError, bad_request
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_timings
 from vlm_server.responses.items import ITEMS, AnyItem, as_given_back
 from vlm_server.responses.records import KeptResponse, TooLargeError, new_response_id
@@ -21,7 +22,7 @@ from vlm_server.responses.translation import TranslatedChat, new_items, translat
 from vlm_server.sessions.store import StoreError
 from vlm_server.streaming import answer
 
-router = APIRouter(tags=["responses"])
+router = APIRouter(route_class=JsonRoute, tags=["responses"])
 
 _encode = msgspec.json.Encoder().encode
 

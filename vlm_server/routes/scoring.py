@@ -8,13 +8,14 @@ from engine.request import Prompt, SamplingParams
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import ApiError, bad_request
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_facts
 from vlm_server.response_schema import PerplexityResponse
 from vlm_server.shapes import new_id
 from vlm_server.streaming import unless_client_leaves
 from vlm_server.token_protocol import PerplexityRequest, PoolingRequest
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter(route_class=JsonRoute, tags=["tokens"])
 
 _PARAMS = SamplingParams(max_tokens=0, prompt_logprobs=0)
 

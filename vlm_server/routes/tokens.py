@@ -12,12 +12,13 @@ from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import bad_request
 from vlm_server.files import images_in
+from vlm_server.json_body import JsonRoute
 from vlm_server.response_schema import DetokenizeResponse, EncodeResponse, TokenizeResponse
 from vlm_server.streaming import unless_client_leaves
 from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest, TokenRequest
 from vlm_server.tools import check_tools
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter(route_class=JsonRoute, tags=["tokens"])
 
 _OF_PROMPTS = frozenset({"add_special_tokens"})
 _OF_CHATS = frozenset({"add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools", "mm_processor_kwargs"})
