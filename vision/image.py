@@ -6,6 +6,7 @@ Plain data. Knows nothing of HTTP routes, of models or of scheduling.
 from dataclasses import dataclass, field
 from typing import Any
 
+from vision.geometry import View
 from vision.shared_array import SharedArray
 
 
@@ -40,6 +41,7 @@ class ProcessedImage:
     width: int  # of the picture as shown, after its orientation was applied
     height: int
     timings_s: dict[str, float] = field(default_factory=dict)  # stage → seconds: fetch, decode, preprocess
+    views: tuple[View, ...] = ()  # where in the picture the encoder's pixels lie: the whole, then its tiles; empty: not known
 
 
 @dataclass(frozen=True, slots=True)

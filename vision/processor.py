@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as transforms
 from transformers import AutoImageProcessor
 
 from vision.families import MEAN_AND_STD, Family, load_family, normalize
+from vision.geometry import View
 from vision.image import ImageOptions
 from vision.resolution import Plan
 
@@ -65,6 +66,12 @@ class ImagePreprocessor:
             arrays, layout = self._run(picture, {**plan.settings, **_RAW})
             arrays = {**arrays, "pixel_values": _as_uint8(arrays["pixel_values"]), MEAN_AND_STD: self._mean_and_std}
         return arrays, layout, self._family.num_tokens(layout)
+
+    def views(self, size: tuple[int, int], options: ImageOptions, pixel_values: np.ndarray, layout: dict[str, Any]) -> list[View]:
+        """Where in a picture of `size` = (height, width) the pixels lie that `process` gave of it; none where that is not known."""
+        plan = self._plan(size, options)
+        picture = View(width=size[1], height=size[0]).resized(plan.size)
+        return self._family.views({**self._own, **plan.settings}, layout, pixel_values.shape, picture)
 
     def measure(self, size: tuple[int, int], options: ImageOptions) -> tuple[dict[str, Any], int]:
         """Layout and rows as `process` gives them for a picture of `size` = (height, width), without its pixels. Raises as it does.

@@ -210,7 +210,7 @@ class VisionService:
             height, width, _ = pixels.shape
             with self._clock.stage("preprocess", timings_s):
                 result, arrays = await self._preprocess_pool.process(pixels, options)
-        image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s)
+        image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s, result.views)
         self._cache.put(key, image, sum(shared.num_bytes for shared in arrays.values()))
         return image
 
