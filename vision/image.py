@@ -28,6 +28,7 @@ class ImageRef:
     param: str  # the part's path in the request, e.g. messages[0].content[1].image_url
     options: ImageOptions = ImageOptions()
     data: bytes | None = None  # the file itself, where it was fetched before: then `url` is not looked at
+    may_fail: bool = False  # the others go on without it, and its MediaError stands in its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +62,8 @@ class MediaError(Exception):
         self.message = message
         self.param = param  # the ImageRef's
         self.status = status  # of the HTTP answer
+
+    @property
+    def is_of_the_picture(self) -> bool:
+        """Whether it would fail again: not where this server was too busy or broke down."""
+        return self.status < 500 and self.status != 429

@@ -15,6 +15,7 @@ from vision.image import ImageRef
 from vision.service import VisionStats
 from vlm_server.config import ServerConfig
 from vlm_server.detokenizer import StopWords, TextDecoder
+from vlm_server.picture_report import PictureReport
 from vlm_server.stage_timings import StageTimings
 from vlm_server.transcript import Transcript, TurnPrompt
 
@@ -82,6 +83,7 @@ class PromptPipeline(Protocol):
         continue_final_message: bool = False,
         pictures: Mapping[str, bytes] | None = None,
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> Prompt: ...
 
     async def chat_tokens(
@@ -95,6 +97,7 @@ class PromptPipeline(Protocol):
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         pictures: Mapping[str, bytes] | None = None,
+        report: PictureReport | None = None,
     ) -> list[int]: ...
 
     async def parts_prompt(
@@ -109,9 +112,12 @@ class PromptPipeline(Protocol):
         pictures: Mapping[str, bytes] | None = None,
         names: Mapping[str, str] | None = None,
         tenant: str = "",
+        report: PictureReport | None = None,
     ) -> TurnPrompt: ...
 
-    async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]: ...
+    async def fetch_pictures(
+        self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "", report: PictureReport | None = None
+    ) -> list[bytes | None]: ...
 
     async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None: ...
 
@@ -125,6 +131,7 @@ class PromptPipeline(Protocol):
         params: Sequence[str],
         tenant: str = "",
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> Prompt: ...
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt: ...

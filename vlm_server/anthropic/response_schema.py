@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from vlm_server.response_schema import WARNINGS, ImageSizes
+
 
 class TextContent(BaseModel):
     type: Literal["text"]
@@ -56,7 +58,8 @@ class MessageResponse(StopFields):
     model: str
     content: list[ContentOfMessage]
     usage: MessageUsage
-    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS)
+    image_sizes: ImageSizes
 
 
 class MessageStreamEvent(BaseModel):
@@ -72,6 +75,7 @@ class MessageStreamEvent(BaseModel):
         None, description="text_delta, thinking_delta, signature_delta or input_json_delta; of message_delta the stop fields."
     )
     usage: DeltaUsage | None = Field(None, description="Of message_delta: of the whole answer.")
+    image_sizes: ImageSizes
 
 
 class TokenCount(BaseModel):

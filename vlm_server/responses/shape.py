@@ -1,7 +1,7 @@
 """How a response of `/v1/responses` looks on the wire, whole and as events. Knows nothing of how it is kept."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_server.backend import Tokenizer
@@ -22,11 +22,20 @@ class ResponseShape:
 
     events = EventStyle(is_named=True, closing=b"")
 
-    def __init__(self, head: dict[str, Any], tokenizer: Tokenizer, *, warnings: Sequence[str] = (), paths: FieldPaths) -> None:
-        """head: see `response_head`."""
+    def __init__(
+        self,
+        head: dict[str, Any],
+        tokenizer: Tokenizer,
+        *,
+        warnings: Sequence[str] = (),
+        paths: FieldPaths,
+        extras: Mapping[str, Any] | None = None,
+    ) -> None:
+        """head: see `response_head`. extras: what else stands beside the usage."""
         self._head = head
         self._tokenizer = tokenizer
         self._warnings = {"warnings": list(warnings)} if warnings else {}
+        self._extras = dict(extras or {})
         self._paths = paths
         self._writer = OutputWriter()
         self._finish_reason: str | None = None
@@ -77,6 +86,7 @@ class ResponseShape:
             "output_text": self._writer.text,
             "usage": _usage(usage),
             **self._warnings,
+            **self._extras,
         }
         return self.final
 

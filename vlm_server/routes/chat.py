@@ -21,5 +21,6 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     abort = context.abortable(request, body.session_id)
     chat = await begin_chat(request, context, body, response_id=response_id, abort=abort)
     tokenizer = context.backend.pipeline.tokenizer
-    shape = ChatShape(body, tokenizer, response_id=response_id, warnings=chat.warnings, is_plain=chat.is_plain)
+    extras = chat.report.fields()
+    shape = ChatShape(body, tokenizer, response_id=response_id, warnings=chat.warnings, is_plain=chat.is_plain, extras=extras)
     return await answer(request, chat.generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)

@@ -17,6 +17,7 @@ from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import bad_request, to_api_error
 from vlm_server.interactive_protocol import NO_SESSION, GenerateRequest
 from vlm_server.middleware import request_facts
+from vlm_server.picture_report import PictureReport
 from vlm_server.response_schema import InteractiveResponse
 from vlm_server.sessions.store import RecordId
 from vlm_server.shapes import new_id
@@ -43,11 +44,15 @@ async def chat_interactive(request: Request, body: GenerateRequest) -> Response:
             await unless_client_leaves(request, turns.cancel(session_id) if body.cancel else turns.end(session_id))
         return Response(_line(_NOTHING, warnings), media_type="text/event-stream" if body.stream else "application/json")
     messages, tenant = body.new_messages(), tenant_of(request.scope)
-    files = await unless_client_leaves(request, context.files.take(_uploaded(body, messages), tenant=tenant))
-    replies = context.turns.replies(_turn_request(context, body, messages, files, tenant, session_id))
+    report = PictureReport.of(body.on_media_error, body.return_image_sizes)
+    report.params = {path for _, _, path in body.picture_fields()}  # those of earlier turns are the session's
+    lost = report.lost if report.may_fail else None
+    files = await unless_client_leaves(request, context.files.take(_uploaded(body, messages), tenant=tenant, lost=lost))
+    replies = context.turns.replies(_turn_request(context, body, messages, files, tenant, session_id, report))
     if body.stream:
-        return await _stream(request, replies, warnings)
-    return Response(_line(await _collected(request, replies), warnings), media_type="application/json")
+        return await _stream(request, replies, warnings, report)
+    reply = await _collected(request, replies)
+    return Response(_line(reply, warnings + report.warnings(), report.fields()), media_type="application/json")
 
 
 def _check(body: GenerateRequest) -> list[str]:
@@ -87,6 +92,7 @@ def _turn_request(
     files: dict[str, bytes],
     tenant: str,
     session_id: RecordId | None,
+    report: PictureReport,
 ) -> TurnRequest:
     fields, response_id = body.turn_fields(context.config.model_name), new_id("interactive")
     return TurnRequest(
@@ -97,6 +103,7 @@ def _turn_request(
         pictures=tuple(body.picture_fields()),
         files=files,
         generation=lambda prompt: context.generation(fields, [prompt], request_id=response_id),
+        report=report,
         prompt_prepared=context.metrics.prompt_prepared,
     )
 
@@ -116,23 +123,26 @@ async def _collected(request: Request, replies: AsyncGenerator[Reply, None]) -> 
     return reply
 
 
-async def _stream(request: Request, replies: AsyncGenerator[Reply, None], warnings: list[str]) -> Response:
+async def _stream(request: Request, replies: AsyncGenerator[Reply, None], warnings: list[str], report: PictureReport) -> Response:
     """The answer in lines, begun. Raises what the turn raises before its first piece."""
     try:
         first = await unless_client_leaves(request, anext(replies))
     except BaseException:
         await replies.aclose()
         raise
-    return EventStream(_lines(request, first, replies, warnings), replies, ping_s=0)  # a comment would be no JSON
+    warnings += report.warnings()  # the prompt is made
+    return EventStream(_lines(request, first, replies, warnings, report.fields()), replies, ping_s=0)  # a comment would be no JSON
 
 
-async def _lines(request: Request, first: Reply, replies: AsyncGenerator[Reply, None], warnings: list[str]) -> AsyncGenerator[bytes, None]:
+async def _lines(
+    request: Request, first: Reply, replies: AsyncGenerator[Reply, None], warnings: list[str], extras: dict[str, Any]
+) -> AsyncGenerator[bytes, None]:
     last = first
     try:
         async with aclosing(replies):
-            yield _line(first, warnings)
+            yield _line(first, warnings, extras)
             async for last in replies:
-                yield _line(last, warnings)
+                yield _line(last, warnings, extras)
     except Exception as error:  # the status is sent already: the error becomes the last line
         api_error = to_api_error(error)
         if api_error.code == "internal_error":
@@ -144,8 +154,11 @@ async def _lines(request: Request, first: Reply, replies: AsyncGenerator[Reply, 
         note_usage(request, last.usage)
 
 
-def _line(reply: Reply, warnings: list[str]) -> bytes:
-    return _encode(_as_dict(reply, warnings if reply.finish_reason else [])) + b"\n"
+def _line(reply: Reply, warnings: list[str], extras: dict[str, Any] | None = None) -> bytes:
+    """extras: what else the last line holds."""
+    if not reply.finish_reason:
+        return _encode(_as_dict(reply, [])) + b"\n"
+    return _encode(_as_dict(reply, warnings) | (extras or {})) + b"\n"
 
 
 def _as_dict(reply: Reply, warnings: list[str]) -> dict[str, Any]:

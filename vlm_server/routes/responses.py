@@ -59,7 +59,8 @@ async def _answer(
     begun = await begin_chat(request, context, chat.request, response_id=response_id)
     all_warnings = dict.fromkeys([*warnings, *map(chat.paths.text, begun.warnings)])
     head = response_head(body, response_id=response_id, model=model, defaults=context.defaults)
-    shape = ResponseShape(head, context.backend.pipeline.tokenizer, warnings=list(all_warnings), paths=chat.paths)
+    extras, tokenizer = begun.report.fields(chat.paths.of), context.backend.pipeline.tokenizer
+    shape = ResponseShape(head, tokenizer, warnings=list(all_warnings), paths=chat.paths, extras=extras)
 
     async def keep() -> None:
         assert shape.final is not None
