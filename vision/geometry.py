@@ -113,7 +113,10 @@ def _prepared(view: View, settings: Settings) -> View:
     return view
 
 
-def _given(size: Settings) -> dict[str, int]:
+def _given(size: Settings | None) -> dict[str, int]:
+    """Raises KeyError for a size that is not made of named edges."""
+    if not isinstance(size, Mapping):
+        raise KeyError(size)
     return {name: value for name, value in size.items() if value is not None}
 
 

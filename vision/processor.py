@@ -42,6 +42,7 @@ class ImagePreprocessor:
         self._family: Family = family
         self._processor = AutoImageProcessor.from_pretrained(model_folder, trust_remote_code=trust_remote_code, backend="torchvision")
         self._own = self._processor.to_dict()
+        self._planned: tuple[tuple[int, int], ImageOptions, Plan] | None = None  # the last plan: `views` asks for that of `process`
         self._mean_and_std = self._find_mean_and_std()
         self.fingerprint = self._make_fingerprint()
 
@@ -83,6 +84,11 @@ class ImagePreprocessor:
         return layout, self._family.num_tokens(layout)
 
     def _plan(self, size: tuple[int, int], options: ImageOptions) -> Plan:
+        if self._planned is None or self._planned[:2] != (size, options):
+            self._planned = size, options, self._new_plan(size, options)
+        return self._planned[2]
+
+    def _new_plan(self, size: tuple[int, int], options: ImageOptions) -> Plan:
         """For `detail: low` that of `auto` where fewer pixels would be more tokens: rounding may give them a further row of patches."""
         resolution = self._family.rules.resolution
         plan = resolution.plan(size, options, self._own)

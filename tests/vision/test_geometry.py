@@ -142,9 +142,10 @@ def with_settings(folder: Path, changes: dict[str, Any]) -> ImagePreprocessor:
     return _MADE[folder]
 
 
-def test_a_processor_that_does_something_else_leaves_the_places_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own", [{"do_center_crop": False}, {"size": 32}, {"size": None}, {"size": {"max_height": 32}}], ids=str)
+def test_a_processor_that_works_in_another_way_leaves_the_places_unknown(own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     processor = ImagePreprocessor(str(tiny_folder("llava")))
-    monkeypatch.setattr(processor, "_own", processor._own | {"do_center_crop": False})  # it says so, and does something else
+    monkeypatch.setattr(processor, "_own", processor._own | own)
 
     assert processor.views((40, 90), ImageOptions(), np.zeros((1, 3, 32, 32), np.uint8), {}) == []
 

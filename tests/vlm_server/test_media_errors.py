@@ -287,3 +287,14 @@ def test_a_kept_response_has_its_warnings_and_sizes(server: RunningServer) -> No
 
     assert (kept["warnings"], kept["image_sizes"]) == (created["warnings"], created["image_sizes"])
     assert kept["image_sizes"][0]["param"] == "input[0].content[2].image_url"
+
+
+def test_a_response_goes_on_without_a_picture_that_an_earlier_one_had(server: RunningServer) -> None:
+    first = post(server, "responses", BOTH, on_media_error="skip").json()
+
+    skipped, refused = (
+        post(server, "responses", ["And now?"], previous_response_id=first["id"], on_media_error=policy) for policy in ("skip", "fail")
+    )
+
+    assert skipped.json()["warnings"] == ["previous_response_id: image_decode_failed: not a picture; the picture is left out"]
+    assert (refused.status_code, param_of(refused.json())) == (400, "previous_response_id")
