@@ -231,11 +231,13 @@ class Pipeline:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
-        results: list[MeasuredImage | MediaError] = []
+        text = await render()
+        measured: list[MeasuredImage] = []
         if refs:
             images = self._loader(refs)
             results = await report.gather(refs, lambda wanted: images.measure(wanted, tenant=tenant))
-        measured, text = report.take(refs, results), await render(_failed(results))
+            measured = report.take(refs, results)
+            text = await render(_failed(results)) if len(measured) < len(refs) else text
         return await self._in_thread(lambda: self._chat_tokens(text, measured, marker))
 
     async def parts_prompt(
@@ -282,27 +284,14 @@ class Pipeline:
         if self.family is None or self._images is None:
             raise ImagesNotSupportedError(params[0])
         family, refs = self.family, _held(refs, None, report)
-        if isinstance(text_or_ids, str):
-            text = text_or_ids
+        if not isinstance(text_or_ids, str):
+            return await self._ids_prompt(text_or_ids, refs, family, tenant, timings, report)
+        text = text_or_ids
 
-            async def write(left_out: Collection[int]) -> str:
-                return text_with_placeholders(
-                    text, len(refs), family, guarded=lambda piece: str(self._guarded(piece, marker)), left_out=left_out
-                )
+        async def write(left_out: Collection[int]) -> str:
+            return text_with_placeholders(text, len(refs), family, guarded=partial(self._guarded, marker=marker), left_out=left_out)
 
-            return (await self._loaded_prompt(refs, write, marker, tenant, timings, report)).prompt
-        results = await self._loaded(refs, tenant, timings, report)
-        loaded, token_ids = report.take(refs, results), list(text_or_ids)
-
-        def prompt() -> Prompt:
-            kept_ids = ids_without(token_ids, len(refs), _failed(results), family, self.tokenizer)
-            if kept_ids is None:  # nobody knows which tokens are the picture's
-                raise report.left_out[0]
-            written = ids_with_pictures(kept_ids, [image.layout for image in loaded], family, self.tokenizer)
-            return self._prompt_of(tuple(written), loaded, tenant)
-
-        with timings.stage("tokenize"), _closing_on_error(loaded):
-            return await self._in_thread(prompt)
+        return (await self._loaded_prompt(refs, write, marker, tenant, timings, report)).prompt
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
         """The prompt for a text, or for token ids, without a template. Blocks while a text is tokenized; may be called in any thread.
@@ -388,6 +377,23 @@ class Pipeline:
                 text = await write(_failed(results))
             with timings.stage("tokenize"):
                 return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant, known))
+
+    async def _ids_prompt(
+        self, token_ids: Sequence[int], refs: Sequence[ImageRef], family: Family, tenant: str, timings: StageTimings, report: PictureReport
+    ) -> Prompt:
+        """The prompt for token ids, with the pictures' tokens in them or not yet."""
+        results = await self._loaded(refs, tenant, timings, report)
+        loaded = report.take(refs, results)
+
+        def prompt() -> Prompt:
+            kept_ids = ids_without(token_ids, len(refs), _failed(results), family, self.tokenizer)
+            if kept_ids is None:  # nobody knows which tokens are the picture's
+                raise report.left_out[0]
+            written = ids_with_pictures(kept_ids, [image.layout for image in loaded], family, self.tokenizer)
+            return self._prompt_of(tuple(written), loaded, tenant)
+
+        with timings.stage("tokenize"), _closing_on_error(loaded):
+            return await self._in_thread(prompt)
 
     async def _loaded(
         self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings, report: PictureReport

@@ -99,13 +99,20 @@ def test_a_box_in_a_crop_comes_back_too(size: tuple[int, int], most: int, which:
 
 
 @pytest.mark.parametrize("name", ["idefics3", "llava_next", "gemma3"])
-def test_families_with_tiles_say_where_each_of_them_lies(name: str) -> None:
+@settings(max_examples=20, deadline=None)
+@given(size=st.tuples(st.integers(40, 90), st.integers(150, 260)), is_upright=st.booleans())
+def test_tiles_together_show_the_whole_picture_once(name: str, size: tuple[int, int], is_upright: bool) -> None:
+    height, width = size[::-1] if is_upright else size
     options = ImageOptions(settings={"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16}) if name == "gemma3" else ImageOptions()
 
-    views, tiles = seen_views(preprocessor(name), np.zeros((90, 250, 3), np.uint8), options)
+    (whole, *seen), tiles = seen_views(preprocessor(name), np.zeros((height, width, 3), np.uint8), options)
 
-    assert len(views) == len(tiles) > 2
-    assert len({(view.offset_x, view.offset_y) for view in views[1:]}) == len(views) - 1
+    assert corners(whole) == pytest.approx((0, 0, width, height))
+    assert len(seen) == len(tiles) - 1 > 1
+    shown = [(max(left, 0), max(top, 0), min(right, width), min(bottom, height)) for left, top, right, bottom in map(corners, seen)]
+    areas = [max(0, right - left) * max(0, bottom - top) for left, top, right, bottom in shown]
+    assert sum(areas) == pytest.approx(width * height)
+    assert len({(view.offset_x, view.offset_y) for view in seen}) == len(seen)
 
 
 OTHER_PROCESSORS: dict[str, dict[str, Any]] = {
