@@ -71,16 +71,17 @@ MAY_IMPORT = {
     "vision.decode_pool": ".config .confinement .decode .frames .image .shared_array .workers",
     "vision.download": ".addresses .body .config .host_slots .http_cache .image .urls",
     "vision.encoder": ".families",
-    "vision.families": ".resolution",
+    "vision.families": ".geometry .resolution",
     "vision.fetcher": ".addresses .config .data_url .download .http_cache .image .single_flight .urls",
     "vision.frames": ".image .shared_array",
+    "vision.geometry": "",
     "vision.host_slots": "",
     "vision.http_cache": ".cache",
-    "vision.image": ".shared_array",
+    "vision.image": ".geometry .shared_array",
     "vision.pixels": ".image .shared_array",
-    "vision.preprocess": ".frames .image .shared_array",
+    "vision.preprocess": ".frames .geometry .image .shared_array",
     "vision.preprocess_pool": ".config .frames .image .preprocess .shared_array .workers",
-    "vision.processor": ".families .image .resolution",
+    "vision.processor": ".families .geometry .image .resolution",
     "vision.request_room": ".config .image",
     "vision.resolution": ".image",
     "vision.service": (
@@ -103,7 +104,7 @@ MAY_IMPORT = {
     "vlm_server.anthropic": "",
     "vlm_server.anthropic.field_names": ".errors",
     "vlm_server.anthropic.models": ".context .errors",
-    "vlm_server.anthropic.protocol": ".config .message_schema .nesting .protocol .tool_schema",
+    "vlm_server.anthropic.protocol": ".config .image_protocol .message_schema .nesting .protocol .tool_schema",
     "vlm_server.anthropic.response_schema": ".error_codes .response_schema",
     "vlm_server.anthropic.shapes": (
         ".anthropic.protocol .errors .generation .nesting .parsing.events .stage_timings .streaming engine.request"
@@ -119,16 +120,16 @@ MAY_IMPORT = {
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .jinja_worker .pipeline .stage_timings .transcript engine.client engine.request vision.image "
-        "vision.request_room vision.service"
+        ".config .detokenizer .jinja_process .jinja_worker .picture_report .pipeline .stage_timings .transcript engine.client "
+        "engine.request vision.image vision.request_room vision.service"
     ),
     "vlm_server.built_in_templates": ".alpaca .role_template",
     "vlm_server.chat_client": ".client",
     "vlm_server.chat_page": ".config .examples",
     "vlm_server.chat_template": ".internlm_tools .jinja_process engine.request",
     "vlm_server.chats": (
-        ".aborting .answer_grammar .auth .context .files .generation .guided .middleware .protocol .stage_timings .streaming .tools "
-        "engine.request"
+        ".aborting .answer_grammar .auth .context .files .generation .guided .middleware .picture_report .protocol .stage_timings "
+        ".streaming .tools engine.request"
     ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
@@ -158,22 +159,21 @@ MAY_IMPORT = {
         ".interactive_protocol .message_schema .protocol .responses.request .token_protocol .tool_schema"
     ),
     "vlm_server.file_protocol": ".message_schema",
-    "vlm_server.files": ".errors .sessions.store",
+    "vlm_server.files": ".errors .sessions.store vision.image",
     "vlm_server.flags": (
         ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config engine.log_lines vision.config"
     ),
     "vlm_server.format_protocol": ".message_schema",
-    "vlm_server.generate_protocol": ".aborting .message_schema .protocol",
+    "vlm_server.generate_protocol": ".aborting .image_protocol .message_schema .protocol",
     "vlm_server.generate_shape": ".errors .generation .stage_timings .streaming",
     "vlm_server.generation": (
-        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings "
-        "engine.request"
+        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings engine.request"
     ),
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
     "vlm_server.image_protocol": "vision.resolution",
     "vlm_server.infill": ".backend",
-    "vlm_server.interactive_protocol": ".message_schema .protocol",
+    "vlm_server.interactive_protocol": ".image_protocol .message_schema .protocol",
     "vlm_server.internlm_tools": "",
     "vlm_server.jinja_process": ".jinja_worker vision.workers",
     "vlm_server.jinja_worker": "vision.confinement",
@@ -194,9 +194,10 @@ MAY_IMPORT = {
     "vlm_server.parsing.tool_formats": ".parsing.calls .parsing.scanner",
     "vlm_server.picture_parts": ".chat_template engine.request vision.config vision.families vision.image",
     "vlm_server.picture_places": ".tokenizer engine.request vision.families",
+    "vlm_server.picture_report": "vision.image",
     "vlm_server.pipeline": (
-        ".chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .stage_timings .template_choice .tokenizer "
-        ".transcript engine.request vision.config vision.families vision.image vision.request_room"
+        ".chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .picture_report .stage_timings "
+        ".template_choice .tokenizer .transcript engine.request vision.config vision.families vision.image vision.request_room"
     ),
     "vlm_server.protocol": ".config .format_protocol .image_protocol .message_schema .nesting .tool_schema",
     "vlm_server.quotas": "",
@@ -210,7 +211,7 @@ MAY_IMPORT = {
     "vlm_server.responses.items": ".message_schema",
     "vlm_server.responses.output": ".parsing.events .responses.items .responses.token_texts",
     "vlm_server.responses.records": ".sessions.store",
-    "vlm_server.responses.request": ".format_protocol .message_schema .nesting .protocol .responses.items .tool_schema",
+    "vlm_server.responses.request": ".format_protocol .image_protocol .message_schema .nesting .protocol .responses.items .tool_schema",
     "vlm_server.responses.schema": ".format_protocol .response_schema .responses.items .responses.request",
     "vlm_server.responses.shape": (
         ".backend .errors .generation .logprobs .responses.field_paths .responses.output .responses.request .sampling .stage_timings "
@@ -239,13 +240,13 @@ MAY_IMPORT = {
         ".auth .config .context .errors .field_rules .file_protocol .files .response_schema .streaming .uploads vision.image"
     ),
     "vlm_server.routes.generate": (
-        ".aborting .auth .context .errors .generate_protocol .generate_shape .generation .guided .json_body .middleware .response_schema "
-        ".shapes .streaming engine.request"
+        ".aborting .auth .context .errors .generate_protocol .generate_shape .generation .guided .json_body .middleware .picture_report "
+        ".response_schema .shapes .streaming engine.request"
     ),
     "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
     "vlm_server.routes.interactive": (
-        ".auth .context .errors .interactive_protocol .json_body .middleware .response_schema .sessions.store .shapes .stage_timings "
-        ".streaming .turns"
+        ".auth .context .errors .interactive_protocol .json_body .middleware .picture_report .response_schema .sessions.store .shapes "
+        ".stage_timings .streaming .turns"
     ),
     "vlm_server.routes.messages": (
         ".anthropic.field_names .anthropic.models .anthropic.protocol .anthropic.response_schema .anthropic.shapes .anthropic.translation "
@@ -259,7 +260,9 @@ MAY_IMPORT = {
     "vlm_server.routes.scoring": (
         ".auth .context .errors .json_body .middleware .response_schema .shapes .streaming .token_protocol engine.request"
     ),
-    "vlm_server.routes.tokens": ".auth .context .errors .files .json_body .response_schema .streaming .token_protocol .tools",
+    "vlm_server.routes.tokens": (
+        ".auth .context .errors .files .json_body .picture_report .response_schema .streaming .token_protocol .tools"
+    ),
     "vlm_server.sampling": ".errors .protocol engine.request",
     "vlm_server.serving": (
         ".api_keys .app .auth .backend .config .connections .sessions.opening .sessions.store .tls engine.log_lines engine.request"
@@ -286,8 +289,8 @@ MAY_IMPORT = {
     "vlm_server.tracing": ".stage_timings vlm_server",
     "vlm_server.transcript": "engine.request",
     "vlm_server.turns": (
-        ".backend .config .errors .generation .request_limits .sessions.history .sessions.store .stage_timings engine.request "
-        "vision.image"
+        ".backend .config .errors .generation .picture_report .request_limits .sessions.history .sessions.store .stage_timings "
+        "engine.request vision.image"
     ),
     "vlm_server.uploads": ".errors .file_protocol vision.image",
 }

@@ -6,6 +6,7 @@ Plain data. Knows nothing of HTTP routes, of models or of scheduling.
 from dataclasses import dataclass, field
 from typing import Any
 
+from vision.geometry import View
 from vision.shared_array import SharedArray
 
 
@@ -27,6 +28,7 @@ class ImageRef:
     param: str  # the part's path in the request, e.g. messages[0].content[1].image_url
     options: ImageOptions = ImageOptions()
     data: bytes | None = None  # the file itself, where it was fetched before: then `url` is not looked at
+    may_fail: bool = False  # the others go on without it, and its MediaError stands in its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class ProcessedImage:
     width: int  # of the picture as shown, after its orientation was applied
     height: int
     timings_s: dict[str, float] = field(default_factory=dict)  # stage → seconds: fetch, decode, preprocess
+    views: tuple[View, ...] = ()  # where in the picture the encoder's pixels lie: the whole, then its tiles; empty: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +62,8 @@ class MediaError(Exception):
         self.message = message
         self.param = param  # the ImageRef's
         self.status = status  # of the HTTP answer
+
+    @property
+    def is_of_the_picture(self) -> bool:
+        """Whether it would fail again: not where this server was too busy or broke down."""
+        return self.status < 500 and self.status != 429

@@ -108,23 +108,26 @@ class VisionService:
         """For a request that loads its pictures in several calls."""
         return RequestRoom(self._config)
 
-    async def load(self, refs: Sequence[ImageRef], *, tenant: str = "", room: RequestRoom | None = None) -> list[ProcessedImage]:
+    async def load(
+        self, refs: Sequence[ImageRef], *, tenant: str = "", room: RequestRoom | None = None
+    ) -> list[ProcessedImage | MediaError]:
         """The pictures in the order of `refs`, worked on side by side; their arrays are the caller's to close.
 
         room: of the request that they belong to, where that has others beside them. What one tenant sent is not looked up for another.
-        Raises MediaError with the `param` of the first picture that failed; the others are cancelled, as all are when the caller is.
+        Raises MediaError with the `param` of the first picture that failed; the others are cancelled, as all are when the caller is. A
+        picture that may fail has its MediaError in its place, where the picture is to blame and not this server.
         """
         self._num_pictures += len(refs)
         shared = room or self.request_room()
         return await self._side_by_side(refs, lambda ref: self._fetch_and_process(ref, tenant, shared))
 
-    async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]:
+    async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage | MediaError]:
         """What the pictures take of a prompt, from their headers: nothing is decoded. Raises as `load`, save for damage behind a header."""
         self._num_pictures += len(refs)
         room = self.request_room()
         return await self._side_by_side(refs, lambda ref: self._fetch_and_measure(ref, tenant, room))
 
-    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
+    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes | MediaError]:
         """The pictures' files as they are, for a caller who keeps them and gives them to `load` as `ImageRef.data`.
 
         limit_bytes: of all together. Raises as `load`.
@@ -134,9 +137,9 @@ class VisionService:
         async def fetch_within(ref: ImageRef) -> bytes:
             nonlocal room_bytes
             data = await self._fetch(ref, tenant, {})
-            room_bytes -= len(data)
-            if room_bytes < 0:
+            if len(data) > room_bytes:
                 raise MediaError("image_too_large", f"the pictures together have more than the {limit_bytes} bytes that can be kept")
+            room_bytes -= len(data)
             return data
 
         return await self._side_by_side(refs, fetch_within)
@@ -178,7 +181,9 @@ class VisionService:
         assert self._starting is not None, "the vision service is not open"
         return await asyncio.shield(self._starting)
 
-    async def _side_by_side(self, refs: Sequence[ImageRef], work: Callable[[ImageRef], Coroutine[Any, Any, Result]]) -> list[Result]:
+    async def _side_by_side(
+        self, refs: Sequence[ImageRef], work: Callable[[ImageRef], Coroutine[Any, Any, Result]]
+    ) -> list[Result | MediaError]:
         tasks = [asyncio.create_task(self._one(ref, work)) for ref in refs]
         try:
             return await asyncio.gather(*tasks)
@@ -190,14 +195,17 @@ class VisionService:
                     _close(result)
             raise
 
-    async def _one(self, ref: ImageRef, work: Callable[[ImageRef], Coroutine[Any, Any, Result]]) -> Result:
+    async def _one(self, ref: ImageRef, work: Callable[[ImageRef], Coroutine[Any, Any, Result]]) -> Result | MediaError:
         """One picture; names its part of the request in the error."""
         try:
             async with self._pictures:
                 return await work(ref)
         except MediaError as error:
             self._num_failed[error.code] = self._num_failed.get(error.code, 0) + 1
-            raise MediaError(error.code, error.message, param=ref.param, status=error.status) from None
+            named = MediaError(error.code, error.message, param=ref.param, status=error.status)
+            if ref.may_fail and error.is_of_the_picture:
+                return named
+            raise named from None
         except WorkerError:
             raise MediaError("vision_not_ready", "the server cannot process pictures now; try again", param=ref.param, status=503) from None
 
@@ -237,7 +245,7 @@ class VisionService:
             height, width, _ = pixels.shape
             with self._clock.stage("preprocess", timings_s):
                 result, arrays = await self._preprocess_pool.process(pixels, options)
-        image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s)
+        image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s, result.views)
         self._cache.put(key, image, sum(shared.num_bytes for shared in arrays.values()))
         return image
 

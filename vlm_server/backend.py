@@ -17,6 +17,7 @@ from vision.service import VisionStats
 from vlm_server.config import RequestLimits, ServerConfig
 from vlm_server.detokenizer import StopWords, TextDecoder
 from vlm_server.jinja_worker import RenderLimits
+from vlm_server.picture_report import PictureReport
 from vlm_server.stage_timings import StageTimings
 from vlm_server.transcript import Transcript, TurnPrompt
 
@@ -86,6 +87,7 @@ class PromptPipeline(Protocol):
         continue_final_message: bool = False,
         pictures: Mapping[str, bytes] | None = None,
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> Prompt: ...
 
     async def chat_tokens(
@@ -99,6 +101,7 @@ class PromptPipeline(Protocol):
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         pictures: Mapping[str, bytes] | None = None,
+        report: PictureReport | None = None,
     ) -> list[int]: ...
 
     def request_room(self) -> RequestRoom | None: ...
@@ -123,9 +126,12 @@ class PromptPipeline(Protocol):
         names: Mapping[str, str] | None = None,
         tenant: str = "",
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> TurnPrompt: ...
 
-    async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]: ...
+    async def fetch_pictures(
+        self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "", report: PictureReport | None = None
+    ) -> list[bytes | None]: ...
 
     async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None: ...
 
@@ -139,6 +145,7 @@ class PromptPipeline(Protocol):
         params: Sequence[str],
         tenant: str = "",
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> Prompt: ...
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt: ...

@@ -1,7 +1,7 @@
 """How `/generate` looks on the wire: LMDeploy's object, whole or in pieces that each hold what is new."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_server.errors import ApiError
@@ -17,10 +17,19 @@ class GenerateShape:
 
     events = OPENAI_EVENTS
 
-    def __init__(self, *, num_prompt_tokens: int, returns_logprob: bool, warnings: Sequence[str], report: Report = no_report) -> None:
+    def __init__(
+        self,
+        *,
+        num_prompt_tokens: int,
+        returns_logprob: bool,
+        warnings: Sequence[str],
+        extras: Mapping[str, Any] | None = None,
+        report: Report = no_report,
+    ) -> None:
+        """extras: what else stands beside the warnings. report: the request's timings, where they are asked for."""
         self._num_prompt_tokens = num_prompt_tokens
         self._returns_logprob = returns_logprob
-        self._warnings = {"warnings": list(warnings)} if warnings else {}
+        self._warnings = {**({"warnings": list(warnings)} if warnings else {}), **(extras or {})}
         self._report = report
         self._num_tokens = 0  # of the pieces so far
 

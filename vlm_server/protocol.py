@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from vlm_server.config import MAX_CHOICES, MAX_STOP_STRINGS
 from vlm_server.format_protocol import ResponseFormat, StructuredOutputs, TextFormat
-from vlm_server.image_protocol import ProcessorSettings
+from vlm_server.image_protocol import OnMediaError, ProcessorSettings, ReturnImageSizes
 from vlm_server.message_schema import ChatMessage, TextPart, UnicodeText, check_ending
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
 from vlm_server.tool_schema import NamedTool, Tool, ToolChoice, Tools, forces_a_call, may_be_called, names_in
@@ -185,6 +185,8 @@ class ChatCompletionRequest(GenerationFields):
         None, description="Short for chat_template_kwargs.reasoning_effort, which wins."
     )
     mm_processor_kwargs: ProcessorSettings | None = Field(None, description="Settings of the model's image processor, for all pictures.")
+    on_media_error: OnMediaError = None
+    return_image_sizes: ReturnImageSizes = None
     tools: Tools = Field(None, description="Functions that the model may call.")
     tool_choice: ToolChoice | None = Field(
         None, description="auto (default), none, required, one function, or OpenAI's allowed_tools: some of them."

@@ -1,6 +1,6 @@
 """The shapes of the answers, for `openapi.json` alone: what is sent is built by `shapes` and is not validated again."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
@@ -9,6 +9,7 @@ from vlm_server import error_codes
 # OpenAI's field, with the type that it has there: generators of clients know none that is null alone.
 _ALWAYS_NULL = Field(None, description="Always null.")
 
+WARNINGS = "Fields of the request that have no effect, and pictures that were left out; absent without any."
 _UNCHECKED = Field(description="As LMDeploy sends it; nothing in it is checked.")
 
 
@@ -106,6 +107,32 @@ class ChatCompletionResponseChoice(BaseModel):
     finish_reason: ChatFinishReasonName
 
 
+class SeenPixels(BaseModel):
+    """A rectangle that the model sees: its point (x, y) is ((x + offset_x) * scale_x, (y + offset_y) * scale_y) of the original."""
+
+    width: int = Field(description="In pixels, counted from the left, as all here.")
+    height: int = Field(description="Counted from above.")
+    offset_x: float = Field(description="Above 0: so much was cut off on the left. Below 0: a border was added.")
+    offset_y: float = Field(description="The same above.")
+    scale_x: float = Field(description="Pixels of the original for one of these.")
+    scale_y: float = Field(description="The same downwards.")
+
+
+class ImageSize(BaseModel):
+    """One picture of the request."""
+
+    param: str = Field(description="The picture's field, by its path in the request.")
+    width: int = Field(description="Of the original, upright, in pixels.")
+    height: int = Field(description="Of the original, upright, in pixels.")
+    seen: SeenPixels | None = Field(description="The whole picture as the model sees it. Null where the image processor is unknown.")
+    tiles: list[SeenPixels] = Field(description="What the model sees beside it: tiles or crops, in their order; empty without.")
+
+
+ImageSizes = Annotated[
+    list[ImageSize], Field(default_factory=list, description="With return_image_sizes: of each picture, in their order.")
+]
+
+
 class ChatCompletionResponse(BaseModel):
     id: str
     object: Literal["chat.completion"]
@@ -114,7 +141,8 @@ class ChatCompletionResponse(BaseModel):
     choices: list[ChatCompletionResponseChoice]
     usage: UsageInfo
     service_tier: str | None = _ALWAYS_NULL
-    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS)
+    image_sizes: ImageSizes
     timings: RequestTimings | None = TIMINGS
 
 
@@ -156,6 +184,7 @@ class ChatCompletionStreamResponse(BaseModel):
     choices: list[ChatCompletionResponseStreamChoice]
     usage: UsageInfo | None
     warnings: list[str] = Field(default_factory=list)
+    image_sizes: ImageSizes
     timings: RequestTimings | None = TIMINGS
 
 
@@ -222,7 +251,8 @@ class GenerateReqOutput(BaseModel):
     text: str
     output_ids: list[int] = Field(description="All generated tokens, the end token and those of a stop string too.")
     meta_info: GenerateMeta
-    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS)
+    image_sizes: ImageSizes
 
 
 class ErrorDetail(BaseModel):
@@ -243,7 +273,8 @@ class InteractiveResponse(BaseModel):
         description="length: the window or request_output_len is full; abort: the turn was cancelled. Streamed, null but in the last piece."
     )
     error: ErrorDetail | None = Field(None, description="With finish_reason error, which only a stream has; absent otherwise.")
-    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS)
+    image_sizes: ImageSizes
     timings: RequestTimings | None = TIMINGS
 
 

@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_server.backend import Tokenizer
@@ -20,7 +20,8 @@ from vlm_server.streaming import OPENAI_EVENTS
 class ChatShape:
     """`chat.completion` and `chat.completion.chunk`, from the events of each answer.
 
-    is_plain: answers are content alone, which is then never null. report: the request's timings, where they are asked for.
+    is_plain: answers are content alone, which is then never null. extras: what else stands beside the usage and at an answer's end.
+    report: the request's timings, where they are asked for.
     """
 
     events = OPENAI_EVENTS
@@ -33,13 +34,14 @@ class ChatShape:
         response_id: str,
         warnings: Sequence[str],
         is_plain: bool = True,
+        extras: Mapping[str, Any] | None = None,
         report: Report = no_report,
     ) -> None:
         self._tokenizer = tokenizer
         self._nothing = "" if is_plain else None
         self._num_calls: Counter[int] = Counter()  # by the answer's index
         self._head = {"id": response_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": request.model}
-        self._warnings = {"warnings": list(warnings)} if warnings else {}
+        self._warnings = {**({"warnings": list(warnings)} if warnings else {}), **(extras or {})}
         self._includes_usage = request.includes_usage
         self._report = report
 

@@ -6,7 +6,7 @@ or left. What is saved is a whole turn or nothing. Knows nothing of HTTP.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from vlm_server.backend import PromptPipeline
 from vlm_server.config import RequestLimits
 from vlm_server.errors import ApiError
 from vlm_server.generation import Generation, Usage
+from vlm_server.picture_report import PictureReport
 from vlm_server.request_limits import check_conversation
 from vlm_server.sessions.history import History, OpenSession, SessionBusyError, Sessions, picture_url
 from vlm_server.sessions.store import LeaseLostError, RecordId
@@ -49,6 +50,7 @@ class TurnRequest:
     pictures: Sequence[tuple[int, int, str]] = ()  # (message, part, the field's path in the request)
     files: Mapping[str, bytes] = field(default_factory=dict)  # of those pictures that are here already, by the URL in their message
     generation: Callable[[Prompt], Generation]
+    report: PictureReport = field(default_factory=PictureReport)  # of the turn's own pictures
     prompt_prepared: Callable[[float], None] = lambda duration_s: None
     timings: StageTimings = field(default_factory=StageTimings)  # of the client's request
 
@@ -174,7 +176,7 @@ class Turns:
                 if not turn.request.keeps:
                     await session.end()
                 elif history is not None:
-                    await session.save(history, pictures)
+                    await session.save(history, {url: pictures[url] for url in history.picture_urls})
             finally:
                 if self._running.get(session_id) is turn:
                     del self._running[session_id]
@@ -190,11 +192,12 @@ class Turns:
         refs = [ImageRef(image["url"], path, data=request.files.get(image["url"])) for image, path in zip(images, paths, strict=True)]
         limit_bytes = max(0, self._sessions.max_bytes - session.num_picture_bytes)
         with request.timings.stage("pictures"):
-            files = await self._pipeline.fetch_pictures(refs, limit_bytes=limit_bytes, tenant=request.tenant)
-        urls = await asyncio.to_thread(lambda: [picture_url(data) for data in files])
-        for image, url in zip(images, urls, strict=True):
+            files = await self._pipeline.fetch_pictures(refs, limit_bytes=limit_bytes, tenant=request.tenant, report=request.report)
+        had = [(image, data) for image, data in zip(images, files, strict=True) if data is not None]
+        urls = await asyncio.to_thread(lambda: [picture_url(data) for _, data in had])
+        for (image, _), url in zip(had, urls, strict=True):
             image["url"] = url
-        return messages, session.pictures | dict(zip(urls, files, strict=True))
+        return messages, session.pictures | {url: data for url, (_, data) in zip(urls, had, strict=True)}
 
     async def _answer(
         self, turn: _Turn, history: History, new: list[dict[str, Any]], pictures: dict[str, bytes]
@@ -206,7 +209,13 @@ class Turns:
         first = len(history.messages)
         names = {f"messages[{first + number}].content[{index}].image_url": path for number, index, path in request.pictures}
         prompt = await self._pipeline.turn_prompt(
-            messages, known=history.transcript, pictures=pictures, names=names, tenant=request.tenant, timings=request.timings
+            messages,
+            known=history.transcript,
+            pictures=pictures,
+            names=names,
+            tenant=request.tenant,
+            timings=request.timings,
+            report=request.report,
         )
         request.prompt_prepared(time.monotonic() - started_s)
         turn.generation = request.generation(prompt.prompt)
@@ -218,7 +227,10 @@ class Turns:
                 raise
             return turn.reply(finish_reason="length"), None
         transcript = await asyncio.to_thread(self._pipeline.with_answer, prompt.transcript, turn.generation.token_ids)
-        return reply, History([*messages, {"role": "assistant", "content": text}], transcript, list(pictures))
+        failed = {error.param for error in request.report.left_out}
+        kept = _without(messages, {(first + number, index) for number, index, path in request.pictures if path in failed})
+        urls = [url for url in pictures if not failed or url in _picture_urls(kept)]
+        return reply, History([*kept, {"role": "assistant", "content": text}], transcript, urls)
 
     async def _generate(self, turn: _Turn, generation: Generation) -> tuple[str, Reply]:
         """The whole text, and the last reply, which is not given to the client yet."""
@@ -232,3 +244,20 @@ class Turns:
                     return "".join(pieces), turn.reply(delta.text, delta.finish_reason)
                 turn.replies.put_nowait(turn.reply(delta.text))
         raise AssertionError("the generation ended without a finish reason")
+
+
+def _without(messages: list[dict[str, Any]], places: Collection[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The messages without some (message, part), as the prompt was made: a message that has nothing else keeps an empty text."""
+    kept = []
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list) and any(place[0] == number for place in places):
+            parts = [part for index, part in enumerate(content) if (number, index) not in places]
+            message = {**message, "content": parts or [{"type": "text", "text": ""}]}
+        kept.append(message)
+    return kept
+
+
+def _picture_urls(messages: list[dict[str, Any]]) -> set[str]:
+    parts = (part for message in messages if isinstance(message.get("content"), list) for part in message["content"])
+    return {part["image_url"]["url"] for part in parts if part["type"] == "image_url"}

@@ -32,6 +32,7 @@ from vision.request_room import RequestRoom
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
 from vlm_server.detokenizer import StopWords
+from vlm_server.picture_report import PictureReport
 from vlm_server.stage_timings import StageTimings
 from vlm_server.transcript import Segment, Transcript, TurnPrompt
 
@@ -220,6 +221,7 @@ class FakePipeline:
         continue_final_message: bool = False,
         pictures: Mapping[str, bytes] | None = None,
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> Prompt:
         self.template_kwargs = template_kwargs
         self.image_settings = image_settings
@@ -235,7 +237,8 @@ class FakePipeline:
                     token_ids += part["text"].encode()
                     continue
                 url = part["image_url"]["url"]
-                await self._load(url, f"messages[{number}].content[{index}].image_url", pictures)
+                if not await self._is_loaded(url, f"messages[{number}].content[{index}].image_url", pictures, report):
+                    continue
                 spans.append(ImageSpan(len(token_ids), TOKENS_PER_IMAGE, len(images)))
                 images.append(ImageInput(_content(url, pictures), TOKENS_PER_IMAGE, {}))
                 token_ids += [IMAGE] * TOKENS_PER_IMAGE
@@ -258,6 +261,7 @@ class FakePipeline:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         pictures: Mapping[str, bytes] | None = None,
+        report: PictureReport | None = None,
     ) -> list[int]:
         prompt = await self.chat_prompt(
             messages,
@@ -268,6 +272,7 @@ class FakePipeline:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             pictures=pictures,
+            report=report,
         )
         return list(prompt.token_ids)
 
@@ -300,10 +305,11 @@ class FakePipeline:
         params: Sequence[str],
         tenant: str = "",
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> Prompt:
         """The pictures first."""
-        for picture, param in zip(pictures, params, strict=True):
-            await self._load(picture["url"], param)
+        named = zip(pictures, params, strict=True)
+        pictures = [picture for picture, param in named if await self._is_loaded(picture["url"], param, None, report)]
         token_ids = [IMAGE] * TOKENS_PER_IMAGE * len(pictures)
         token_ids += self.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
         images = tuple(ImageInput(picture["url"].encode(), TOKENS_PER_IMAGE, {}) for picture in pictures)
@@ -321,11 +327,16 @@ class FakePipeline:
         names: Mapping[str, str],
         tenant: str = "",
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> TurnPrompt:
         """The known tokens, and the last messages behind them: those since the last answer."""
         self.turns.append((messages, dict(pictures)))
+        inner = PictureReport(may_fail=report.may_fail, lost=report.lost) if report else None
         try:
-            whole = await self.chat_prompt(messages, tenant=tenant, pictures=pictures, timings=timings)
+            whole = await self.chat_prompt(messages, tenant=tenant, pictures=pictures, timings=timings, report=inner)
+            if report and inner:
+                report.left_out += [MediaError(e.code, e.message, param=names.get(str(e.param), e.param)) for e in inner.left_out]
+                report.seen += [(names[param], size) for param, size in inner.seen if param in names]
         except MediaError as error:
             raise MediaError(error.code, "not a picture", param=names.get(str(error.param), error.param)) from None
         if not known.segments:
@@ -336,11 +347,20 @@ class FakePipeline:
         keys = make_cache_keys(transcript.token_ids, (), (), salt=tenant)
         return TurnPrompt(Prompt(token_ids=transcript.token_ids, cache_keys=keys), transcript, len(known.token_ids))
 
-    async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
+    async def fetch_pictures(
+        self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "", report: PictureReport | None = None
+    ) -> list[bytes | None]:
+        files: list[bytes | None] = []
         for ref in refs:
-            await self._load(ref.url, ref.param, {ref.url: ref.data} if ref.data is not None else None)
-        files = [ref.url.encode() if ref.data is None else ref.data for ref in refs]
-        if sum(map(len, files)) > limit_bytes:
+            files.append(ref.url.encode() if ref.data is None else ref.data)
+            try:
+                await self._load(ref.url, ref.param, {ref.url: ref.data} if ref.data is not None else None)
+            except MediaError as error:
+                if report is None or not report.may_fail:
+                    raise
+                report.lost[ref.url] = error
+                files[-1] = None
+        if sum(len(data) for data in files if data is not None) > limit_bytes:
             raise MediaError("image_too_large", f"more than the {limit_bytes} bytes", param=refs[0].param)
         return files
 
@@ -359,6 +379,20 @@ class FakePipeline:
         if not token_ids:
             raise InvalidRequestError("prompt: it has no tokens; at least one is needed")
         return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
+
+    async def _is_loaded(self, url: str, param: str, pictures: Mapping[str, bytes] | None, report: PictureReport | None) -> bool:
+        report = report or PictureReport()
+        try:
+            if url in report.lost:
+                raise report.lost[url]
+            await self._load(url, param, pictures)
+        except MediaError as error:
+            if not report.may_fail:
+                raise
+            report.left_out.append(MediaError(error.code, "not a picture", param=param))
+            return False
+        report.seen.append((param, {"width": 8, "height": 6, "seen": None, "tiles": []}))
+        return True
 
     async def _load(self, url: str, param: str, pictures: Mapping[str, bytes] | None = None) -> None:
         """Also finds that a picture is named by an id which the server should have looked up."""

@@ -248,3 +248,34 @@ async def test_files_to_be_kept_are_fetched_up_to_a_limit_for_all_together(servi
 
     assert caught.value.code == "image_too_large"
     assert caught.value.param in {ref.param for ref in pictures}
+
+
+async def test_pictures_that_may_fail_leave_their_errors_and_the_others(service: VisionService, server: PictureServer) -> None:
+    server.pages["/broken"] = body(png()[:50])
+    urls = [data_url(png()), server.url("/broken"), "http://10.0.0.1/", data_url(png(20, 10, seed=1)), server.url("/missing"), "nonsense"]
+    optional = [replace(ref, may_fail=True) for ref in refs(*urls)]
+
+    loaded = await service.load(optional)
+
+    good = [image for image in loaded if isinstance(image, ProcessedImage)]
+    assert [(image.width, image.height) for image in good] == [(8, 6), (20, 10)]
+    assert [(place, error.code) for place, error in enumerate(loaded) if isinstance(error, MediaError)] == [
+        (1, "image_decode_failed"),
+        (2, "url_blocked"),
+        (4, "image_fetch_failed"),
+        (5, "url_invalid"),
+    ]
+    assert all(error.param == ref.param for error, ref in zip(loaded, optional, strict=True) if isinstance(error, MediaError))
+    assert sum(service.stats().num_failed.values()) == 4
+    close(good)
+
+    # What is asked for only in part is not given up for the rest: measuring and fetching go on too.
+    measured, fetched = await service.measure(optional), await service.fetch(optional, limit_bytes=1 << 20)
+    assert [isinstance(result, MediaError) for result in measured] == [False, False, True, False, True, True]
+    assert [isinstance(result, MediaError) for result in fetched] == [False, False, True, False, True, True]
+    assert [type(data) for data in await service.fetch(optional[:1] * 2, limit_bytes=len(png()))] == [bytes, MediaError]
+
+    # A worker that dies, as this one does over 13 columns, is this server's fault: nobody is told that the picture is bad.
+    with pytest.raises(MediaError) as caught:
+        await service.load([replace(ref, may_fail=True) for ref in refs(data_url(png()), data_url(png(13, 5)))])
+    assert (caught.value.status, caught.value.param) == (503, "messages[0].content[1].image_url")

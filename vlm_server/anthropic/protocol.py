@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from pydantic_core import PydanticCustomError
 
 from vlm_server.config import MAX_STOP_STRINGS
+from vlm_server.image_protocol import OnMediaError, ReturnImageSizes
 from vlm_server.message_schema import UnicodeText
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
 from vlm_server.protocol import RETURN_TIMINGS
@@ -250,6 +251,7 @@ class CountTokensRequest(_Fields):
     thinking: Thinking | None = Field(None, description="Sets the chat template's enable_thinking.")
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = Field(None, description="Accepted, without effect: the prefix cache is automatic.")
+    on_media_error: OnMediaError = None
 
 
 def _no_thread(value: object) -> object:
@@ -268,6 +270,7 @@ class MessagesRequest(CountTokensRequest):
     top_k: int | None = Field(None, ge=0, lt=2**31)
     stop_sequences: Annotated[list[Annotated[UnicodeText, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stream: bool | None = Field(None, description="Answer as server-sent events.")
+    return_image_sizes: ReturnImageSizes = None
     metadata: dict[str, Any] | None = Field(None, description="Accepted, without effect.")
     service_tier: Literal["auto", "standard_only"] | None = Field(None, description="Accepted, without effect: there is one tier.")
     return_timings: bool | None = Field(None, description=RETURN_TIMINGS)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from vlm_server import error_codes
-from vlm_server.response_schema import TIMINGS, RequestTimings
+from vlm_server.response_schema import TIMINGS, WARNINGS, ImageSizes, RequestTimings
 
 
 class TextContent(BaseModel):
@@ -59,7 +59,8 @@ class MessageResponse(StopFields):
     model: str
     content: list[ContentOfMessage]
     usage: MessageUsage
-    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS)
+    image_sizes: ImageSizes
     timings: RequestTimings | None = TIMINGS
 
 
@@ -76,6 +77,7 @@ class MessageStreamEvent(BaseModel):
         None, description="text_delta, thinking_delta, signature_delta or input_json_delta; of message_delta the stop fields."
     )
     usage: DeltaUsage | None = Field(None, description="Of message_delta: of the whole answer.")
+    image_sizes: ImageSizes
     timings: RequestTimings | None = Field(None, description="Of message_delta, with return_timings.")
 
 

@@ -23,6 +23,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest) -> Res
     abort = context.abortable(request, body.session_id)
     chat = await begin_chat(request, context, body, response_id=response_id, abort=abort)
     tokenizer = context.backend.pipeline.tokenizer
-    report = request_timings(request.scope).report_if(body.return_timings)
-    shape = ChatShape(body, tokenizer, response_id=response_id, warnings=chat.warnings, is_plain=chat.is_plain, report=report)
+    extras, report = chat.report.fields(), request_timings(request.scope).report_if(body.return_timings)
+    is_plain, warnings = chat.is_plain, chat.warnings
+    shape = ChatShape(body, tokenizer, response_id=response_id, warnings=warnings, is_plain=is_plain, extras=extras, report=report)
     return await answer(request, chat.generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)

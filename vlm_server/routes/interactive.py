@@ -6,7 +6,7 @@ A stream is one JSON object per line, without `data: ` and without an end mark, 
 import logging
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -19,6 +19,7 @@ from vlm_server.errors import bad_request, to_api_error
 from vlm_server.interactive_protocol import NO_SESSION, GenerateRequest
 from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_facts, request_timings
+from vlm_server.picture_report import PictureReport
 from vlm_server.response_schema import InteractiveResponse
 from vlm_server.sessions.store import RecordId
 from vlm_server.shapes import new_id
@@ -46,13 +47,15 @@ async def chat_interactive(request: Request, body: GenerateRequest) -> Response:
             await unless_client_leaves(request, turns.cancel(session_id) if body.cancel else turns.end(session_id))
         return Response(_Shown(warnings).line(_NOTHING), media_type="text/event-stream" if body.stream else "application/json")
     messages, tenant = body.new_messages(), tenant_of(request.scope)
-    timings = request_timings(request.scope)
+    timings, report = request_timings(request.scope), PictureReport.of(body.on_media_error, body.return_image_sizes)
+    report.params = {path for _, _, path in body.picture_fields()}  # those of earlier turns are the session's
     files = {}
     if uploaded := list(_uploaded(body, messages)):
         with timings.stage("files"):
-            files = await unless_client_leaves(request, context.files.take(uploaded, tenant=tenant))
-    replies = context.turns.replies(_turn_request(context, body, messages, files, tenant, session_id, timings))
-    shown = _Shown(warnings, timings.report_if(body.return_timings))
+            taking = context.files.take(uploaded, tenant=tenant, lost=report.lost if report.may_fail else None)
+            files = await unless_client_leaves(request, taking)
+    replies = context.turns.replies(_turn_request(context, body, messages, files, tenant, session_id, timings, report))
+    shown = _Shown(warnings, timings.report_if(body.return_timings), report)
     if body.stream:
         return await _stream(request, replies, shown)
     return Response(shown.line(await _collected(request, replies)), media_type="application/json")
@@ -96,6 +99,7 @@ def _turn_request(
     tenant: str,
     session_id: RecordId | None,
     timings: StageTimings,
+    report: PictureReport,
 ) -> TurnRequest:
     fields, response_id = body.turn_fields(context.config.model_name), new_id("interactive")
     return TurnRequest(
@@ -106,6 +110,7 @@ def _turn_request(
         pictures=tuple(body.picture_fields()),
         files=files,
         generation=lambda prompt: context.generation(fields, [prompt], request_id=response_id),
+        report=report,
         prompt_prepared=context.metrics.prompt_prepared,
         timings=timings,
     )
@@ -161,17 +166,18 @@ def _note(request: Request, reply: Reply) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Shown:
-    """How a turn's replies are written: with warnings and timings in the last one."""
+    """How a turn's replies are written: in the last one with warnings, timings, and what became of its pictures."""
 
     warnings: list[str]
     report: Report = no_report
+    pictures: PictureReport = field(default_factory=PictureReport)
 
     def line(self, reply: Reply) -> bytes:
         return _encode(self.as_dict(reply)) + b"\n"
 
     def as_dict(self, reply: Reply) -> dict[str, Any]:
         """LMDeploy's object."""
-        last = {**({"warnings": self.warnings} if self.warnings else {}), **self.report()} if reply.finish_reason else {}
+        last = self._last() if reply.finish_reason else {}
         return {
             "text": reply.text,
             "tokens": reply.usage.completion_tokens,
@@ -180,3 +186,7 @@ class _Shown:
             "finish_reason": reply.finish_reason,
             **last,
         }
+
+    def _last(self) -> dict[str, Any]:
+        warnings = self.warnings + self.pictures.warnings()
+        return {**({"warnings": warnings} if warnings else {}), **self.pictures.fields(), **self.report()}

@@ -61,8 +61,9 @@ async def _answer(
     begun = await begin_chat(request, context, chat.request, response_id=response_id)
     all_warnings = dict.fromkeys([*warnings, *map(chat.paths.text, begun.warnings)])
     head = response_head(body, response_id=response_id, model=model, defaults=context.defaults)
-    tokenizer, report = context.backend.pipeline.tokenizer, request_timings(request.scope).report_if(body.return_timings)
-    shape = ResponseShape(head, tokenizer, warnings=list(all_warnings), paths=chat.paths, report=report)
+    extras, tokenizer = begun.report.fields(chat.paths.of), context.backend.pipeline.tokenizer
+    report = request_timings(request.scope).report_if(body.return_timings)
+    shape = ResponseShape(head, tokenizer, warnings=list(all_warnings), paths=chat.paths, extras=extras, report=report)
 
     async def keep() -> None:
         assert shape.final is not None
