@@ -22,6 +22,7 @@ class DecodePool:
     def __init__(self, config: VisionConfig) -> None:
         limits = DecodeLimits(config.max_picture_pixels, config.decode_memory_bytes, config.decode_timeout_s)
         self._timeout_s = config.decode_timeout_s
+        self._copies = asyncio.Semaphore(config.num_decode_workers + 1)  # one more than are read, so that no worker waits for its next
         self._pool = WorkerPool(
             "vision.decode",
             num_workers=config.num_decode_workers,
@@ -55,12 +56,15 @@ class DecodePool:
         return msgspec.msgpack.decode((await self._call(MEASURE, data)).body, type=tuple[int, int])
 
     async def _call(self, job: bytes, data: bytes) -> Frame:
-        source = np.frombuffer(data, np.uint8)
-        is_small = len(data) <= _IN_PLACE_BYTES
-        shared = SharedArray.copy_of(source) if is_small else await asyncio.to_thread(SharedArray.copy_of, source)
         try:
-            return await self._pool.call(Frame(job, {"data": shared}))
+            async with self._copies:
+                return await self._pool.call(Frame(job, {"data": await _copy_of(data)}))
         except WorkerTimeoutError:
             raise MediaError("image_decode_failed", f"the picture takes longer than the allowed {self._timeout_s:g} s to decode") from None
         except WorkerError:
             raise MediaError("image_decode_failed", "the decoder broke down over the picture") from None
+
+
+async def _copy_of(data: bytes) -> SharedArray:
+    source = np.frombuffer(data, np.uint8)
+    return SharedArray.copy_of(source) if len(data) <= _IN_PLACE_BYTES else await asyncio.to_thread(SharedArray.copy_of, source)

@@ -7,20 +7,23 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import msgspec
 
 from vision.addresses import LookUp
+from vision.budget import BudgetFullError, BudgetStats, Reservation, SharedReservations
 from vision.cache import ByteBoundedCache
 from vision.config import VisionConfig
 from vision.decode_pool import DecodePool
 from vision.fetcher import Fetcher
 from vision.image import ImageOptions, ImageRef, MeasuredImage, MediaError, ProcessedImage
+from vision.media_budgets import BYTES_PER_PIXEL, MediaBudgets, hold_bytes, keep_arrays, owner_or
 from vision.preprocess import DEFAULT_PROCESSOR, PreprocessSettings
 from vision.preprocess_pool import PreprocessPool
 from vision.shared_array import SharedArray
@@ -33,6 +36,7 @@ Result = TypeVar("Result")
 
 _IN_PLACE_BYTES = 256 << 10  # hashed in less than a millisecond; more is hashed beside the event loop
 STAGES = ("fetch", "decode", "preprocess")
+BUSY = "server_busy"  # the code of what others leave no room for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,15 @@ class VisionStats:
     num_cache_hits: int = 0
     num_cache_misses: int = 0
     cache_bytes: int = 0
+    budgets: dict[str, BudgetStats] = field(default_factory=dict)  # by name
+
+
+@dataclass(frozen=True, slots=True)
+class _Processed:
+    """A picture, and how to let go of the pixels that it counts for."""
+
+    image: ProcessedImage
+    let_go: Callable[[], None]
 
 
 class VisionService:
@@ -61,18 +74,26 @@ class VisionService:
         trust_remote_code: bool = False,
         processor: str = DEFAULT_PROCESSOR,
         look_up: LookUp | None = None,
+        budgets: MediaBudgets | None = None,
     ) -> None:
-        """`processor`: `module:class` in place of the model's own. `look_up`: host name → addresses in place of the system's resolver."""
+        """`processor`: `module:class` in place of the model's own. `look_up`: host name → addresses in place of the system's resolver.
+
+        budgets: of all that this process does; None: of its own.
+        """
         settings = PreprocessSettings(model_folder, trust_remote_code, processor)
-        self._fetcher = Fetcher(config, look_up=look_up)
+        self._budgets = budgets or MediaBudgets(config)
+        self._fetcher = Fetcher(config, self._budgets, look_up=look_up)
         self._decode_pool = DecodePool(config)
         self._preprocess_pool = PreprocessPool(config, settings)
         self._cache: ByteBoundedCache[tuple[str, bytes], ProcessedImage] = ByteBoundedCache(
             config.processed_cache_bytes, max_entries=config.processed_cache_pictures
         )
-        self._flights: SingleFlight[tuple[str, bytes], ProcessedImage] = SingleFlight()
-        self._pictures = asyncio.Semaphore(config.max_pictures_in_flight)
-        self._decoded = asyncio.Semaphore(config.num_decode_workers + config.num_preprocess_workers)  # pictures held as pixels
+        self._flights: SingleFlight[tuple[str, bytes], _Processed] = SingleFlight()
+        self._arrays = SharedReservations(self._budgets.pixels)  # of processed pictures that requests hold
+        num_workers = config.num_decode_workers + config.num_preprocess_workers
+        self._decoded = asyncio.Semaphore(num_workers)  # pictures held as pixels
+        self._num_processed_at_once = 2 * num_workers  # of one request: those behind wait for their own, and may do so for long
+        self._num_at_once = config.max_pictures_per_request_in_flight
         self._starting: asyncio.Task[str] | None = None  # its result: the processor's fingerprint
         self._clock = StageClock()
         self._num_pictures = 0
@@ -101,7 +122,8 @@ class VisionService:
         are cancelled, as all are when the caller is.
         """
         self._num_pictures += len(refs)
-        return await self._side_by_side(refs, lambda ref: self._fetch_and_process(ref, tenant))
+        turns = asyncio.Semaphore(self._num_processed_at_once)
+        return await self._side_by_side(refs, lambda ref: self._fetch_and_process(ref, tenant, turns))
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]:
         """What the pictures take of a prompt, from their headers: nothing is decoded. Raises as `load`, save for damage behind a header."""
@@ -117,11 +139,12 @@ class VisionService:
 
         async def fetch_within(ref: ImageRef) -> bytes:
             nonlocal room_bytes
-            data = await self._fetch(ref, tenant, {})
-            room_bytes -= len(data)
-            if room_bytes < 0:
-                raise MediaError("image_too_large", f"the pictures together have more than the {limit_bytes} bytes that can be kept")
-            return data
+            async with self._file(ref, tenant, {}) as data:
+                room_bytes -= len(data)
+                if room_bytes < 0:
+                    raise MediaError("image_too_large", f"the pictures together have more than the {limit_bytes} bytes that can be kept")
+                await hold_bytes(len(data) if ref.data is None else 0)
+                return data
 
         return await self._side_by_side(refs, fetch_within)
 
@@ -136,6 +159,7 @@ class VisionService:
             num_cache_hits=self._cache.num_hits,
             num_cache_misses=self._cache.num_misses,
             cache_bytes=self._cache.num_bytes,
+            budgets={budget.name: budget.stats() for budget in self._budgets.all()},
         )
 
     @property
@@ -157,7 +181,9 @@ class VisionService:
         return await asyncio.shield(self._starting)
 
     async def _side_by_side(self, refs: Sequence[ImageRef], work: Callable[[ImageRef], Coroutine[Any, Any, Result]]) -> list[Result]:
-        tasks = [asyncio.create_task(self._one(ref, work)) for ref in refs]
+        """Some at once: a request with many pictures has no more of them in memory. Nobody waits for another request's slow hosts."""
+        places = asyncio.Semaphore(self._num_at_once)
+        tasks = [asyncio.create_task(self._one(ref, work, places)) for ref in refs]
         try:
             return await asyncio.gather(*tasks)
         except BaseException:
@@ -168,51 +194,71 @@ class VisionService:
                     _close(result)
             raise
 
-    async def _one(self, ref: ImageRef, work: Callable[[ImageRef], Coroutine[Any, Any, Result]]) -> Result:
+    async def _one(self, ref: ImageRef, work: Callable[[ImageRef], Coroutine[Any, Any, Result]], places: asyncio.Semaphore) -> Result:
         """One picture; names its part of the request in the error."""
         try:
-            async with self._pictures:
+            async with places:
                 return await work(ref)
-        except MediaError as error:
-            self._num_failed[error.code] = self._num_failed.get(error.code, 0) + 1
-            raise MediaError(error.code, error.message, param=ref.param, status=error.status) from None
-        except WorkerError:
-            raise MediaError("vision_not_ready", "the server cannot process pictures now; try again", param=ref.param, status=503) from None
+        except (MediaError, WorkerError, BudgetFullError) as error:
+            failure = _as_media_error(error, ref.param)
+            self._num_failed[failure.code] = self._num_failed.get(failure.code, 0) + 1
+            raise failure from None
 
-    async def _fetch(self, ref: ImageRef, tenant: str, timings_s: dict[str, float]) -> bytes:
+    @contextlib.asynccontextmanager
+    async def _file(self, ref: ImageRef, tenant: str, timings_s: dict[str, float]) -> AsyncIterator[bytes]:
+        """The picture's bytes, counted as in flight until the block ends; those that came with the request are counted there."""
         if ref.data is not None:
-            return ref.data
-        with self._clock.stage("fetch", timings_s):
-            return await self._fetcher.fetch(ref.url, tenant=tenant)
+            yield ref.data
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            with self._clock.stage("fetch", timings_s):
+                data = await stack.enter_async_context(self._fetcher.hold(ref.url, tenant=tenant))
+            yield data
 
-    async def _fetch_and_process(self, ref: ImageRef, tenant: str) -> ProcessedImage:
+    async def _fetch_and_process(self, ref: ImageRef, tenant: str, turns: asyncio.Semaphore) -> ProcessedImage:
         timings_s: dict[str, float] = {}
-        data = await self._fetch(ref, tenant, timings_s)
-        fingerprint = await self._fingerprint()
-        key = tenant, await _content_hash(data, ref.options, fingerprint)
-        image = self._cache.get(key)
-        if image is None:
-            image = await self._flights.run(key, lambda: self._process(key, data, ref.options))
-            timings_s |= image.timings_s
+        async with self._file(ref, tenant, timings_s) as data:
+            fingerprint = await self._fingerprint()
+            key = tenant, await _content_hash(data, ref.options, fingerprint)
+            image = self._cache.get(key)
+            if image is not None:
+                return await self._handed_out(key, image, timings_s)
+            work = self._flights.hold(key, lambda: self._process(key, data, ref.options), let_go=lambda processed: processed.let_go())
+            async with turns, work as processed:
+                return await self._handed_out(key, processed.image, timings_s | processed.image.timings_s)
+
+    async def _handed_out(self, key: tuple[str, bytes], image: ProcessedImage, timings_s: dict[str, float]) -> ProcessedImage:
+        """The caller's own; counted in the pixels in flight until the engine has it or the request ends, once for all who hold it."""
+        keep_arrays(image.content_hash, await self._arrays.hold(key, _num_pixels(image), owner_or(key[0])))
         return _own_copy(image, timings_s)
 
     async def _fetch_and_measure(self, ref: ImageRef, tenant: str) -> MeasuredImage:
-        data = await self._fetch(ref, tenant, {})
-        await self._fingerprint()  # the workers are there
-        result = await self._preprocess_pool.measure(await self._decode_pool.measure(data), ref.options)
-        return MeasuredImage(result.num_tokens, result.layout)
+        async with self._file(ref, tenant, {}) as data:
+            await self._fingerprint()  # the workers are there
+            result = await self._preprocess_pool.measure(await self._decode_pool.measure(data), ref.options)
+            return MeasuredImage(result.num_tokens, result.layout)
 
-    async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions) -> ProcessedImage:
+    async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions) -> _Processed:
         timings_s: dict[str, float] = {}
-        async with self._decoded:
-            with self._clock.stage("decode", timings_s):
-                pixels = await self._decode_pool.decode(data)
+        async with self._decoded_pixels(data, owner_or(key[0]), timings_s) as (pixels, held):
             height, width, _ = pixels.shape
             with self._clock.stage("preprocess", timings_s):
                 result, arrays = await self._preprocess_pool.process(pixels, options)
-        image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s)
-        self._cache.put(key, image, sum(shared.num_bytes for shared in arrays.values()))
-        return image
+            image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s)
+            await held.resize(_num_pixels(image))
+            self._cache.put(key, image, sum(shared.num_bytes for shared in arrays.values()))
+            return _Processed(image, self._arrays.adopt(key, held.moved()))
+
+    @contextlib.asynccontextmanager
+    async def _decoded_pixels(self, data: bytes, owner: str, timings_s: dict[str, float]) -> AsyncIterator[tuple[SharedArray, Reservation]]:
+        """The pixels, and what counts them from before they exist: as many as the header says."""
+        async with contextlib.AsyncExitStack() as stack:
+            with self._clock.stage("decode", timings_s):
+                height, width = await self._decode_pool.measure(data)
+                held = stack.enter_context(await self._budgets.pixels.reserve(height * width, owner))
+                await stack.enter_async_context(self._decoded)
+                pixels = await self._decode_pool.decode(data)
+            yield pixels, held
 
 
 class StageClock:
@@ -251,6 +297,21 @@ def _own_copy(image: ProcessedImage, timings_s: dict[str, float]) -> ProcessedIm
     """Other descriptors of the same memory: the cache and each caller close their own."""
     arrays = {name: SharedArray(os.dup(shared.fd), shared.shape, shared.dtype.name) for name, shared in image.arrays.items()}
     return replace(image, arrays=arrays, layout=dict(image.layout), timings_s=timings_s)
+
+
+def _num_pixels(image: ProcessedImage) -> int:
+    """That its arrays count for."""
+    return math.ceil(sum(shared.num_bytes for shared in image.arrays.values()) / BYTES_PER_PIXEL)
+
+
+def _as_media_error(error: MediaError | WorkerError | BudgetFullError, param: str) -> MediaError:
+    match error:
+        case MediaError():
+            return MediaError(error.code, error.message, param=param, status=error.status, retry_after_s=error.retry_after_s)
+        case BudgetFullError():
+            return MediaError(BUSY, str(error), param=param, status=503, retry_after_s=error.retry_after_s)
+        case WorkerError():
+            return MediaError("vision_not_ready", "the server cannot process pictures now; try again", param=param, status=503)
 
 
 def _close(image: ProcessedImage) -> None:
