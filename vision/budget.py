@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 MIN_RETRY_S = 1
 MAX_RETRY_S = 60
+UNKNOWN_RETRY_S = 5  # before anything was given back
 RATE_WINDOW_S = 30.0  # what was given back longer ago says little of how fast the next is
 
 
@@ -206,10 +207,17 @@ class Budget:
         use = f"{self.used} of {self.limit} {self._unit} are in use, and no client or host may have more than {self.share}"
         return BudgetFullError(self.name, f"the server is busy: {use}; try again later", retry_after_s=self.retry_after_s())
 
-    def retry_after_s(self) -> int:
-        """When all who wait now may have what they want, if things go on as they did; for one who comes then."""
-        wanted = max(1, sum(waiter.amount for queue in (self._continuing, self._new) for waiter in queue))
+    @property
+    def is_measured(self) -> bool:
+        """Whether anything was given back yet."""
+        return self._given_back.per_s() > 0
+
+    def retry_after_s(self, amount: int = 0) -> int:
+        """When all who wait now, and `amount` more, may have what they want, if things go on as they did."""
+        wanted = max(1, amount + sum(waiter.amount for queue in (self._continuing, self._new) for waiter in queue))
         per_s = self._given_back.per_s()
+        if not per_s:
+            return UNKNOWN_RETRY_S
         return MAX_RETRY_S if per_s * MAX_RETRY_S < wanted else max(MIN_RETRY_S, math.ceil(wanted / per_s))
 
 

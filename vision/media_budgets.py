@@ -20,9 +20,14 @@ class MediaBudgets:
     def __init__(self, config: VisionConfig) -> None:
         wait_s = config.budget_wait_s
         # Request bodies, pictures on their way, files that were read: until nobody holds them.
-        self.bytes = Budget("media_bytes", config.max_media_bytes_in_flight, wait_s=wait_s, unit="bytes for pictures and request bodies")
+        self.bytes = Budget(
+            "media_bytes",
+            config.max_media_bytes_in_flight,
+            wait_s=wait_s,
+            unit="bytes for pictures and bodies (--max-media-bytes-in-flight)",
+        )
         # From before decoding until the engine has what became of them.
-        self.pixels = Budget("pixels", config.max_pixels_in_flight, wait_s=wait_s, unit="pixels of pictures in flight")
+        self.pixels = Budget("pixels", config.max_pixels_in_flight, wait_s=wait_s, unit="pixels (--max-pixels-in-flight)")
         self.downloads = Budget("downloads", config.max_downloads, wait_s=wait_s, unit="downloads of pictures")
 
     def all(self) -> tuple[Budget, ...]:

@@ -56,6 +56,14 @@ class VisionStats:
 
 
 @dataclass(frozen=True, slots=True)
+class _Turns:
+    """Of one request's pictures, which wait for each other without a limit. Only for others they wait briefly."""
+
+    workers: asyncio.Semaphore
+    pixels: asyncio.Lock  # one at a time waits for room: its brief wait begins when it is the next
+
+
+@dataclass(frozen=True, slots=True)
 class _Processed:
     """A picture, and how to let go of the pixels that it counts for."""
 
@@ -122,7 +130,7 @@ class VisionService:
         are cancelled, as all are when the caller is.
         """
         self._num_pictures += len(refs)
-        turns = asyncio.Semaphore(self._num_processed_at_once)
+        turns = _Turns(asyncio.Semaphore(self._num_processed_at_once), asyncio.Lock())
         return await self._side_by_side(refs, lambda ref: self._fetch_and_process(ref, tenant, turns))
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]:
@@ -215,7 +223,7 @@ class VisionService:
                 data = await stack.enter_async_context(self._fetcher.hold(ref.url, tenant=tenant))
             yield data
 
-    async def _fetch_and_process(self, ref: ImageRef, tenant: str, turns: asyncio.Semaphore) -> ProcessedImage:
+    async def _fetch_and_process(self, ref: ImageRef, tenant: str, turns: _Turns) -> ProcessedImage:
         timings_s: dict[str, float] = {}
         async with self._file(ref, tenant, timings_s) as data:
             fingerprint = await self._fingerprint()
@@ -223,8 +231,10 @@ class VisionService:
             image = self._cache.get(key)
             if image is not None:
                 return await self._handed_out(key, image, timings_s)
-            work = self._flights.hold(key, lambda: self._process(key, data, ref.options), let_go=lambda processed: processed.let_go())
-            async with turns, work as processed:
+            work = self._flights.hold(
+                key, lambda: self._process(key, data, ref.options, turns.pixels), let_go=lambda processed: processed.let_go()
+            )
+            async with turns.workers, work as processed:
                 return await self._handed_out(key, processed.image, timings_s | processed.image.timings_s)
 
     async def _handed_out(self, key: tuple[str, bytes], image: ProcessedImage, timings_s: dict[str, float]) -> ProcessedImage:
@@ -238,9 +248,9 @@ class VisionService:
             result = await self._preprocess_pool.measure(await self._decode_pool.measure(data), ref.options)
             return MeasuredImage(result.num_tokens, result.layout)
 
-    async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions) -> _Processed:
+    async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions, turn: asyncio.Lock) -> _Processed:
         timings_s: dict[str, float] = {}
-        async with self._decoded_pixels(data, owner_or(key[0]), timings_s) as (pixels, held):
+        async with self._decoded_pixels(data, owner_or(key[0]), turn, timings_s) as (pixels, held):
             height, width, _ = pixels.shape
             with self._clock.stage("preprocess", timings_s):
                 result, arrays = await self._preprocess_pool.process(pixels, options)
@@ -250,12 +260,15 @@ class VisionService:
             return _Processed(image, self._arrays.adopt(key, held.moved()))
 
     @contextlib.asynccontextmanager
-    async def _decoded_pixels(self, data: bytes, owner: str, timings_s: dict[str, float]) -> AsyncIterator[tuple[SharedArray, Reservation]]:
+    async def _decoded_pixels(
+        self, data: bytes, owner: str, turn: asyncio.Lock, timings_s: dict[str, float]
+    ) -> AsyncIterator[tuple[SharedArray, Reservation]]:
         """The pixels, and what counts them from before they exist: as many as the header says."""
         async with contextlib.AsyncExitStack() as stack:
             with self._clock.stage("decode", timings_s):
                 height, width = await self._decode_pool.measure(data)
-                held = stack.enter_context(await self._budgets.pixels.reserve(height * width, owner))
+                async with turn:
+                    held = stack.enter_context(await self._budgets.pixels.reserve(height * width, owner))
                 await stack.enter_async_context(self._decoded)
                 pixels = await self._decode_pool.decode(data)
             yield pixels, held

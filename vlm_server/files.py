@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from vision.media_budgets import hold_bytes
 from vlm_server.errors import ApiError, bad_request
 from vlm_server.sessions.store import Quota, QuotaError, RecordId, RecordStore
 
@@ -89,7 +90,7 @@ class Files:
         """The bytes of the files that `images` name, by the URL that is put into each image in its file id's place.
 
         images: those with a file id, each with its path in the request. Raises ApiError 404 for the first id that the tenant does not
-        have, and 400 where the files together have too many bytes.
+        have, and 400 where the files together have too many bytes; BudgetFullError where all requests together do.
         """
         pictures: dict[str, bytes] = {}
         room_bytes = self.max_request_bytes
@@ -98,8 +99,10 @@ class Files:
             image["url"] = url = URL_SCHEME + file_id
             if url not in pictures:
                 param = f"{path}.file_id"
-                room_bytes -= (await self.get(tenant, file_id, param=param)).num_bytes
+                num_bytes = (await self.get(tenant, file_id, param=param)).num_bytes
+                room_bytes -= num_bytes
                 self._require_room(room_bytes, param)
+                await hold_bytes(num_bytes)
                 pictures[url] = await self.content(tenant, file_id, param=param)
         return pictures
 

@@ -26,6 +26,7 @@ from engine.request import (
 )
 from tests.vlm_server.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE, ByteTokenizer
 from vision.image import ImageRef, MediaError
+from vision.media_budgets import MediaBudgets
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
 from vlm_server.detokenizer import StopWords
@@ -379,4 +380,4 @@ class FakeBackend:
 
     @contextlib.asynccontextmanager
     async def open(self, config: ServerConfig) -> AsyncIterator[Backend]:
-        yield Backend(self.engine, self.pipeline, stop_words=self.stop_words)
+        yield Backend(self.engine, self.pipeline, stop_words=self.stop_words, media=MediaBudgets(config.vision))

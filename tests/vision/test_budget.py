@@ -209,8 +209,10 @@ async def test_when_to_come_again_follows_from_how_fast_room_is_made() -> None:
     with pytest.raises(BudgetFullError) as fast:
         await _overfull(budget)
 
-    assert (unknown.value.retry_after_s, fast.value.retry_after_s) == (60, 1)
+    assert (unknown.value.retry_after_s, fast.value.retry_after_s) == (5, 1)
     assert 5 <= slow.value.retry_after_s <= 7, "60 at 10 a second"
+    now_s += 1000
+    assert budget.retry_after_s() == 60, "nothing comes free any more"
 
 
 async def _overfull(budget: Budget) -> None:
