@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "vision.config": "",
     "vision.data_url": ".image",
     "vision.decode": ".frames .image .pixels",
-    "vision.decode_pool": ".config .decode .frames .image .shared_array .workers",
+    "vision.decode_pool": ".budget .config .decode .frames .image .shared_array .workers",
     "vision.download": ".addresses .body .budget .config .host_slots .http_cache .image .urls",
     "vision.encoder": ".families",
     "vision.families": ".resolution",

@@ -5,6 +5,7 @@ back. Two that wait for each other are no deadlock: the wait of one ends. Knows 
 """
 
 import asyncio
+import heapq
 import math
 import time
 from collections import Counter, deque
@@ -34,11 +35,20 @@ class BudgetStats:
     num_refused: int  # since the start
 
 
+_Queue = tuple[bool, tuple[str, ...]]  # whether they are new, and the owners of all who wait in it
+
+
 @dataclass(slots=True, eq=False)
 class _Waiter:
     reservation: "Reservation"
     amount: int
+    is_new: bool
+    number: int  # of arrival
     turn: "asyncio.Future[None]"
+
+    @property
+    def queue(self) -> "_Queue":
+        return self.is_new, self.reservation.owners
 
     @property
     def has_turn(self) -> bool:
@@ -102,15 +112,13 @@ class Budget:
         self._unit = unit or name
         self._given_back = _Rate(clock)
         self._used_by: Counter[str] = Counter()
-        self._continuing: deque[_Waiter] = deque()  # both in order of arrival
-        self._new: deque[_Waiter] = deque()
+        self.num_waiting = 0
+        self._waiting: dict[_Queue, deque[_Waiter]] = {}  # each in order of arrival
+        self._num_wanted = 0  # by all of them
+        self._num_arrived = 0
 
     def stats(self) -> BudgetStats:
         return BudgetStats(used=self.used, limit=self.limit, num_waiting=self.num_waiting, num_refused=self.num_refused)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._continuing) + len(self._new)
 
     def used_by(self, owner: str) -> int:
         return self._used_by[owner]
@@ -129,8 +137,10 @@ class Budget:
         """Let a reservation hold as much as `asked` is counted for."""
         assert not reservation.is_released, f"{self.name}: grows after its release"
         more = self._counted(reservation, asked) - reservation.amount
-        if self.num_waiting or not self._grant(reservation, more):
-            await self._wait_for_turn(_Waiter(reservation, more, asyncio.get_running_loop().create_future()), continues, is_patient)
+        if more and (self.num_waiting or not self._grant(reservation, more)):
+            self._num_arrived += 1
+            turn = asyncio.get_running_loop().create_future()
+            await self._wait_for_turn(_Waiter(reservation, more, not continues, self._num_arrived, turn), is_patient)
         reservation.asked = asked
         if reservation.is_released:  # while it waited
             self._give_back(reservation, 0)
@@ -138,10 +148,8 @@ class Budget:
     def _counted(self, reservation: Reservation, asked: int) -> int:
         return min(asked, self.share if reservation.owners else self.limit)
 
-    async def _wait_for_turn(self, waiter: _Waiter, continues: bool, is_patient: bool) -> None:
-        queue = self._continuing if continues else self._new
-        queue.append(waiter)
-        self._serve()
+    async def _wait_for_turn(self, waiter: _Waiter, is_patient: bool) -> None:
+        self._join(waiter)
         try:
             async with asyncio.timeout(None if is_patient else self._wait_s):
                 await waiter.turn
@@ -153,24 +161,48 @@ class Budget:
                 self._put_back(waiter.reservation, waiter.amount)
             raise
         finally:
-            if waiter in queue:
-                queue.remove(waiter)
+            if not waiter.has_turn:
+                self._leave(waiter)
                 self._serve()  # those behind it may be smaller
 
+    def _join(self, waiter: _Waiter) -> None:
+        queue = self._waiting.setdefault(waiter.queue, deque())
+        queue.append(waiter)
+        self.num_waiting += 1
+        self._num_wanted += waiter.amount
+        if len(queue) == 1:  # else it comes after those who wait already
+            self._serve()
+
+    def _leave(self, waiter: _Waiter) -> None:
+        queue = self._waiting[waiter.queue]
+        queue.remove(waiter)
+        self.num_waiting -= 1
+        self._num_wanted -= waiter.amount
+        if not queue:
+            del self._waiting[waiter.queue]
+
     def _serve(self) -> None:
-        """Give turns, first to those who go on, in order. Who waits only for other things of its own owners holds up nobody else."""
+        """Give turns, first to those who go on, in order. Who waits only for other things of its own owners holds up nobody else.
+
+        Takes as long as there are queues, however many wait in them.
+        """
+        if not self.num_waiting or self.used == self.limit:
+            return
         full: set[str] = set()  # owners of whom one waits already: those behind it are not to overtake it
-        for queue in (self._continuing, self._new):
-            for waiter in tuple(queue):
-                if waiter.turn.done():
-                    continue
-                full.update(self._without_room(waiter.reservation, waiter.amount))
-                if not full.isdisjoint(waiter.reservation.owners):
-                    continue
-                if not self._grant(waiter.reservation, waiter.amount):
-                    return
-                queue.remove(waiter)
-                waiter.turn.set_result(None)
+        heads = [(is_new, queue[0].number, queue) for (is_new, _), queue in self._waiting.items()]
+        heapq.heapify(heads)
+        while heads:
+            is_new, _, queue = heapq.heappop(heads)
+            waiter = queue[0]
+            full.update(self._without_room(waiter.reservation, waiter.amount))
+            if waiter.turn.done() or not full.isdisjoint(waiter.reservation.owners):  # done: cancelled, and about to leave
+                continue
+            if not self._grant(waiter.reservation, waiter.amount):
+                return
+            self._leave(waiter)
+            waiter.turn.set_result(None)
+            if queue:
+                heapq.heappush(heads, (is_new, queue[0].number, queue))
 
     def _without_room(self, reservation: Reservation, more: int) -> list[str]:
         """Those of the owners who would have more than their share."""
@@ -181,8 +213,7 @@ class Budget:
             return False
         reservation.amount += more
         self.used += more
-        if more:
-            self._used_by.update(dict.fromkeys(reservation.owners, more))
+        self._used_by.update(dict.fromkeys(reservation.owners, more))
         return True
 
     def _give_back(self, reservation: Reservation, asked: int) -> None:
@@ -214,11 +245,16 @@ class Budget:
 
     def retry_after_s(self, amount: int = 0) -> int:
         """When all who wait now, and `amount` more, may have what they want, if things go on as they did."""
-        wanted = max(1, amount + sum(waiter.amount for queue in (self._continuing, self._new) for waiter in queue))
+        wanted = max(1, amount + self._num_wanted)
         per_s = self._given_back.per_s()
         if not per_s:
             return UNKNOWN_RETRY_S
         return MAX_RETRY_S if per_s * MAX_RETRY_S < wanted else max(MIN_RETRY_S, math.ceil(wanted / per_s))
+
+
+def places_for(num_workers: int) -> int:
+    """The limit of a budget of places for jobs: one owner can keep all workers busy with one job to spare, and others find a place."""
+    return num_workers + 1 + (num_workers + 1) // 3 + 1
 
 
 class _Rate:

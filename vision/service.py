@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from vision.addresses import LookUp
-from vision.budget import BudgetFullError, BudgetStats, Reservation, SharedReservations
+from vision.budget import Budget, BudgetFullError, BudgetStats, Reservation, SharedReservations, places_for
 from vision.cache import ByteBoundedCache
 from vision.config import VisionConfig
 from vision.decode_pool import DecodePool
@@ -99,7 +99,7 @@ class VisionService:
         self._flights: SingleFlight[tuple[str, bytes], _Processed] = SingleFlight()
         self._arrays = SharedReservations(self._budgets.pixels)  # of processed pictures that requests hold
         num_workers = config.num_decode_workers + config.num_preprocess_workers
-        self._decoded = asyncio.Semaphore(num_workers)  # pictures held as pixels
+        self._decoded = Budget("decoded pictures", places_for(num_workers), wait_s=None)  # held as pixels
         self._num_processed_at_once = 2 * num_workers  # of one request: those behind wait for their own, and may do so for long
         self._num_at_once = config.max_pictures_per_request_in_flight
         self._starting: asyncio.Task[str] | None = None  # its result: the processor's fingerprint
@@ -245,7 +245,8 @@ class VisionService:
     async def _fetch_and_measure(self, ref: ImageRef, tenant: str) -> MeasuredImage:
         async with self._file(ref, tenant, {}) as data:
             await self._fingerprint()  # the workers are there
-            result = await self._preprocess_pool.measure(await self._decode_pool.measure(data), ref.options)
+            size = await self._decode_pool.measure(data, owner=owner_or(tenant))
+            result = await self._preprocess_pool.measure(size, ref.options)
             return MeasuredImage(result.num_tokens, result.layout)
 
     async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions, turn: asyncio.Lock) -> _Processed:
@@ -266,11 +267,11 @@ class VisionService:
         """The pixels, and what counts them from before they exist: as many as the header says."""
         async with contextlib.AsyncExitStack() as stack:
             with self._clock.stage("decode", timings_s):
-                height, width = await self._decode_pool.measure(data)
+                height, width = await self._decode_pool.measure(data, owner=owner)
                 async with turn:
                     held = stack.enter_context(await self._budgets.pixels.reserve(height * width, owner))
-                await stack.enter_async_context(self._decoded)
-                pixels = await self._decode_pool.decode(data)
+                stack.enter_context(await self._decoded.reserve(1, owner))
+                pixels = await self._decode_pool.decode(data, owner=owner)
             yield pixels, held
 
 

@@ -3,6 +3,8 @@
 Who waits for room is not read from meanwhile; who finds none is refused. Knows nothing of what a body holds.
 """
 
+import ipaddress
+
 from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -60,4 +62,13 @@ def owner_of(scope: Scope) -> str:
     if holder is not None:
         return f"key {holder.tenant}"
     host, _ = scope.get("client") or ("unknown", 0)
-    return f"address {host}"
+    return f"address {network_of(host)}"
+
+
+def network_of(host: str) -> str:
+    """Of an IPv6 address its first 64 bits: whoever has one has all that begin with them."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:  # the path of a Unix socket
+        return host
+    return str(address) if address.version == 4 else str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))

@@ -1,5 +1,6 @@
 import asyncio
 from dataclasses import dataclass, field
+from itertools import chain
 
 import pytest
 from hypothesis import given
@@ -69,7 +70,7 @@ class Walk:
         assert all(budget.used_by(owner) <= budget.share for owner in OWNERS[1:])
         assert budget.num_waiting == len(self.waiting) + len(self.growing)
         full: set[str] = set()
-        for waiter in (*budget._continuing, *budget._new):
+        for waiter in sorted(chain(*budget._waiting.values()), key=lambda waiter: (waiter.is_new, waiter.number)):
             [owner] = waiter.reservation.owners or [""]
             if owner and budget.used_by(owner) + waiter.amount > budget.share:
                 full.add(owner)
@@ -101,7 +102,8 @@ def test_after_any_steps_the_limit_holds_nothing_is_lost_and_none_is_overtaken(s
             await walk.settle()
             walk.check()
         await walk.end()
-        assert (walk.budget.used, walk.budget.num_waiting, dict(walk.budget._used_by)) == (0, 0, {})
+        assert (walk.budget.used, walk.budget.num_waiting, walk.budget._num_wanted, walk.budget._waiting) == (0, 0, 0, {})
+        assert not walk.budget._used_by
 
     asyncio.run(walk())
 

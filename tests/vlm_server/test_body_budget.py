@@ -14,6 +14,7 @@ from tests.contract.running import RunningServer, fake_config, running_server
 from tests.vision.pictures import png
 from tests.vlm_server.files_client import Client
 from vision.config import VisionConfig
+from vlm_server.body_budget import network_of
 
 CHAT = "/v1/chat/completions"
 LIMIT = 400_000
@@ -114,6 +115,13 @@ def test_whatever_becomes_of_a_request_its_bytes_are_given_back(server: RunningS
     assert post(server, body_of(100_000)).status_code == 503
 
     assert wait_for_used(server, 0) < 1.0
+
+
+def test_an_owner_of_an_ipv6_network_is_one_owner() -> None:
+    assert network_of("2001:db8:1:2:3:4:5:6") == network_of("2001:db8:1:2::1%eth0") == "2001:db8:1:2::/64"
+    assert network_of("2001:db8:1:3::1") != network_of("2001:db8:1:2::1")
+    assert network_of("192.0.2.1") == "192.0.2.1"
+    assert network_of("unknown") == "unknown"
 
 
 def test_uploads_and_files_that_messages_name_count_too(server: RunningServer) -> None:
