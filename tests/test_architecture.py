@@ -63,21 +63,23 @@ MAY_IMPORT = {
     "vision": "",
     "vision.addresses": ".config",
     "vision.body": ".data_url .image",
+    "vision.budget": "",
     "vision.cache": "",
     "vision.config": "",
     "vision.confinement": "",
     "vision.data_url": ".image",
     "vision.decode": ".confinement .frames .image .pixels",
-    "vision.decode_pool": ".config .confinement .decode .frames .image .shared_array .workers",
-    "vision.download": ".addresses .body .config .host_slots .http_cache .image .urls",
+    "vision.decode_pool": ".budget .config .confinement .decode .frames .image .shared_array .workers",
+    "vision.download": ".addresses .body .budget .config .host_slots .http_cache .image .urls",
     "vision.encoder": ".families",
     "vision.families": ".geometry .resolution",
-    "vision.fetcher": ".addresses .config .data_url .download .http_cache .image .single_flight .urls",
+    "vision.fetcher": ".addresses .budget .config .data_url .download .http_cache .image .media_budgets .single_flight .urls",
     "vision.frames": ".image .shared_array",
     "vision.geometry": "",
-    "vision.host_slots": "",
+    "vision.host_slots": ".budget",
     "vision.http_cache": ".cache",
     "vision.image": ".geometry .shared_array",
+    "vision.media_budgets": ".budget .config",
     "vision.pixels": ".image .shared_array",
     "vision.preprocess": ".frames .geometry .image .shared_array",
     "vision.preprocess_pool": ".config .frames .image .preprocess .shared_array .workers",
@@ -85,8 +87,8 @@ MAY_IMPORT = {
     "vision.request_room": ".config .image",
     "vision.resolution": ".image",
     "vision.service": (
-        ".addresses .cache .config .decode_pool .fetcher .image .preprocess .preprocess_pool .request_room .shared_array .single_flight "
-        ".workers"
+        ".addresses .budget .cache .config .decode_pool .fetcher .image .media_budgets .preprocess .preprocess_pool .request_room "
+        ".shared_array .single_flight .workers"
     ),
     "vision.shared_array": "",
     "vision.single_flight": "",
@@ -114,15 +116,16 @@ MAY_IMPORT = {
     "vlm_server.api_calls": "",
     "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
-        ".aborting .admission .answer_formats .api_keys .auth .backend .chat_page .config .context .docs .errors .files .metered_engine "
-        ".metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .tracing "
-        ".turns engine.request vision.image"
+        ".aborting .admission .answer_formats .api_keys .auth .backend .body_budget .chat_page .config .context .docs .errors .files "
+        ".metered_engine .metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening "
+        ".sessions.store .tracing .turns .waiting_room engine.request vision.budget vision.image vision.service"
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
         ".config .detokenizer .jinja_process .jinja_worker .picture_report .pipeline .stage_timings .transcript engine.client "
-        "engine.request vision.image vision.request_room vision.service"
+        "engine.request vision.config vision.image vision.media_budgets vision.request_room vision.service"
     ),
+    "vlm_server.body_budget": ".auth vision.budget vision.media_budgets",
     "vlm_server.built_in_templates": ".alpaca .role_template",
     "vlm_server.chat_client": ".client",
     "vlm_server.chat_page": ".config .examples",
@@ -152,14 +155,14 @@ MAY_IMPORT = {
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
     "vlm_server.error_codes": "",
-    "vlm_server.errors": ".error_codes .quotas .sessions.history .sessions.store engine.request vision.image",
+    "vlm_server.errors": ".error_codes .quotas .sessions.history .sessions.store engine.request vision.budget vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
         ".alpaca_protocol .anthropic.protocol .embedding_protocol .errors .file_protocol .format_protocol .generate_protocol "
         ".interactive_protocol .message_schema .protocol .responses.request .token_protocol .tool_schema"
     ),
     "vlm_server.file_protocol": ".message_schema",
-    "vlm_server.files": ".errors .sessions.store vision.image",
+    "vlm_server.files": ".errors .sessions.store vision.image vision.media_budgets",
     "vlm_server.flags": (
         ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config engine.log_lines vision.config"
     ),
@@ -182,7 +185,7 @@ MAY_IMPORT = {
     "vlm_server.message_schema": ".image_protocol .nesting",
     "vlm_server.metered_engine": ".backend .metering engine.request",
     "vlm_server.metering": ".quotas engine.request",
-    "vlm_server.metrics": "engine.request vision.service",
+    "vlm_server.metrics": "engine.request vision.budget vision.service",
     "vlm_server.middleware": ".errors .metrics .stage_timings .tracing",
     "vlm_server.nesting": "",
     "vlm_server.parsing": "",
@@ -290,9 +293,10 @@ MAY_IMPORT = {
     "vlm_server.transcript": "engine.request",
     "vlm_server.turns": (
         ".backend .config .errors .generation .picture_report .request_limits .sessions.history .sessions.store .stage_timings "
-        "engine.request vision.image"
+        "engine.request vision.image vision.media_budgets"
     ),
     "vlm_server.uploads": ".errors .file_protocol vision.image",
+    "vlm_server.waiting_room": ".backend engine.request vision.budget vision.media_budgets",
 }
 
 # Whole packages that a package never imports, whatever the table says: vision knows neither other package, the engine no server.

@@ -56,12 +56,13 @@ class MeasuredImage:
 class MediaError(Exception):
     """A picture that cannot be used. `message` is safe to show; it never holds a decoder's own text."""
 
-    def __init__(self, code: str, message: str, *, param: str | None = None, status: int = 400) -> None:
+    def __init__(self, code: str, message: str, *, param: str | None = None, status: int = 400, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.code = code  # stable: url_invalid, url_blocked, image_fetch_failed, image_fetch_timeout, image_too_large, image_decode_failed
         self.message = message
         self.param = param  # the ImageRef's
         self.status = status  # of the HTTP answer
+        self.retry_after_s = retry_after_s  # where the same may work later
 
     @property
     def is_of_the_picture(self) -> bool:

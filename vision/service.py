@@ -7,21 +7,24 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import msgspec
 
 from vision.addresses import LookUp
+from vision.budget import Budget, BudgetFullError, BudgetStats, Reservation, SharedReservations, places_for
 from vision.cache import ByteBoundedCache
 from vision.config import VisionConfig
 from vision.decode_pool import DecodePool
 from vision.fetcher import Fetcher
 from vision.image import ImageOptions, ImageRef, MeasuredImage, MediaError, ProcessedImage
+from vision.media_budgets import BYTES_PER_PIXEL, MediaBudgets, hold_bytes, keep_arrays, owner_or
 from vision.preprocess import DEFAULT_PROCESSOR, PreprocessSettings
 from vision.preprocess_pool import PreprocessPool
 from vision.request_room import RequestRoom
@@ -57,6 +60,23 @@ class VisionStats:
     num_http_revalidated: int = 0  # answered with 304
     num_http_misses: int = 0  # of a whole picture
     http_cache_bytes: int = 0
+    budgets: dict[str, BudgetStats] = field(default_factory=dict)  # by name
+
+
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    """Of one request's pictures, which wait for each other without a limit. Only for others they wait briefly."""
+
+    workers: asyncio.Semaphore
+    pixels: asyncio.Lock  # one at a time waits for room: its brief wait begins when it is the next
+
+
+@dataclass(frozen=True, slots=True)
+class _Processed:
+    """A picture, and how to let go of the pixels that it counts for."""
+
+    image: ProcessedImage
+    let_go: Callable[[], None]
 
 
 class VisionService:
@@ -70,19 +90,27 @@ class VisionService:
         trust_remote_code: bool = False,
         processor: str = DEFAULT_PROCESSOR,
         look_up: LookUp | None = None,
+        budgets: MediaBudgets | None = None,
     ) -> None:
-        """`processor`: `module:class` in place of the model's own. `look_up`: host name → addresses in place of the system's resolver."""
+        """`processor`: `module:class` in place of the model's own. `look_up`: host name → addresses in place of the system's resolver.
+
+        budgets: of all that this process does; None: of its own.
+        """
         self._config = config
         settings = PreprocessSettings(model_folder, trust_remote_code, processor)
-        self._fetcher = Fetcher(config, look_up=look_up)
+        self._budgets = budgets or MediaBudgets(config)
+        self._fetcher = Fetcher(config, self._budgets, look_up=look_up)
         self._decode_pool = DecodePool(config)
         self._preprocess_pool = PreprocessPool(config, settings)
         self._cache: ByteBoundedCache[tuple[str, bytes], ProcessedImage] = ByteBoundedCache(
             config.processed_cache_bytes, max_entries=config.processed_cache_pictures
         )
-        self._flights: SingleFlight[tuple[str, bytes], ProcessedImage] = SingleFlight()
-        self._pictures = asyncio.Semaphore(config.max_pictures_in_flight)
-        self._decoded = asyncio.Semaphore(config.num_decode_workers + config.num_preprocess_workers)  # pictures held as pixels
+        self._flights: SingleFlight[tuple[str, bytes], _Processed] = SingleFlight()
+        self._arrays = SharedReservations(self._budgets.pixels)  # of processed pictures that requests hold
+        num_workers = config.num_decode_workers + config.num_preprocess_workers
+        self._decoded = Budget("decoded pictures", places_for(num_workers), wait_s=None)  # held as pixels
+        self._num_processed_at_once = 2 * num_workers  # of one request: those behind wait for their own, and may do so for long
+        self._num_at_once = config.max_pictures_per_request_in_flight
         self._starting: asyncio.Task[str] | None = None  # its result: the processor's fingerprint
         self._clock = StageClock()
         self._num_pictures = 0
@@ -118,8 +146,9 @@ class VisionService:
         picture that may fail has its MediaError in its place, where the picture is to blame and not this server.
         """
         self._num_pictures += len(refs)
+        turns = _Turns(asyncio.Semaphore(self._num_processed_at_once), asyncio.Lock())
         shared = room or self.request_room()
-        return await self._side_by_side(refs, lambda ref: self._fetch_and_process(ref, tenant, shared))
+        return await self._side_by_side(refs, lambda ref: self._fetch_and_process(ref, tenant, turns, shared))
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage | MediaError]:
         """What the pictures take of a prompt, from their headers: nothing is decoded. Raises as `load`, save for damage behind a header."""
@@ -136,11 +165,12 @@ class VisionService:
 
         async def fetch_within(ref: ImageRef) -> bytes:
             nonlocal room_bytes
-            data = await self._fetch(ref, tenant, {})
-            if len(data) > room_bytes:
-                raise MediaError("image_too_large", f"the pictures together have more than the {limit_bytes} bytes that can be kept")
-            room_bytes -= len(data)
-            return data
+            async with self._file(ref, tenant, {}) as data:
+                if len(data) > room_bytes:
+                    raise MediaError("image_too_large", f"the pictures together have more than the {limit_bytes} bytes that can be kept")
+                room_bytes -= len(data)
+                await hold_bytes(len(data) if ref.data is None else 0)
+                return data
 
         return await self._side_by_side(refs, fetch_within)
 
@@ -161,6 +191,7 @@ class VisionService:
             num_http_revalidated=self._fetcher.cache.num_revalidated,
             num_http_misses=self._fetcher.cache.num_missed,
             http_cache_bytes=self._fetcher.cache.num_bytes,
+            budgets={budget.name: budget.stats() for budget in self._budgets.all()},
         )
 
     @property
@@ -184,7 +215,9 @@ class VisionService:
     async def _side_by_side(
         self, refs: Sequence[ImageRef], work: Callable[[ImageRef], Coroutine[Any, Any, Result]]
     ) -> list[Result | MediaError]:
-        tasks = [asyncio.create_task(self._one(ref, work)) for ref in refs]
+        """Some at once: a request with many pictures has no more of them in memory. Nobody waits for another request's slow hosts."""
+        places = asyncio.Semaphore(self._num_at_once)
+        tasks = [asyncio.create_task(self._one(ref, work, places)) for ref in refs]
         try:
             return await asyncio.gather(*tasks)
         except BaseException:
@@ -195,59 +228,87 @@ class VisionService:
                     _close(result)
             raise
 
-    async def _one(self, ref: ImageRef, work: Callable[[ImageRef], Coroutine[Any, Any, Result]]) -> Result | MediaError:
+    async def _one(
+        self, ref: ImageRef, work: Callable[[ImageRef], Coroutine[Any, Any, Result]], places: asyncio.Semaphore
+    ) -> Result | MediaError:
         """One picture; names its part of the request in the error."""
         try:
-            async with self._pictures:
+            async with places:
                 return await work(ref)
-        except MediaError as error:
-            self._num_failed[error.code] = self._num_failed.get(error.code, 0) + 1
-            named = MediaError(error.code, error.message, param=ref.param, status=error.status)
-            if ref.may_fail and error.is_of_the_picture:
-                return named
-            raise named from None
-        except WorkerError:
-            raise MediaError("vision_not_ready", "the server cannot process pictures now; try again", param=ref.param, status=503) from None
+        except (MediaError, WorkerError, BudgetFullError) as error:
+            failure = _as_media_error(error, ref.param)
+            self._num_failed[failure.code] = self._num_failed.get(failure.code, 0) + 1
+            if ref.may_fail and failure.is_of_the_picture:
+                return failure
+            raise failure from None
 
-    async def _fetch(self, ref: ImageRef, tenant: str, timings_s: dict[str, float]) -> bytes:
+    @contextlib.asynccontextmanager
+    async def _file(self, ref: ImageRef, tenant: str, timings_s: dict[str, float]) -> AsyncIterator[bytes]:
+        """The picture's bytes, counted as in flight until the block ends; those that came with the request are counted there."""
         if ref.data is not None:
-            return ref.data
-        with self._clock.stage("fetch", timings_s):
-            return await self._fetcher.fetch(ref.url, tenant=tenant)
+            yield ref.data
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            with self._clock.stage("fetch", timings_s):
+                data = await stack.enter_async_context(self._fetcher.hold(ref.url, tenant=tenant))
+            yield data
 
-    async def _fetch_and_process(self, ref: ImageRef, tenant: str, room: RequestRoom) -> ProcessedImage:
+    async def _fetch_and_process(self, ref: ImageRef, tenant: str, turns: _Turns, room: RequestRoom) -> ProcessedImage:
         timings_s: dict[str, float] = {}
-        data = await self._fetch(ref, tenant, timings_s)
-        room.take_bytes(len(data))
-        fingerprint = await self._fingerprint()
-        key = tenant, await _content_hash(data, ref.options, fingerprint)
-        image = self._cache.get(key)
-        if image is None:
-            image = await self._flights.run(key, lambda: self._process(key, data, ref.options))
-            timings_s |= image.timings_s
+        async with self._file(ref, tenant, timings_s) as data:
+            room.take_bytes(len(data))
+            fingerprint = await self._fingerprint()
+            key = tenant, await _content_hash(data, ref.options, fingerprint)
+            image = self._cache.get(key)
+            if image is not None:
+                return await self._handed_out(key, image, timings_s, room)
+            work = self._flights.hold(
+                key, lambda: self._process(key, data, ref.options, turns.pixels), let_go=lambda processed: processed.let_go()
+            )
+            async with turns.workers, work as processed:
+                return await self._handed_out(key, processed.image, timings_s | processed.image.timings_s, room)
+
+    async def _handed_out(
+        self, key: tuple[str, bytes], image: ProcessedImage, timings_s: dict[str, float], room: RequestRoom
+    ) -> ProcessedImage:
+        """The caller's own; counted in the pixels in flight until the engine has it or the request ends, once for all who hold it."""
         room.take_pixels(image.width * image.height)
+        keep_arrays(image.content_hash, await self._arrays.hold(key, _num_pixels(image), owner_or(key[0])))
         return _own_copy(image, timings_s)
 
     async def _fetch_and_measure(self, ref: ImageRef, tenant: str, room: RequestRoom) -> MeasuredImage:
-        data = await self._fetch(ref, tenant, {})
-        room.take_bytes(len(data))
-        await self._fingerprint()  # the workers are there
-        height, width = await self._decode_pool.measure(data)
-        room.take_pixels(width * height)
-        result = await self._preprocess_pool.measure((height, width), ref.options)
-        return MeasuredImage(result.num_tokens, result.layout)
+        async with self._file(ref, tenant, {}) as data:
+            room.take_bytes(len(data))
+            await self._fingerprint()  # the workers are there
+            height, width = await self._decode_pool.measure(data, owner=owner_or(tenant))
+            room.take_pixels(width * height)
+            result = await self._preprocess_pool.measure((height, width), ref.options)
+            return MeasuredImage(result.num_tokens, result.layout)
 
-    async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions) -> ProcessedImage:
+    async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions, turn: asyncio.Lock) -> _Processed:
         timings_s: dict[str, float] = {}
-        async with self._decoded:
-            with self._clock.stage("decode", timings_s):
-                pixels = await self._decode_pool.decode(data)
+        async with self._decoded_pixels(data, owner_or(key[0]), turn, timings_s) as (pixels, held):
             height, width, _ = pixels.shape
             with self._clock.stage("preprocess", timings_s):
                 result, arrays = await self._preprocess_pool.process(pixels, options)
-        image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s, result.views)
-        self._cache.put(key, image, sum(shared.num_bytes for shared in arrays.values()))
-        return image
+            image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s, result.views)
+            await held.resize(_num_pixels(image))
+            self._cache.put(key, image, sum(shared.num_bytes for shared in arrays.values()))
+            return _Processed(image, self._arrays.adopt(key, held.moved()))
+
+    @contextlib.asynccontextmanager
+    async def _decoded_pixels(
+        self, data: bytes, owner: str, turn: asyncio.Lock, timings_s: dict[str, float]
+    ) -> AsyncIterator[tuple[SharedArray, Reservation]]:
+        """The pixels, and what counts them from before they exist: as many as the header says."""
+        async with contextlib.AsyncExitStack() as stack:
+            with self._clock.stage("decode", timings_s):
+                height, width = await self._decode_pool.measure(data, owner=owner)
+                async with turn:
+                    held = stack.enter_context(await self._budgets.pixels.reserve(height * width, owner))
+                stack.enter_context(await self._decoded.reserve(1, owner))
+                pixels = await self._decode_pool.decode(data, owner=owner)
+            yield pixels, held
 
 
 class StageClock:
@@ -295,6 +356,21 @@ def _own_copy(image: ProcessedImage, timings_s: dict[str, float]) -> ProcessedIm
     """Other descriptors of the same memory: the cache and each caller close their own."""
     arrays = {name: SharedArray(os.dup(shared.fd), shared.shape, shared.dtype.name) for name, shared in image.arrays.items()}
     return replace(image, arrays=arrays, layout=dict(image.layout), timings_s=timings_s)
+
+
+def _num_pixels(image: ProcessedImage) -> int:
+    """That its arrays count for."""
+    return math.ceil(sum(shared.num_bytes for shared in image.arrays.values()) / BYTES_PER_PIXEL)
+
+
+def _as_media_error(error: MediaError | WorkerError | BudgetFullError, param: str) -> MediaError:
+    match error:
+        case MediaError():
+            return MediaError(error.code, error.message, param=param, status=error.status, retry_after_s=error.retry_after_s)
+        case BudgetFullError():
+            return MediaError("server_busy", str(error), param=param, status=503, retry_after_s=error.retry_after_s)
+        case WorkerError():
+            return MediaError("vision_not_ready", "the server cannot process pictures now; try again", param=param, status=503)
 
 
 def _close(image: ProcessedImage) -> None:

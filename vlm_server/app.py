@@ -15,13 +15,16 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from engine.request import EngineError
+from vision.budget import Budget, BudgetFullError
 from vision.image import MediaError
+from vision.service import VisionStats
 from vlm_server.aborting import RunningRequests, TracksAborts
 from vlm_server.admission import QUOTA_HEADERS, EnforceQuotas
 from vlm_server.answer_formats import AnswerFormats
 from vlm_server.api_keys import load_keys
 from vlm_server.auth import KeyRing, RequireApiKey
 from vlm_server.backend import Backend, OpenBackend, open_backend
+from vlm_server.body_budget import HoldsMedia
 from vlm_server.chat_page import ChatPage
 from vlm_server.config import ALPACA, ServerConfig
 from vlm_server.context import ServerContext
@@ -57,6 +60,7 @@ from vlm_server.sessions.store import Limits, RecordStore, StoreError
 from vlm_server.sessions.store import Quota as StoreQuota
 from vlm_server.tracing import Tracing, otlp_exporter
 from vlm_server.turns import Turns
+from vlm_server.waiting_room import QUEUED_TOKENS, waiting_room
 
 
 def create_app(
@@ -82,7 +86,8 @@ def create_app(
             formats = _answer_formats(config, backend)
             async with contextlib.aclosing(Turns(sessions, backend.pipeline, limits=config.limits)) as turns:
                 uploads, created_s = _files(config, store), int(time.time())
-                charging = replace(backend, engine=metered_engine(backend.engine)) if keys is not None else backend
+                limited = _with_waiting_room(backend, config)
+                charging = replace(limited, engine=metered_engine(limited.engine)) if keys is not None else limited
                 app.state.context = ServerContext(config, charging, defaults, metrics, turns, formats, uploads, records, created_s, running)
                 yield
 
@@ -126,6 +131,17 @@ def _files(config: ServerConfig, store: RecordStore) -> Files:
     return Files(store, StoreQuota(config.max_files, config.max_file_bytes_per_key), max_request_bytes=config.max_body_bytes)
 
 
+def _with_waiting_room(backend: Backend, config: ServerConfig) -> Backend:
+    """Its stats have all budgets."""
+    queue = Budget(QUEUED_TOKENS, config.max_queued_tokens, wait_s=config.vision.budget_wait_s)
+    budgets = (*backend.media.all(), queue)
+
+    def vision_stats() -> VisionStats:
+        return replace(backend.vision_stats(), budgets={budget.name: budget.stats() for budget in budgets})
+
+    return replace(backend, engine=waiting_room(backend.engine, queue), vision_stats=vision_stats)
+
+
 def _key_ring(config: ServerConfig, metrics: Metrics) -> KeyRing | None:
     """None: no key is needed."""
     if not config.needs_key:
@@ -142,7 +158,7 @@ def _answer_formats(config: ServerConfig, backend: Backend) -> AnswerFormats:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    for kind in (ApiError, EngineError, MediaError, QuotaExceededError, SessionBusyError, StoreError, HTTPException):
+    for kind in (ApiError, EngineError, MediaError, BudgetFullError, QuotaExceededError, SessionBusyError, StoreError, HTTPException):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
 
@@ -180,7 +196,8 @@ def _is_json(content_type: str) -> bool:
 def _add_middleware(
     app: FastAPI, config: ServerConfig, metrics: Metrics, keys: KeyRing | None, tracing: Tracing | None, *, open_paths: Collection[str]
 ) -> None:
-    """The last one added is the outermost: prefix, log, CORS, keys, quotas, body limit, routes."""
+    """The last one added is the outermost: prefix, log, CORS, keys, quotas, body limit, media in flight, routes."""
+    app.add_middleware(HoldsMedia)
     app.add_middleware(BodyLimit, limit_bytes=config.max_body_bytes)
     if keys is not None:
         app.add_middleware(EnforceQuotas)

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine.request import EngineInfo, EngineStats, Prompt, SamplingParams, StepOutput
+from vision.config import VisionConfig
 from vision.image import ImageRef
+from vision.media_budgets import MediaBudgets
 from vision.request_room import RequestRoom
 from vision.service import VisionStats
 from vlm_server.config import RequestLimits, ServerConfig
@@ -161,6 +163,7 @@ class Backend:
     pipeline: PromptPipeline
     vision_stats: Callable[[], VisionStats] = VisionStats
     stop_words: StopWords = field(default_factory=StopWords)  # the chat template's, for every request
+    media: MediaBudgets = field(default_factory=lambda: MediaBudgets(VisionConfig()))  # of all requests together
 
 
 def render_limits(limits: RequestLimits) -> RenderLimits:
@@ -188,7 +191,8 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         stack.push_async_callback(engine.close)
         start = asyncio.create_task(engine.start())
         stack.callback(start.cancel)
-        vision = VisionService(config.vision, model_folder=folder, trust_remote_code=trusts)
+        media = MediaBudgets(config.vision)
+        vision = VisionService(config.vision, model_folder=folder, trust_remote_code=trusts, budgets=media)
         stack.push_async_callback(vision.close)
         jinja = JinjaProcess(render_limits(config.limits))
         stack.push_async_callback(asyncio.to_thread, jinja.close)
@@ -212,4 +216,4 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
             await engine.set_vocabulary(vocabulary)
         if pipeline.family is not None:
             await vision.ready()
-        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words)
+        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words, media)

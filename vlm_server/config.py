@@ -90,6 +90,7 @@ class ServerConfig:
     compat: str = "none"  # whose chats, completions and embeddings; alpaca: Chinese-LLaMA-Alpaca's
     strict_fields: bool = False  # refuse fields that no API documents
     max_body_bytes: int = 128 << 20
+    max_queued_tokens: int = 512 << 10  # prompt tokens of requests that wait in the engine; over it requests wait, then are refused
     session_store: str = "auto"  # a file, a Redis URL, memory, or auto: a file in the user's state folder
     session_ttl_s: float = 86400.0  # after a session's last turn
     max_sessions: int = 1000  # per API key
@@ -120,6 +121,7 @@ class ServerConfig:
             ("root_path", self.root_path == "" or self.root_path[0] == "/" != self.root_path[-1], "/a/path or nothing"),
             ("allow_credentials", not (self.allow_credentials and "*" in self.allow_origins), "with --allow-origins that are named, not *"),
             ("max_body_bytes", self.max_body_bytes >= 1, "at least 1"),
+            ("max_queued_tokens", self.max_queued_tokens >= 1, "at least 1"),
             ("session_store", bool(self.session_store), "a file, redis://…, memory or auto"),
             ("session_ttl_s", self.session_ttl_s > 0, "above 0 seconds"),
             ("max_sessions", self.max_sessions >= 1, "at least 1"),

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from engine.request import EngineDeadError, InvalidRequestError, PromptTooLongError, QueueFullError
+from vision.budget import BudgetFullError
 from vision.image import MediaError
 from vlm_server.error_codes import ERROR_CODES
 from vlm_server.quotas import QuotaExceededError
@@ -35,7 +36,7 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type", 503: "server_busy"}
 
 
 class ApiError(Exception):
@@ -114,7 +115,10 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
             return error.refusal
         case MediaError():
             message = f"{error.param}: {error.message}" if error.param else error.message
-            return ApiError(error.status, error.code, message, param=error.param)
+            headers = {"retry-after": str(error.retry_after_s or RETRY_AFTER_S)} if error.status == 503 else {}
+            return ApiError(error.status, error.code, message, param=error.param, headers=headers)
+        case BudgetFullError():
+            return ApiError(503, "server_busy", str(error), headers={"retry-after": str(error.retry_after_s)})
         case PromptTooLongError():
             return bad_request("context_length_exceeded", str(error), param=param)
         case InvalidRequestError():

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from vision.image import MediaError
+from vision.media_budgets import hold_bytes
 from vlm_server.errors import ApiError, bad_request
 from vlm_server.sessions.store import Quota, QuotaError, RecordId, RecordStore
 
@@ -92,7 +93,8 @@ class Files:
         """The bytes of the files that `images` name, by the URL that is put into each image in its file id's place.
 
         images: those with a file id, each with its path in the request. Raises ApiError 404 for the first id that the tenant does not
-        have, and 400 where the files together have too many bytes. lost: is given the error of each such id instead, by the URL.
+        have, and 400 where the files together have too many bytes; BudgetFullError where all requests together do. lost: is given the
+        error of each such id instead, by the URL.
         """
         pictures: dict[str, bytes] = {}
         room_bytes = self.max_request_bytes
@@ -103,8 +105,10 @@ class Files:
                 continue
             param = f"{path}.file_id"
             try:
-                room_bytes -= (await self.get(tenant, file_id, param=param)).num_bytes
+                num_bytes = (await self.get(tenant, file_id, param=param)).num_bytes
+                room_bytes -= num_bytes
                 self._require_room(room_bytes, param)
+                await hold_bytes(num_bytes)
                 pictures[url] = await self.content(tenant, file_id, param=param)
             except ApiError as error:
                 if lost is None or error.status != 404:

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from engine.request import EngineStats
+from vision.budget import BudgetStats
 from vision.service import STAGE_BOUNDS_S, VisionStats
 
 _MAX_CODES = 200  # of errors, as labels
@@ -66,6 +67,14 @@ _VISION_GAUGES = {
 _VISION_STAGES = {
     "num_done": ("pictures_done", "Pictures through the stage, failed ones too."),
     "time_s": ("picture_stage_seconds", "Time in the stage."),
+}
+
+
+# BudgetStats field → (metric, help)
+_BUDGET_GAUGES = {
+    "used": ("budget_used", "What requests hold of the budget."),
+    "limit": ("budget_limit", "What they may hold together."),
+    "num_waiting": ("budget_waiting", "Requests, or parts of them, that wait for some of it."),
 }
 
 
@@ -190,6 +199,7 @@ class _BackendCollector:
         in_flight = GaugeMetricFamily("vlm:pictures_in_flight", "Pictures in the stage.", labels=["stage"])
         yield _labelled(in_flight, self.vision.num_in_flight)
         yield _labelled(CounterMetricFamily("vlm:pictures_failed", "Pictures refused.", labels=["code"]), self.vision.num_failed)
+        yield from _budget_families(self.vision.budgets)
 
 
 def _stage_histogram(stats: VisionStats) -> Metric:
@@ -207,6 +217,14 @@ _Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
 def _families(stats: object, table: Mapping[str, tuple[str, str]], family: _Family) -> Iterator[Metric]:
     for field, (name, text) in table.items():
         yield family(f"vlm:{name}", text, value=getattr(stats, field))
+
+
+def _budget_families(budgets: Mapping[str, BudgetStats]) -> Iterator[Metric]:
+    for field, (name, text) in _BUDGET_GAUGES.items():
+        gauge = GaugeMetricFamily(f"vlm:{name}", text, labels=["budget"])
+        yield _labelled(gauge, {budget: getattr(stats, field) for budget, stats in budgets.items()})
+    refusals = CounterMetricFamily("vlm:budget_refusals", "Waits for the budget that ended in a refusal.", labels=["budget"])
+    yield _labelled(refusals, {budget: stats.num_refused for budget, stats in budgets.items()})
 
 
 def _labelled(family: GaugeMetricFamily | CounterMetricFamily, values: Mapping[str, float]) -> Metric:

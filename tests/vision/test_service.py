@@ -142,7 +142,7 @@ async def test_cancelled_calls_give_everything_back(service: VisionService, serv
     freeze(decode_worker)
     decoding = asyncio.create_task(service.load(refs(data_url(png(seed=1)))))
     waiting = asyncio.create_task(service.load(refs(data_url(png(seed=2)), data_url(png(seed=3)))))
-    await until(lambda: service.stats().num_in_flight == {"fetch": 1, "decode": 2, "preprocess": 0})
+    await until(lambda: service.stats().num_in_flight == {"fetch": 1, "decode": 3, "preprocess": 0})
 
     for task in (fetching, decoding, waiting):
         task.cancel()
@@ -155,8 +155,8 @@ async def test_cancelled_calls_give_everything_back(service: VisionService, serv
     assert is_gone(decode_worker)
 
 
-async def test_no_more_pictures_are_in_flight_than_allowed(server: PictureServer) -> None:
-    service = unopened(max_pictures_in_flight=2)
+async def test_no_more_pictures_of_one_request_are_in_flight_than_allowed(server: PictureServer) -> None:
+    service = unopened(max_pictures_per_request_in_flight=2)
     await service.open()
     gate = server.pages["/gate"] = Gate(png())
     call = asyncio.create_task(service.load(refs(*(server.url(f"/gate?{at}") for at in range(6)))))

@@ -31,8 +31,8 @@ CONVERSATIONS: dict[str, list[tuple[str, list[str]]]] = {
 class FailingImages(FakeImages):
     """One picture fails, for those that may fail as for others."""
 
-    async def load(self, refs: Any, *, tenant: str = "") -> list[Any]:
-        loaded = iter(await super().load([ref for ref in refs if not is_bad(ref)], tenant=tenant))
+    async def load(self, refs: Any, **options: Any) -> list[Any]:
+        loaded = iter(await super().load([ref for ref in refs if not is_bad(ref)], **options))
         return [failed(ref) if is_bad(ref) else next(loaded) for ref in refs]
 
     async def measure(self, refs: Any, *, tenant: str = "") -> list[Any]:
