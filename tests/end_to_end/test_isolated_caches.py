@@ -1,4 +1,4 @@
-"""What one API key's picture leaves behind for another key: all of the work on a picture, counted, before and after somebody else sent it."""
+"""What one API key's picture leaves behind for another key: all work on a picture is counted, before and after another sent it."""
 
 import json
 from collections.abc import AsyncIterator
