@@ -114,6 +114,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("allow-headers", "server", "CORS: headers", list),
         Flag("allow-credentials", "server", "CORS: credentials", bool),
         Flag("strict-fields", "server", "refuse request fields that no API documents, instead of a warning", bool),
+        Flag("share-caches", "server", "let API keys use what others' pictures and prompts left in the caches", bool),
         Flag("max-body-bytes", "server", "largest request body", int),
         Flag(
             "session-store",

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys
+from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys, salted_hash
 from vision.config import MAX_PICTURE_PIXELS
 from vision.families import Family, load_family
 from vision.image import ImageRef, MeasuredImage, ProcessedImage
@@ -68,13 +68,16 @@ class Pipeline:
         family: Family | None = None,
         images: ImageLoader | None = None,
         max_picture_pixels: int = MAX_PICTURE_PIXELS,
+        shares_caches: bool = False,
     ) -> None:
+        """shares_caches: what one tenant's requests left in the caches is used for another's."""
         if family is not None and tokenizer.token_id(family.image_token) != family.image_token_id:
             raise ValueError(f"the tokenizer's {family.image_token} is not token {family.image_token_id}, as config.json says")
         self.tokenizer = tokenizer
         self.template = template
         self.family = family
         self._images = images
+        self._shares_caches = shares_caches
         self._pictures = PictureParts(family, max_picture_pixels)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenize")
 
@@ -91,6 +94,7 @@ class Pipeline:
         trust_remote_code: bool = False,
         jinja: JinjaProcess | None = None,
         max_picture_pixels: int = MAX_PICTURE_PIXELS,
+        shares_caches: bool = False,
     ) -> "Pipeline":
         """The pipeline of the checkpoint in `model_folder`; blocks while its tokenizer is read.
 
@@ -109,7 +113,14 @@ class Pipeline:
             meta_instruction=meta_instruction,
             process=jinja,
         )
-        return cls(TextTokenizer(tokenizer), template, family=family, images=images, max_picture_pixels=max_picture_pixels)
+        return cls(
+            TextTokenizer(tokenizer),
+            template,
+            family=family,
+            images=images,
+            max_picture_pixels=max_picture_pixels,
+            shares_caches=shares_caches,
+        )
 
     @property
     def stop_words(self) -> StopWords:
@@ -183,13 +194,13 @@ class Pipeline:
         if self.family is None or self._images is None:
             raise ImagesNotSupportedError(refs[0].param)
         admit_pictures()
-        return await self._images.fetch(refs, limit_bytes=limit_bytes, tenant=tenant)
+        return await self._images.fetch(refs, limit_bytes=limit_bytes, tenant=self._salt(tenant))
 
     async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None:
         """Raises ImagesNotSupportedError or MediaError where the picture cannot be used, as far as its header tells."""
         if self.family is None or self._images is None:
             raise ImagesNotSupportedError(ref.param)
-        await self._images.measure([ref], tenant=tenant)
+        await self._images.measure([ref], tenant=self._salt(tenant))
 
     def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
         """The transcript with the answer that followed, for a later `turn_prompt`; without it where its tokens are no whole text."""
@@ -219,7 +230,7 @@ class Pipeline:
             continue_final_message=continue_final_message,
             pictures=pictures,
         )
-        measured = await self._images.measure(refs, tenant=tenant) if refs and self._images is not None else []
+        measured = await self._images.measure(refs, tenant=self._salt(tenant)) if refs and self._images is not None else []
         return await self._in_thread(lambda: self._chat_tokens(text, measured, marker))
 
     async def parts_prompt(
@@ -333,7 +344,7 @@ class Pipeline:
             return []
         admit_pictures()
         with timings.stage("pictures"):
-            loaded = await self._images.load(refs, tenant=tenant)
+            loaded = await self._images.load(refs, tenant=self._salt(tenant))
         charge_pixels(sum(image.width * image.height for image in loaded))
         for image in loaded:
             timings.add_slowest("picture", image.timings_s)
@@ -346,7 +357,7 @@ class Pipeline:
             raise InvalidRequestError(
                 f"prompt: token {self.family.image_token_id} stands for a picture; send pictures as chat messages or image_data"
             )
-        return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
+        return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), (), salt=self._salt(tenant)), tenant=tenant)
 
     def _guarded(self, value: Any, marker: str) -> Any:
         """Every string within, cut by `marker` inside each word that means a picture: no user's text becomes one."""
@@ -368,11 +379,20 @@ class Pipeline:
 
     def _prompt_of(self, token_ids: tuple[int, ...], images: Sequence[ProcessedImage], tenant: str) -> Prompt:
         """Tokens that have all of the pictures' slots, as the engine takes them."""
-        inputs = tuple(ImageInput(image.content_hash, image.num_tokens, image.arrays) for image in images)
+        inputs = tuple(self._input(image, tenant) for image in images)
         spans = self._spans(token_ids, inputs)
         positions, delta = self._positions(len(token_ids), spans, images)
-        keys = make_cache_keys(token_ids, inputs, spans, salt=tenant)
-        return Prompt(token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta)
+        keys = make_cache_keys(token_ids, inputs, spans, salt=self._salt(tenant))
+        return Prompt(
+            token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta, tenant=tenant
+        )
+
+    def _input(self, image: ProcessedImage, tenant: str) -> ImageInput:
+        return ImageInput(salted_hash(image.content_hash, self._salt(tenant)), image.num_tokens, image.arrays)
+
+    def _salt(self, tenant: str) -> str:
+        """Keeps a tenant's entries in every cache apart from the others'; nothing where all share them."""
+        return "" if self._shares_caches else tenant
 
     def _segments(
         self, text: str, images: Sequence[ProcessedImage], marker: str, known: Sequence[Segment]

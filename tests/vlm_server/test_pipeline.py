@@ -277,6 +277,30 @@ async def test_tenants_share_no_cache_keys(pipelines: Any) -> None:
     assert one.cache_keys[0] != two.cache_keys[0]
 
 
+async def test_tenants_share_no_embedding_and_take_turns_by_their_names(pipelines: Any) -> None:
+    pipeline = pipelines("llava")
+    messages = openai_messages([("user", ["@wide"])])
+
+    one, two, again = [await pipeline.chat_prompt(messages, tenant=tenant) for tenant in ("one", "two", "two")]
+
+    assert len({one.images[0].content_hash, two.images[0].content_hash}) == 2
+    assert two.images[0].content_hash == again.images[0].content_hash
+    assert set(one.cache_keys).isdisjoint(two.cache_keys[slot] for slot, _, _ in image_slots(two))
+    assert (one.tenant, two.tenant) == ("one", "two")
+
+
+async def test_where_caches_are_shared_tenants_differ_in_nothing_but_their_turns(pipelines: Any) -> None:
+    pipeline = pipelines("llava", shares_caches=True)
+    messages = openai_messages([("user", ["How many?", "@wide"])])
+
+    one, two, nobodys = [await pipeline.chat_prompt(messages, tenant=tenant) for tenant in ("one", "two", "")]
+
+    assert one.cache_keys == two.cache_keys == nobodys.cache_keys
+    assert one.images[0].content_hash == two.images[0].content_hash
+    assert (one.tenant, two.tenant) == ("one", "two")
+    assert pipeline.text_prompt("How many?", tenant="one").cache_keys == pipeline.text_prompt("How many?").cache_keys
+
+
 async def test_the_vision_service_is_told_which_part_a_picture_came_from(pipelines: Any) -> None:
     pipeline = pipelines("llava")
     messages = openai_messages([("user", ["How many?"]), ("user", ["Here: ", "@wide", "@tall"])])
