@@ -18,6 +18,7 @@ from engine.continuations import continuations
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
 from engine.first_token import FirstTokenClock
 from engine.guided import Guides, Mask
+from engine.pacing import Pace
 from engine.reading import Reading
 from engine.request import (
     EngineInfo,
@@ -38,7 +39,6 @@ from engine.workers import Ranks
 logger = logging.getLogger(__name__)
 
 IDLE_ENCODE_S = 0.05  # a slice of encoding when no row decodes; new messages are read after it
-MIN_ENCODE_S = 0.002
 IDLE_COMPILE_S = 0.01  # how long a step waits for a grammar when nothing else is to be done
 
 
@@ -58,6 +58,7 @@ class Engine:
         self._compiling: dict[str, Future[None]] = {}  # held requests and what they wait for
         self._readings: dict[str, Reading] = {}  # of prompts that are not wholly computed
         self.clock = FirstTokenClock()
+        self.pace = Pace(config.encoder_share, max_prefill_tokens=config.max_prefill_token_num)
         self._own = EngineStats()
         self._num_requests = 0
         self._load_time_s = time.monotonic() - started
@@ -118,11 +119,13 @@ class Engine:
         """Compute one plan, and a slice of the pictures that wait."""
         started = time.perf_counter()
         self._release_compiled()
-        plan = self.scheduler.schedule()
+        num_decoding, num_prefilling = self.scheduler.prefill_load()
+        budget = self.pace.prefill_tokens(num_decoding=num_decoding, num_prefilling=num_prefilling)
+        plan = self.scheduler.schedule(max_prefill_tokens=budget)
         for chunk in plan.chunks:
             self.clock.begun(chunk.request_id)
         outputs, tensor_s = self._compute(plan) if plan.chunks else ([], 0.0)
-        encode_s, failed = self._encode(step_s=tensor_s if plan.chunks else None)
+        encode_s, failed = self._encode(self._encode_budget_s(plan, tensor_s))
         self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
         timed = [self._timed(output) for output in outputs + failed]
         for output in timed:
@@ -261,17 +264,27 @@ class Engine:
         timings_s = self.clock.ended(output.request_id)
         return output if timings_s is None else replace(output, timings_s=timings_s)
 
-    def _encode(self, *, step_s: float | None) -> tuple[float, list[StepOutput]]:
-        """Encode for a share of the time beside a step of `step_s`, for longer beside none; seconds taken and requests that failed."""
+    def _encode_budget_s(self, plan: Plan, step_s: float) -> float:
+        """For how long to encode after this step, which took `step_s`: what the pace allows where rows decode, else for a while."""
+        load = {
+            "num_decoding": sum(len(chunk.token_ids) == 1 for chunk in plan.chunks),
+            "num_prefill_tokens": sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1),
+        }
+        if plan.chunks:
+            self.pace.stepped(step_s, **load)
+        return self.pace.encode_s(**load) if load["num_decoding"] else IDLE_ENCODE_S
+
+    def _encode(self, budget_s: float) -> tuple[float, list[StepOutput]]:
+        """Encode for about `budget_s`; seconds taken and requests that failed."""
         if self.encoding is None:
             needed = self.scheduler.images_needed()
             if not needed or self.runner.encoder is None:
                 return 0.0, []
-            self.encoding = Encoding(self.runner.encoder, choose_batch(self.runner.encoder, needed), self.runner.device)
+            self.encoding = Encoding(
+                self.runner.encoder, choose_batch(self.runner.encoder, needed, max_pixels=self.runner.part_pixels), self.runner.device
+            )
             for request_id in self._requests_with(self.encoding):
                 self.clock.begun(request_id)
-        share = self.config.encoder_share
-        budget_s = IDLE_ENCODE_S if step_s is None else max(MIN_ENCODE_S, step_s * share / (1 - share))
         started = time.perf_counter()
         self.encoding.run(budget_s)
         taken_s = time.perf_counter() - started

@@ -64,6 +64,7 @@ class Scheduler:
         self._running: list[Row] = []
         self._num_added = 0
         self._tenant_turns = TenantTurns()
+        self._prefill_budget = config.max_prefill_token_num  # of this step
         self._smallest_prefill_next = False
         self._smallest_picture_next = False
         self._short: Row | None = None  # lacked blocks or rows when it was its turn: nobody comes in before it
@@ -223,8 +224,18 @@ class Scheduler:
 
     # One step
 
-    def schedule(self) -> Plan:
-        """The next step: a slot for every row that decodes, then prefill within the budget. Empty e.g. while pictures are encoded."""
+    def prefill_load(self) -> tuple[int, int]:
+        """How many rows decode, and how many more could be computing their prompts."""
+        num_decoding = sum(row.is_decoding for row in self._running)
+        is_free = (row for row in self._waiting if row.awaits is None and row.request.request_id not in self._held)
+        return num_decoding, len(self._running) - num_decoding + sum(1 for _ in is_free)
+
+    def schedule(self, *, max_prefill_tokens: int | None = None) -> Plan:
+        """The next step: a slot for every row that decodes, then prefill within the budget. Empty e.g. while pictures are encoded.
+
+        max_prefill_tokens: at least 1; None: the config's.
+        """
+        self._prefill_budget = max_prefill_tokens or self.config.max_prefill_token_num
         chunks, copies = self._schedule_decodes()
         return Plan((*chunks, *self._schedule_prefill()), tuple(copies))
 
@@ -308,7 +319,7 @@ class Scheduler:
     def _schedule_prefill(self) -> list[Chunk]:
         """Chunks of prompts within the budget. While it does not suffice, every other step serves those first that need least."""
         chunks: list[Chunk] = []
-        num_left, is_admitting = self.config.max_prefill_token_num, True
+        num_left, is_admitting = self._prefill_budget, True
         for row in self._prefill_order():
             if num_left <= 0:
                 break
@@ -437,7 +448,7 @@ class Scheduler:
             if not self._is_ready(row, span):
                 return max(start, span.start)
             if span.is_atomic and span_end > end:
-                is_first = span.start == start and num_left >= self.config.max_prefill_token_num
+                is_first = span.start == start and num_left >= self._prefill_budget
                 return span_end if is_first else span.start
         return end
 

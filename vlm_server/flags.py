@@ -164,7 +164,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("max-waiting", "engine", "requests that may wait; more are refused with 429", int),
         Flag("num-threads", "engine", "CPU threads of the engine (default: all cores)", int),
         Flag("embedding-cache-bytes", "engine", "memory for the embeddings of pictures seen before", int),
-        Flag("encoder-share", "engine", "share of the time that encoding pictures may take from running answers", float),
+        Flag("encoder-share", "engine", "share of the time that new pictures and prompts may take from running answers", float),
         Flag("seed", "engine", "of requests without their own, and of dummy weights", int),
     ),
     "pictures": (

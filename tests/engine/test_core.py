@@ -3,14 +3,16 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.encoding import Encoding
 from engine.request import FinishReason, ImageSpan, InvalidRequestError, Prompt, PromptTooLongError, SamplingParams, make_cache_keys
-from tests.engine.fake_encoder import NUM_TOKENS, FakeEncoder, fake_image
+from tests.engine.fake_encoder import NUM_TOKENS, FakeEncoder, SteppingClock, fake_image
 from tests.tiny_models import write_tiny
 
 HIDDEN_SIZE = 64
@@ -185,10 +187,10 @@ def seeing(engine) -> Engine:
 
 @pytest.fixture
 def slow(seeing, monkeypatch) -> Engine:
-    """It encodes one layer per step."""
-    monkeypatch.setattr("engine.core.MIN_ENCODE_S", 0.0)
-    monkeypatch.setattr("engine.core.IDLE_ENCODE_S", 0.0)
-    seeing.config = replace(seeing.config, encoder_share=1e-9)
+    """It encodes at most one layer per step: each takes a second of its clock, and each step has one."""
+    monkeypatch.setattr("engine.core.Encoding", partial(Encoding, now_s=SteppingClock()))
+    monkeypatch.setattr("engine.core.IDLE_ENCODE_S", 1.0)
+    monkeypatch.setattr(seeing.pace, "encode_s", lambda **load: 1.0)
     return seeing
 
 
@@ -203,6 +205,27 @@ def test_rows_decode_on_while_a_picture_is_encoded(slow):
 
     assert num_text_tokens_meanwhile >= 20
     assert len(run(slow)["image"]) == 2
+
+
+def test_a_prompt_comes_in_at_the_pace_that_is_set(engine):
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    loads: list[dict[str, int]] = []
+
+    def seven(**load: int) -> int:
+        loads.append(load)
+        return 7
+
+    engine.pace.prefill_tokens = seven
+    engine.add("beside", text_prompt(1, 2), replace(params, max_tokens=40))
+    engine.step()
+    engine.add("in pieces", text_prompt(3, *range(21, 90)), params)
+    num_steps = 0
+    while engine.scheduler.requests["in pieces"].num_output_tokens == 0:
+        engine.step()
+        num_steps += 1
+
+    assert num_steps == 70 / 7
+    assert loads[1:2] == [{"num_decoding": 1, "num_prefilling": 1}]
 
 
 def test_a_picture_seen_before_is_not_encoded_again(seeing):
