@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from engine.announced import AnnouncedImages
 from engine.beams import Beams, BeamSearch
 from engine.config import EngineConfig
 from engine.continuations import continuations
@@ -24,6 +25,7 @@ from engine.request import (
     EngineInfo,
     EngineStats,
     FinishReason,
+    ImageInput,
     InvalidRequestError,
     Plan,
     Prompt,
@@ -54,6 +56,7 @@ class Engine:
         self.beams = Beams(self.scheduler, self.runner.eos_token_ids)
         self.embeddings = EmbeddingCache(config.embedding_cache_bytes)
         self.encoding: Encoding | None = None
+        self.announced = AnnouncedImages()
         self.guides = Guides(vocab_size=self.runner.vocab_size, eos_token_ids=self.runner.eos_token_ids)
         self._compiling: dict[str, Future[None]] = {}  # held requests and what they wait for
         self._readings: dict[str, Reading] = {}  # of prompts that are not wholly computed
@@ -87,7 +90,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self.encoding is not None or bool(self.announced)
 
     def add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
         """Queue a request. Raises InvalidRequestError, PromptTooLongError or QueueFullError."""
@@ -100,6 +103,8 @@ class Engine:
         request = Request(request_id, prompt, params)
         self.scheduler.add(request)
         self.clock.added(request_id)
+        if self.encoding is not None and any(image in self.encoding for image in prompt.images):
+            self.clock.begun(request_id)
         if params.num_beams > 1:
             self.beams.begin(request)
         if params.grammar is not None:
@@ -114,6 +119,17 @@ class Engine:
         self._forget(request_id)
         self._drop_unwanted_encoding()
         return output
+
+    def announce(self, owner: str, image: ImageInput) -> None:
+        """A picture of a prompt that is being made: encoded ahead while no request needs the encoder. `owner` stands for the prompt."""
+        if self.runner.encoder is not None and not self.embeddings.touch(image.content_hash):
+            self.announced.announce(owner, image)
+
+    def withdraw(self, owner: str, *, request_follows: bool) -> None:
+        """No more pictures of this prompt. A batch that is being encoded is finished where `request_follows`, and else given up."""
+        self.announced.withdraw(owner)
+        if not request_follows:
+            self._drop_unwanted_encoding()
 
     def step(self) -> list[StepOutput]:
         """Compute one plan, and a slice of the pictures that wait."""
@@ -277,12 +293,9 @@ class Engine:
     def _encode(self, budget_s: float) -> tuple[float, list[StepOutput]]:
         """Encode for about `budget_s`; seconds taken and requests that failed."""
         if self.encoding is None:
-            needed = self.scheduler.images_needed()
-            if not needed or self.runner.encoder is None:
+            self.encoding = self._next_encoding()
+            if self.encoding is None:
                 return 0.0, []
-            self.encoding = Encoding(
-                self.runner.encoder, choose_batch(self.runner.encoder, needed, max_pixels=self.runner.part_pixels), self.runner.device
-            )
             for request_id in self._requests_with(self.encoding):
                 self.clock.begun(request_id)
         started = time.perf_counter()
@@ -290,13 +303,28 @@ class Engine:
         taken_s = time.perf_counter() - started
         return taken_s, self._finish_encoding() if self.encoding.is_done else []
 
+    def _next_encoding(self) -> Encoding | None:
+        """Of pictures that requests need or, where they need none, of announced ones."""
+        needed, encoder = self.scheduler.images_needed(), self.runner.encoder
+        if encoder is None:
+            return None
+        if needed:
+            self.scheduler.encoding_begun()
+        else:
+            needed = self.announced.needed()
+        batch = choose_batch(encoder, needed, max_pixels=self.runner.part_pixels) if needed else []
+        return Encoding(encoder, batch, self.runner.device) if batch else None
+
     def _finish_encoding(self) -> list[StepOutput]:
         encoding, self.encoding = self.encoding, None
         assert encoding is not None
         if encoding.result is None:
+            for image in encoding.images:
+                self.announced.tried(image.content_hash)
             failures = [self._fail(request_id, "a picture could not be encoded") for request_id in self._requests_with(encoding)]
             return [output for output in failures if output]
         for image, embedding in zip(encoding.images, encoding.result, strict=True):
+            self.announced.encoded(image.content_hash)
             self.embeddings.add(image.content_hash, embedding)
             self.scheduler.image_ready(image.content_hash)
         for request_id in self._requests_with(encoding):
@@ -310,7 +338,10 @@ class Engine:
 
     def _drop_unwanted_encoding(self) -> None:
         """Stop encoding pictures that no request wants any more."""
-        if self.encoding and not any(self.scheduler.requests_with_image(image.content_hash) for image in self.encoding.images):
+        if self.encoding and not any(
+            self.announced.has(image.content_hash) or self.scheduler.requests_with_image(image.content_hash)
+            for image in self.encoding.images
+        ):
             self.encoding.cancel()
             self.encoding = None
 

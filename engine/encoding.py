@@ -80,6 +80,9 @@ class Encoding:
         self._thread = threading.Thread(target=self._work, name="vision-encoder", daemon=True)
         self._thread.start()
 
+    def __contains__(self, image: ImageInput) -> bool:
+        return any(image.content_hash == other.content_hash for other in self.images)
+
     @property
     def is_done(self) -> bool:
         return self.result is not None or self.error is not None

@@ -5,6 +5,7 @@ import vision  # noqa: F401  first: it makes torchvision, and so transformers, i
 # isort: split
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,11 @@ class FakeImages:
         self.asked: list[ImageRef] = []
         self.given: list[ProcessedImage] = []
 
-    async def load(self, refs: Any, *, tenant: str = "") -> list[ProcessedImage]:
+    async def load(self, refs: Any, *, tenant: str = "", on_loaded: Callable[[ProcessedImage], None] | None = None) -> list[ProcessedImage]:
         self.asked += refs
         loaded = [self._load(ref) for ref in refs]
+        for image in loaded if on_loaded else ():
+            on_loaded(image)
         self.given += loaded
         return loaded
 

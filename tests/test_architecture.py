@@ -18,16 +18,20 @@ PACKAGES = ("engine", "vision", "vlm_server")
 # Names are separated by blanks; a leading dot stands for the module's own top-level package, a trailing .* for all modules in a folder.
 MAY_IMPORT = {
     "engine": "vision",
+    "engine.announced": ".request",
+    "engine.announcing": ".messages .request vision.shared_array",
     "engine.attention": "",
     "engine.attention.base": ".batch",
     "engine.attention.torch_backend": ".attention.base .batch .request",
     "engine.batch": ".request",
     "engine.beams": ".request .scheduler",
     "engine.channel": "vision.shared_array",
-    "engine.client": ".channel .config .messages .request",
+    "engine.client": ".announcing .channel .config .messages .request",
     "engine.config": "",
     "engine.continuations": ".beams .sampler",
-    "engine.core": ".beams .config .continuations .encoding .first_token .guided .pacing .reading .request .sampler .scheduler .workers",
+    "engine.core": (
+        ".announced .beams .config .continuations .encoding .first_token .guided .pacing .reading .request .sampler .scheduler .workers"
+    ),
     "engine.encoding": ".request .slices vision.encoder",
     "engine.first_token": "",
     "engine.guided": ".request",
@@ -97,6 +101,7 @@ MAY_IMPORT = {
     "vlm_server.alpaca": "",
     "vlm_server.alpaca_protocol": ".alpaca .embedding_protocol .message_schema .protocol",
     "vlm_server.alpaca_shapes": ".alpaca .errors .generation .streaming",
+    "vlm_server.announcing": "engine.request vision.image",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.answer_grammar": ".errors .tools engine.guided",
     "vlm_server.anthropic": "",
@@ -186,8 +191,8 @@ MAY_IMPORT = {
     "vlm_server.picture_parts": ".chat_template engine.request vision.config vision.families vision.image",
     "vlm_server.picture_places": ".tokenizer engine.request vision.families",
     "vlm_server.pipeline": (
-        ".chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .stage_timings .template_choice .tokenizer "
-        ".transcript engine.request vision.config vision.families vision.image"
+        ".announcing .chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .stage_timings .template_choice "
+        ".tokenizer .transcript engine.request vision.config vision.families vision.image"
     ),
     "vlm_server.protocol": ".format_protocol .image_protocol .message_schema .nesting .tool_schema",
     "vlm_server.quotas": "",

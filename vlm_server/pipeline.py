@@ -17,6 +17,7 @@ from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, m
 from vision.config import MAX_PICTURE_PIXELS
 from vision.families import Family, load_family
 from vision.image import ImageRef, MeasuredImage, ProcessedImage
+from vlm_server.announcing import OpenAnnouncement, announcing
 from vlm_server.chat_template import Message, TemplateError
 from vlm_server.detokenizer import StopWords
 from vlm_server.jinja_process import JinjaProcess
@@ -44,7 +45,9 @@ class ImagesNotSupportedError(InvalidRequestError):
 class ImageLoader(Protocol):
     """What the pipeline asks of the vision service."""
 
-    async def load(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[ProcessedImage]: ...
+    async def load(
+        self, refs: Sequence[ImageRef], *, tenant: str = "", on_loaded: Callable[[ProcessedImage], None] | None = None
+    ) -> list[ProcessedImage]: ...
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]: ...
 
@@ -69,8 +72,12 @@ class Pipeline:
         images: ImageLoader | None = None,
         max_picture_pixels: int = MAX_PICTURE_PIXELS,
         shares_caches: bool = False,
+        announce: OpenAnnouncement | None = None,
     ) -> None:
-        """shares_caches: what one tenant's requests left in the caches is used for another's."""
+        """shares_caches: what one tenant's requests left in the caches is used for another's.
+
+        announce: for pictures that are loaded before others of their prompt; None: nobody hears of them before the prompt is made.
+        """
         if family is not None and tokenizer.token_id(family.image_token) != family.image_token_id:
             raise ValueError(f"the tokenizer's {family.image_token} is not token {family.image_token_id}, as config.json says")
         self.tokenizer = tokenizer
@@ -78,6 +85,7 @@ class Pipeline:
         self.family = family
         self._images = images
         self._shares_caches = shares_caches
+        self._announce = announce
         self._pictures = PictureParts(family, max_picture_pixels)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenize")
 
@@ -95,6 +103,7 @@ class Pipeline:
         jinja: JinjaProcess | None = None,
         max_picture_pixels: int = MAX_PICTURE_PIXELS,
         shares_caches: bool = False,
+        announce: OpenAnnouncement | None = None,
     ) -> "Pipeline":
         """The pipeline of the checkpoint in `model_folder`; blocks while its tokenizer is read.
 
@@ -120,6 +129,7 @@ class Pipeline:
             images=images,
             max_picture_pixels=max_picture_pixels,
             shares_caches=shares_caches,
+            announce=announce,
         )
 
     @property
@@ -343,8 +353,8 @@ class Pipeline:
         if not refs or self._images is None:
             return []
         admit_pictures()
-        with timings.stage("pictures"):
-            loaded = await self._images.load(refs, tenant=self._salt(tenant))
+        with timings.stage("pictures"), announcing(self._announce, len(refs), lambda image: self._input(image, tenant)) as on_loaded:
+            loaded = await self._images.load(refs, tenant=self._salt(tenant), on_loaded=on_loaded)
         charge_pixels(sum(image.width * image.height for image in loaded))
         for image in loaded:
             timings.add_slowest("picture", image.timings_s)

@@ -303,3 +303,102 @@ def test_aborting_the_only_request_of_a_picture_stops_its_encoding(slow):
 
     assert slow.encoding is None
     assert slow.runner.encoder.num_layers_done < len(slow.runner.encoder.layers)
+
+
+def encode_what_is_announced(engine: Engine) -> None:
+    while engine.has_work:
+        assert engine.step() == []
+
+
+def test_an_announced_picture_is_encoded_before_its_request_comes_and_not_again(seeing):
+    seeing.announce("prompt", fake_image(1))
+    encode_what_is_announced(seeing)
+    assert seeing.stats().num_images_encoded == 1
+
+    seeing.withdraw("prompt", request_follows=True)
+    seeing.add("image", image_prompt(1), SamplingParams(max_tokens=1, temperature=0))
+    first = run(seeing)["image"][0]
+
+    assert seeing.runner.encoder.batch_sizes == [1]
+    assert list(first.timings_s) == ["queue", "prefill"]
+
+
+def test_an_answer_is_the_same_with_and_without_an_announcement(folder):
+    answers = []
+    for is_announced in (False, True):
+        engine = make_engine(folder)
+        engine.runner.encoder = WideEncoder()
+        if is_announced:
+            engine.announce("prompt", fake_image(200))
+            encode_what_is_announced(engine)
+        engine.add("image", image_prompt(200), SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+        answers.append(tokens(run(engine)["image"]))
+        assert engine.runner.encoder.batch_sizes == [1]
+        engine.close()
+
+    assert answers[0] == answers[1]
+
+
+def test_pictures_that_requests_need_come_before_announced_ones(slow):
+    slow.announce("prompt", fake_image(1, side=3))  # not of the same batch
+    slow.add("image", image_prompt(2), SamplingParams(max_tokens=1, temperature=0))
+
+    slow.step()
+
+    assert [image.content_hash for image in slow.encoding.images] == [fake_image(2).content_hash]
+
+
+def test_a_request_that_finds_its_picture_being_encoded_ahead_waits_for_that(slow):
+    slow.announce("prompt", fake_image(1))
+    slow.step()
+    slow.step()
+    slow.withdraw("prompt", request_follows=True)
+
+    slow.add("image", image_prompt(1), SamplingParams(max_tokens=1, temperature=0))
+    first = run(slow)["image"][0]
+
+    assert slow.runner.encoder.batch_sizes == [1]
+    assert all(seconds >= 0 for seconds in first.timings_s.values())
+    assert list(first.timings_s) == ["queue", "encode", "prefill"]
+
+
+def test_pictures_that_nobody_will_ask_for_are_not_encoded_to_their_end(slow):
+    for value in (1, 2):
+        slow.announce("prompt", fake_image(value, side=1 + value))
+    slow.step()
+    slow.step()
+    assert slow.encoding is not None
+
+    slow.withdraw("prompt", request_follows=False)
+
+    assert slow.encoding is None
+    assert not slow.has_work
+    assert slow.stats().num_images_encoded == 0
+
+
+def test_what_the_prefix_cache_has_is_not_encoded_ahead_though_its_embedding_is_gone(seeing):
+    seeing.embeddings.limit_bytes = 0
+    seeing.add("first", image_prompt(50), SamplingParams(max_tokens=1, temperature=0))
+    run(seeing)
+    assert seeing.stats().embedding_cache_bytes == 0
+
+    seeing.announce("prompt", fake_image(50))
+    seeing.add("second", image_prompt(50), SamplingParams(max_tokens=1, temperature=0))
+    run(seeing)
+
+    assert seeing.runner.encoder.batch_sizes == [1]
+
+
+def test_an_announced_picture_that_cannot_be_encoded_is_not_tried_for_ever(seeing, caplog):
+    seeing.runner.encoder.failure = RuntimeError("broken")
+    seeing.announce("prompt", fake_image(1))
+
+    encode_what_is_announced(seeing)
+
+    assert seeing.runner.encoder.batch_sizes == [1]
+
+
+def test_a_model_without_eyes_ignores_announcements(engine):
+    engine.announce("prompt", fake_image(1))
+
+    assert not engine.has_work
