@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
+from engine.announcing import Announcement, Announcements
 from engine.channel import AsyncSender, Decoder, read_frame
 from engine.config import EngineConfig
 from engine.messages import Abort, Add, FromEngine, GetStats, Loading, Outputs, Ready, Rejected, SetVocabulary, Start, StartFailed, Stats
@@ -85,6 +86,7 @@ class EngineClient:
         self._stats_calls: dict[int, asyncio.Future[EngineStats]] = {}
         self._num_calls = 0
         self._vocabulary: str | None = None
+        self._announcements = Announcements(lambda message: self._send(self._ready_sender(), message))
         self._connection: _Connection | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._first_ready: asyncio.Future[EngineInfo] | None = None
@@ -136,6 +138,10 @@ class EngineClient:
             del self._streams[request_id]
             if not is_over:
                 self._abort(request_id)
+
+    def announcement(self) -> Announcement:
+        """For the pictures of a prompt that is being made; its `end` has to be called. Never fails, whatever the engine does."""
+        return self._announcements.open()
 
     async def stats(self, *, timeout_s: float = 5.0) -> EngineStats:
         """The engine's gauges and counters. Raises EngineDeadError, or TimeoutError while a long step runs."""

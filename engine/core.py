@@ -12,17 +12,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from engine.announced import AnnouncedImages
 from engine.beams import Beams, BeamSearch
 from engine.config import EngineConfig
 from engine.continuations import continuations
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
 from engine.first_token import FirstTokenClock
 from engine.guided import Guides, Mask
+from engine.pacing import Pace
 from engine.reading import Reading
 from engine.request import (
     EngineInfo,
     EngineStats,
     FinishReason,
+    ImageInput,
     InvalidRequestError,
     Plan,
     Prompt,
@@ -38,7 +41,6 @@ from engine.workers import Ranks
 logger = logging.getLogger(__name__)
 
 IDLE_ENCODE_S = 0.05  # a slice of encoding when no row decodes; new messages are read after it
-MIN_ENCODE_S = 0.002
 IDLE_COMPILE_S = 0.01  # how long a step waits for a grammar when nothing else is to be done
 
 
@@ -54,10 +56,12 @@ class Engine:
         self.beams = Beams(self.scheduler, self.runner.eos_token_ids)
         self.embeddings = EmbeddingCache(config.embedding_cache_bytes)
         self.encoding: Encoding | None = None
+        self.announced = AnnouncedImages()
         self.guides = Guides(vocab_size=self.runner.vocab_size, eos_token_ids=self.runner.eos_token_ids)
         self._compiling: dict[str, Future[None]] = {}  # held requests and what they wait for
         self._readings: dict[str, Reading] = {}  # of prompts that are not wholly computed
         self.clock = FirstTokenClock()
+        self.pace = Pace(config.encoder_share, max_prefill_tokens=config.max_prefill_token_num)
         self._own = EngineStats()
         self._num_requests = 0
         self._load_time_s = time.monotonic() - started
@@ -86,7 +90,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self.encoding is not None or bool(self.announced)
 
     def add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
         """Queue a request. Raises InvalidRequestError, PromptTooLongError or QueueFullError."""
@@ -99,6 +103,8 @@ class Engine:
         request = Request(request_id, prompt, params)
         self.scheduler.add(request)
         self.clock.added(request_id)
+        if self.encoding is not None and any(image in self.encoding for image in prompt.images):
+            self.clock.begun(request_id)
         if params.num_beams > 1:
             self.beams.begin(request)
         if params.grammar is not None:
@@ -119,15 +125,28 @@ class Engine:
         self._drop_unwanted_encoding()
         return output
 
+    def announce(self, owner: str, image: ImageInput) -> None:
+        """A picture of a prompt that is being made: encoded ahead while no request needs the encoder. `owner` stands for the prompt."""
+        if self.runner.encoder is not None and not self.embeddings.touch(image.content_hash):
+            self.announced.announce(owner, image)
+
+    def withdraw(self, owner: str, *, request_follows: bool) -> None:
+        """No more pictures of this prompt. A batch that is being encoded is finished where `request_follows`, and else given up."""
+        self.announced.withdraw(owner)
+        if not request_follows:
+            self._drop_unwanted_encoding()
+
     def step(self) -> list[StepOutput]:
         """Compute one plan, and a slice of the pictures that wait."""
         started = time.perf_counter()
         self._release_compiled()
-        plan = self.scheduler.schedule()
+        num_decoding, num_prefilling = self.scheduler.prefill_load()
+        budget = self.pace.prefill_tokens(num_decoding=num_decoding, num_prefilling=num_prefilling)
+        plan = self.scheduler.schedule(max_prefill_tokens=budget)
         for chunk in plan.chunks:
             self.clock.begun(chunk.request_id)
         outputs, tensor_s = self._compute(plan) if plan.chunks else ([], 0.0)
-        encode_s, failed = self._encode(step_s=tensor_s if plan.chunks else None)
+        encode_s, failed = self._encode(self._encode_budget_s(plan, tensor_s))
         self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
         timed = [self._timed(output) for output in outputs + failed]
         for output in timed:
@@ -274,29 +293,51 @@ class Engine:
         timings_s = self.clock.ended(output.request_id)
         return output if timings_s is None else replace(output, timings_s=timings_s)
 
-    def _encode(self, *, step_s: float | None) -> tuple[float, list[StepOutput]]:
-        """Encode for a share of the time beside a step of `step_s`, for longer beside none; seconds taken and requests that failed."""
+    def _encode_budget_s(self, plan: Plan, step_s: float) -> float:
+        """For how long to encode after this step, which took `step_s`: what the pace allows where rows decode, else for a while."""
+        load = {
+            "num_decoding": sum(len(chunk.token_ids) == 1 for chunk in plan.chunks),
+            "num_prefill_tokens": sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1),
+        }
+        if plan.chunks:
+            self.pace.stepped(step_s, **load)
+        return self.pace.encode_s(**load) if load["num_decoding"] else IDLE_ENCODE_S
+
+    def _encode(self, budget_s: float) -> tuple[float, list[StepOutput]]:
+        """Encode for about `budget_s`; seconds taken and requests that failed."""
         if self.encoding is None:
-            needed = self.scheduler.images_needed()
-            if not needed or self.runner.encoder is None:
+            self.encoding = self._next_encoding()
+            if self.encoding is None:
                 return 0.0, []
-            self.encoding = Encoding(self.runner.encoder, choose_batch(self.runner.encoder, needed), self.runner.device)
             for request_id in self._requests_with(self.encoding):
                 self.clock.begun(request_id)
-        share = self.config.encoder_share
-        budget_s = IDLE_ENCODE_S if step_s is None else max(MIN_ENCODE_S, step_s * share / (1 - share))
         started = time.perf_counter()
         self.encoding.run(budget_s)
         taken_s = time.perf_counter() - started
         return taken_s, self._finish_encoding() if self.encoding.is_done else []
 
+    def _next_encoding(self) -> Encoding | None:
+        """Of pictures that requests need or, where they need none, of announced ones."""
+        needed, encoder = self.scheduler.images_needed(), self.runner.encoder
+        if encoder is None:
+            return None
+        if needed:
+            self.scheduler.encoding_begun()
+        else:
+            needed = self.announced.needed()
+        batch = choose_batch(encoder, needed, max_pixels=self.runner.part_pixels) if needed else []
+        return Encoding(encoder, batch, self.runner.device) if batch else None
+
     def _finish_encoding(self) -> list[StepOutput]:
         encoding, self.encoding = self.encoding, None
         assert encoding is not None
         if encoding.result is None:
+            for image in encoding.images:
+                self.announced.tried(image.content_hash)
             failures = [self._fail(request_id, "a picture could not be encoded") for request_id in self._requests_with(encoding)]
             return [output for output in failures if output]
         for image, embedding in zip(encoding.images, encoding.result, strict=True):
+            self.announced.encoded(image.content_hash)
             self.embeddings.add(image.content_hash, embedding)
             self.scheduler.image_ready(image.content_hash)
         for request_id in self._requests_with(encoding):
@@ -310,7 +351,10 @@ class Engine:
 
     def _drop_unwanted_encoding(self) -> None:
         """Stop encoding pictures that no request wants any more."""
-        if self.encoding and not any(self.scheduler.requests_with_image(image.content_hash) for image in self.encoding.images):
+        if self.encoding and not any(
+            self.announced.has(image.content_hash) or self.scheduler.requests_with_image(image.content_hash)
+            for image in self.encoding.images
+        ):
             self.encoding.cancel()
             self.encoding = None
 

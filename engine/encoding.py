@@ -5,6 +5,7 @@ costs the running rows a bounded wait per step. Only one of the two threads comp
 """
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -79,6 +80,9 @@ class Encoding:
         self._thread = threading.Thread(target=self._work, name="vision-encoder", daemon=True)
         self._thread.start()
 
+    def __contains__(self, image: ImageInput) -> bool:
+        return any(image.content_hash == other.content_hash for other in self.images)
+
     @property
     def is_done(self) -> bool:
         return self.result is not None or self.error is not None
@@ -145,9 +149,22 @@ class _CancelledError(Exception):
     pass
 
 
-def choose_batch(encoder: VisionEncoder, needed: Sequence[ImageInput]) -> list[ImageInput]:
-    """The first picture and those behind it of the same shape, as many as the batch takes."""
+def choose_batch(encoder: VisionEncoder, needed: Sequence[ImageInput], *, max_pixels: int | None = None) -> list[ImageInput]:
+    """The first picture and those behind it of the same shape, as many as the batch takes.
+
+    max_pixels: of all of them together, where a larger batch is not faster and only keeps its first pictures waiting.
+    """
     key = encoder.batch_key(needed[0].arrays)
     chosen = [image for image in needed if encoder.batch_key(image.arrays) == key]
-    ends = accumulate(image.num_tokens for image in chosen)
-    return [image for image, end in zip(chosen, ends, strict=True) if end <= MAX_BATCH_TOKENS] or chosen[:1]
+    tokens = accumulate(image.num_tokens for image in chosen)
+    pixels = accumulate(_num_pixels(image) for image in chosen)
+    fits = (
+        num_tokens <= MAX_BATCH_TOKENS and (max_pixels is None or num_pixels <= max_pixels)
+        for num_tokens, num_pixels in zip(tokens, pixels, strict=True)
+    )
+    return [image for image, is_within in zip(chosen, fits, strict=True) if is_within] or chosen[:1]
+
+
+def _num_pixels(image: ImageInput) -> int:
+    """Of all tiles, or of all patches."""
+    return math.prod(image.arrays["pixel_values"].shape) // 3

@@ -62,8 +62,9 @@ class ModelRunner:
             self.lora.resize(self.model_config)
         self.dtype = resolve_dtype(config.dtype, self.model_config, self.device)
         self.decoder, self.encoder = self._load(on_progress)
-        if self.encoder and self.device.type == "cpu":
-            compute_in_parts(self.encoder.module, max_pixels=CPU_PART_PIXELS)
+        self.part_pixels = CPU_PART_PIXELS if self.device.type == "cpu" else None  # that are encoded at a time
+        if self.encoder and self.part_pixels:
+            compute_in_parts(self.encoder.module, max_pixels=self.part_pixels)
         self.eos_token_ids = eos_token_ids(self.model_config, _generation_config(config.model_folder))
         self.num_blocks = self._count_blocks()
         caches = allocate_cache(

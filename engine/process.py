@@ -13,6 +13,7 @@ from engine.log_lines import set_up_logging
 from engine.messages import (
     Abort,
     Add,
+    Announce,
     FromEngine,
     GetStats,
     Loading,
@@ -24,6 +25,7 @@ from engine.messages import (
     StartFailed,
     Stats,
     ToEngine,
+    Withdraw,
 )
 from engine.request import EngineError, PromptTooLongError
 
@@ -57,7 +59,7 @@ class EngineLoop:
             self._handle(message)
             timeout_s = 0.0
 
-    def _handle(self, message: Add | Abort | GetStats | SetVocabulary) -> None:
+    def _handle(self, message: Add | Abort | Announce | Withdraw | GetStats | SetVocabulary) -> None:
         match message:
             case Add():
                 self._add(message)
@@ -67,6 +69,10 @@ class EngineLoop:
                 output = self.engine.abort(request_id)
                 if output:
                     self.outbox.send(Outputs([output]))
+            case Announce(owner, image):
+                self.engine.announce(owner, image)
+            case Withdraw(owner, request_follows):
+                self.engine.withdraw(owner, request_follows=request_follows)
             case GetStats(call_id):
                 self.outbox.send(Stats(call_id, self.engine.stats()))
 

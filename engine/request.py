@@ -101,7 +101,7 @@ class SamplingParams:
 class ImageInput:
     """One picture as the vision encoder takes it."""
 
-    content_hash: bytes  # of the picture's bytes and of all that changes its pixels or its tokens
+    content_hash: bytes  # of the picture's bytes, of all that changes its pixels or its tokens, and of who may share its embedding
     num_tokens: int  # rows of its embedding
     arrays: dict[str, SharedArray]  # the family's encoder inputs by name, e.g. pixel_values: (num_tiles, 3, height, width) uint8
 
@@ -127,6 +127,7 @@ class Prompt:
     spans: tuple[ImageSpan, ...] = ()  # in prompt order, disjoint
     positions: tuple[tuple[int, ...], ...] | None = None  # (3, num_tokens) for three-axis rotary models; None: 0, 1, 2, …
     position_delta: int = 0  # position of slot i beyond the prompt is i + position_delta, on every axis
+    tenant: str = ""  # whose request it is: tenants take turns. What they share is for keys and hashes to say
 
 
 def make_cache_keys(
@@ -144,6 +145,14 @@ def make_cache_keys(
     if salt and keys:
         keys[0] = _hashed_key(salt.encode(), keys[0])
     return tuple(keys)
+
+
+def salted_hash(content_hash: bytes, salt: str) -> bytes:
+    """Another hash for each salt: pictures that are found by it are found by those with the same salt alone."""
+    if not salt:
+        return content_hash
+    key = hashlib.blake2b(salt.encode(), digest_size=32).digest()
+    return hashlib.blake2b(content_hash, key=key, digest_size=32).digest()
 
 
 def _hashed_key(data: bytes, number: int) -> int:

@@ -5,6 +5,7 @@ import vision  # noqa: F401  first: it makes torchvision, and so transformers, i
 # isort: split
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,18 @@ class FakeImages:
     def request_room(self) -> RequestRoom:
         return RequestRoom(VisionConfig())
 
-    async def load(self, refs: Any, *, tenant: str = "", room: RequestRoom | None = None) -> list[ProcessedImage]:
+    async def load(
+        self,
+        refs: Any,
+        *,
+        tenant: str = "",
+        room: RequestRoom | None = None,
+        on_loaded: Callable[[ProcessedImage], None] | None = None,
+    ) -> list[ProcessedImage]:
         self.asked += refs
         loaded = [self._load(ref) for ref in refs]
+        for image in loaded if on_loaded else ():
+            on_loaded(image)
         self.given += loaded
         return loaded
 

@@ -18,16 +18,20 @@ PACKAGES = ("engine", "vision", "vlm_server")
 # Names are separated by blanks; a leading dot stands for the module's own top-level package, a trailing .* for all modules in a folder.
 MAY_IMPORT = {
     "engine": "vision",
+    "engine.announced": ".request",
+    "engine.announcing": ".messages .request vision.shared_array",
     "engine.attention": "",
     "engine.attention.base": ".batch",
     "engine.attention.torch_backend": ".attention.base .batch .request",
     "engine.batch": ".request",
     "engine.beams": ".request .scheduler",
     "engine.channel": "vision.shared_array",
-    "engine.client": ".channel .config .messages .request",
+    "engine.client": ".announcing .channel .config .messages .request",
     "engine.config": ".log_lines",
     "engine.continuations": ".beams .sampler",
-    "engine.core": ".beams .config .continuations .encoding .first_token .guided .reading .request .sampler .scheduler .workers",
+    "engine.core": (
+        ".announced .beams .config .continuations .encoding .first_token .guided .pacing .reading .request .sampler .scheduler .workers"
+    ),
     "engine.encoding": ".request .slices vision.encoder",
     "engine.first_token": "",
     "engine.guided": ".request",
@@ -52,13 +56,15 @@ MAY_IMPORT = {
     "engine.models.lora": ".models.registry .models.weights",
     "engine.models.registry": ".models.decoder",
     "engine.models.weights": ".layers.linear .models.registry",
+    "engine.pacing": "",
     "engine.process": ".channel .core .log_lines .messages .request",
     "engine.reading": ".batch .request .sampler",
     "engine.request": "vision.shared_array",
     "engine.row": ".kv_cache .request",
     "engine.sampler": ".request",
-    "engine.scheduler": ".config .kv_cache .request .row",
+    "engine.scheduler": ".config .kv_cache .request .row .turns",
     "engine.slices": "",
+    "engine.turns": "",
     "engine.workers": ".channel .config .layers.parallel .messages .model_runner .request",
     "vision": "",
     "vision.addresses": ".config",
@@ -101,6 +107,7 @@ MAY_IMPORT = {
     "vlm_server.alpaca": "",
     "vlm_server.alpaca_protocol": ".alpaca .embedding_protocol .message_schema .protocol .response_schema",
     "vlm_server.alpaca_shapes": ".alpaca .errors .generation .shapes .stage_timings .streaming",
+    "vlm_server.announcing": "engine.request vision.image",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.answer_grammar": ".errors .tools engine.guided",
     "vlm_server.anthropic": "",
@@ -170,7 +177,8 @@ MAY_IMPORT = {
     "vlm_server.generate_protocol": ".aborting .image_protocol .message_schema .protocol",
     "vlm_server.generate_shape": ".errors .generation .stage_timings .streaming",
     "vlm_server.generation": (
-        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings engine.request"
+        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings "
+        "engine.request"
     ),
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
@@ -199,7 +207,7 @@ MAY_IMPORT = {
     "vlm_server.picture_places": ".tokenizer engine.request vision.families",
     "vlm_server.picture_report": "vision.image",
     "vlm_server.pipeline": (
-        ".chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .picture_report .stage_timings "
+        ".announcing .chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .picture_report .stage_timings "
         ".template_choice .tokenizer .transcript engine.request vision.config vision.families vision.image vision.request_room"
     ),
     "vlm_server.protocol": ".config .format_protocol .image_protocol .message_schema .nesting .tool_schema",

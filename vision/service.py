@@ -137,18 +137,31 @@ class VisionService:
         return RequestRoom(self._config)
 
     async def load(
-        self, refs: Sequence[ImageRef], *, tenant: str = "", room: RequestRoom | None = None
+        self,
+        refs: Sequence[ImageRef],
+        *,
+        tenant: str = "",
+        room: RequestRoom | None = None,
+        on_loaded: Callable[[ProcessedImage], None] | None = None,
     ) -> list[ProcessedImage | MediaError]:
         """The pictures in the order of `refs`, worked on side by side; their arrays are the caller's to close.
 
         room: of the request that they belong to, where that has others beside them. What one tenant sent is not looked up for another.
         Raises MediaError with the `param` of the first picture that failed; the others are cancelled, as all are when the caller is. A
-        picture that may fail has its MediaError in its place, where the picture is to blame and not this server.
+        picture that may fail has its MediaError in its place, where the picture is to blame and not this server. on_loaded: told of each
+        picture as soon as it is there; its arrays are not its own.
         """
         self._num_pictures += len(refs)
         turns = _Turns(asyncio.Semaphore(self._num_processed_at_once), asyncio.Lock())
         shared = room or self.request_room()
-        return await self._side_by_side(refs, lambda ref: self._fetch_and_process(ref, tenant, turns, shared))
+
+        async def load_one(ref: ImageRef) -> ProcessedImage:
+            image = await self._fetch_and_process(ref, tenant, turns, shared)
+            if on_loaded is not None:
+                on_loaded(image)
+            return image
+
+        return await self._side_by_side(refs, load_one)
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage | MediaError]:
         """What the pictures take of a prompt, from their headers: nothing is decoded. Raises as `load`, save for damage behind a header."""

@@ -207,6 +207,8 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
             trust_remote_code=trusts,
             jinja=jinja,
             max_picture_pixels=config.vision.max_picture_pixels,
+            shares_caches=config.share_caches,
+            announce=engine.announcement,
         )
         stack.callback(pipeline.close)
         if pipeline.family is not None:

@@ -89,6 +89,7 @@ class ServerConfig:
     generation_config: str = "auto"  # auto | lmdeploy | a folder
     compat: str = "none"  # whose chats, completions and embeddings; alpaca: Chinese-LLaMA-Alpaca's
     strict_fields: bool = False  # refuse fields that no API documents
+    share_caches: bool = False  # between API keys; else each has pictures, embeddings and prefixes of its own
     max_body_bytes: int = 128 << 20
     max_queued_tokens: int = 512 << 10  # prompt tokens of requests that wait in the engine; over it requests wait, then are refused
     session_store: str = "auto"  # a file, a Redis URL, memory, or auto: a file in the user's state folder

@@ -121,6 +121,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("allow-headers", "server", "CORS: headers", list),
         Flag("allow-credentials", "server", "CORS: credentials", bool),
         Flag("strict-fields", "server", "refuse request fields that no API documents, instead of a warning", bool),
+        Flag("share-caches", "server", "let API keys use what others' pictures and prompts left in the caches", bool),
         Flag("max-body-bytes", "server", "largest request body", int),
         Flag(
             "session-store",
@@ -178,7 +179,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("max-queued-tokens", "server", "prompt tokens that may wait; over it a request waits --budget-wait-s, then 429", int),
         Flag("num-threads", "engine", "CPU threads of the engine (default: all cores)", int),
         Flag("embedding-cache-bytes", "engine", "memory for the embeddings of pictures seen before", int),
-        Flag("encoder-share", "engine", "share of the time that encoding pictures may take from running answers", float),
+        Flag("encoder-share", "engine", "share of the time that new pictures and prompts may take from running answers", float),
         Flag("seed", "engine", "of requests without their own, and of dummy weights", int),
     ),
     "pictures": (

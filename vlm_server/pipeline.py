@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys
+from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys, salted_hash
 from vision.config import MAX_PICTURE_PIXELS
 from vision.families import Family, load_family
 from vision.image import ImageRef, MeasuredImage, MediaError, ProcessedImage
 from vision.request_room import RequestRoom
+from vlm_server.announcing import OpenAnnouncement, announcing
 from vlm_server.chat_template import Message, TemplateError
 from vlm_server.detokenizer import StopWords
 from vlm_server.jinja_process import JinjaProcess
@@ -50,7 +51,12 @@ class ImageLoader(Protocol):
     def request_room(self) -> RequestRoom: ...
 
     async def load(
-        self, refs: Sequence[ImageRef], *, tenant: str = "", room: RequestRoom | None = None
+        self,
+        refs: Sequence[ImageRef],
+        *,
+        tenant: str = "",
+        room: RequestRoom | None = None,
+        on_loaded: Callable[[ProcessedImage], None] | None = None,
     ) -> list[ProcessedImage | MediaError]: ...
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage | MediaError]: ...
@@ -75,13 +81,21 @@ class Pipeline:
         family: Family | None = None,
         images: ImageLoader | None = None,
         max_picture_pixels: int = MAX_PICTURE_PIXELS,
+        shares_caches: bool = False,
+        announce: OpenAnnouncement | None = None,
     ) -> None:
+        """shares_caches: what one tenant's requests left in the caches is used for another's.
+
+        announce: for pictures that are loaded before others of their prompt; None: nobody hears of them before the prompt is made.
+        """
         if family is not None and tokenizer.token_id(family.image_token) != family.image_token_id:
             raise ValueError(f"the tokenizer's {family.image_token} is not token {family.image_token_id}, as config.json says")
         self.tokenizer = tokenizer
         self.template = template
         self.family = family
         self._images = images
+        self._shares_caches = shares_caches
+        self._announce = announce
         self._pictures = PictureParts(family, max_picture_pixels)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenize")
 
@@ -98,6 +112,8 @@ class Pipeline:
         trust_remote_code: bool = False,
         jinja: JinjaProcess | None = None,
         max_picture_pixels: int = MAX_PICTURE_PIXELS,
+        shares_caches: bool = False,
+        announce: OpenAnnouncement | None = None,
     ) -> "Pipeline":
         """The pipeline of the checkpoint in `model_folder`; blocks while its tokenizer is read.
 
@@ -116,7 +132,15 @@ class Pipeline:
             meta_instruction=meta_instruction,
             process=jinja,
         )
-        return cls(TextTokenizer(tokenizer), template, family=family, images=images, max_picture_pixels=max_picture_pixels)
+        return cls(
+            TextTokenizer(tokenizer),
+            template,
+            family=family,
+            images=images,
+            max_picture_pixels=max_picture_pixels,
+            shares_caches=shares_caches,
+            announce=announce,
+        )
 
     @property
     def stop_words(self) -> StopWords:
@@ -201,14 +225,14 @@ class Pipeline:
             return []
         images = self._loader(refs)
         admit_pictures()
-        report = report or PictureReport()
-        files = await report.gather(_held(refs, None, report), lambda wanted: images.fetch(wanted, limit_bytes=limit_bytes, tenant=tenant))
+        report, salt = report or PictureReport(), self._salt(tenant)
+        files = await report.gather(_held(refs, None, report), lambda wanted: images.fetch(wanted, limit_bytes=limit_bytes, tenant=salt))
         report.lost |= {ref.url: file for ref, file in zip(refs, files, strict=True) if isinstance(file, MediaError)}
         return [None if isinstance(file, MediaError) else file for file in files]
 
     async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None:
         """Raises ImagesNotSupportedError or MediaError where the picture cannot be used, as far as its header tells."""
-        await self._loader([ref]).measure([ref], tenant=tenant)
+        await self._loader([ref]).measure([ref], tenant=self._salt(tenant))
 
     def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
         """The transcript with the answer that followed, for a later `turn_prompt`; without it where its tokens are no whole text."""
@@ -242,8 +266,8 @@ class Pipeline:
         text = await render()
         measured: list[MeasuredImage] = []
         if refs:
-            images = self._loader(refs)
-            results = await report.gather(refs, lambda wanted: images.measure(wanted, tenant=tenant))
+            images, salt = self._loader(refs), self._salt(tenant)
+            results = await report.gather(refs, lambda wanted: images.measure(wanted, tenant=salt))
             measured = report.take(refs, results)
             text = await render(_failed(results)) if len(measured) < len(refs) else text
         return await self._in_thread(lambda: self._chat_tokens(text, measured, marker))
@@ -423,8 +447,9 @@ class Pipeline:
             return []
         images = self._loader(refs)
         admit_pictures()
-        with timings.stage("pictures"):
-            results = await report.gather(refs, lambda wanted: images.load(wanted, tenant=tenant, room=room))
+        salt = self._salt(tenant)
+        with timings.stage("pictures"), announcing(self._announce, len(refs), lambda image: self._input(image, tenant)) as on_loaded:
+            results = await report.gather(refs, lambda wanted: images.load(wanted, tenant=salt, room=room, on_loaded=on_loaded))
         loaded = [result for result in results if isinstance(result, ProcessedImage)]
         charge_pixels(sum(image.width * image.height for image in loaded))
         for image in loaded:
@@ -438,7 +463,7 @@ class Pipeline:
             raise InvalidRequestError(
                 f"prompt: token {self.family.image_token_id} stands for a picture; send pictures as chat messages or image_data"
             )
-        return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
+        return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), (), salt=self._salt(tenant)), tenant=tenant)
 
     def _guarded(self, value: Any, marker: str) -> Any:
         """Every string within, cut by `marker` inside each word that means a picture: no user's text becomes one."""
@@ -460,11 +485,20 @@ class Pipeline:
 
     def _prompt_of(self, token_ids: tuple[int, ...], images: Sequence[ProcessedImage], tenant: str) -> Prompt:
         """Tokens that have all of the pictures' slots, as the engine takes them."""
-        inputs = tuple(ImageInput(image.content_hash, image.num_tokens, image.arrays) for image in images)
+        inputs = tuple(self._input(image, tenant) for image in images)
         spans = self._spans(token_ids, inputs)
         positions, delta = self._positions(len(token_ids), spans, images)
-        keys = make_cache_keys(token_ids, inputs, spans, salt=tenant)
-        return Prompt(token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta)
+        keys = make_cache_keys(token_ids, inputs, spans, salt=self._salt(tenant))
+        return Prompt(
+            token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta, tenant=tenant
+        )
+
+    def _input(self, image: ProcessedImage, tenant: str) -> ImageInput:
+        return ImageInput(salted_hash(image.content_hash, self._salt(tenant)), image.num_tokens, image.arrays)
+
+    def _salt(self, tenant: str) -> str:
+        """Keeps a tenant's entries in every cache apart from the others'; nothing where all share them."""
+        return "" if self._shares_caches else tenant
 
     def _segments(
         self, text: str, images: Sequence[ProcessedImage], marker: str, known: Sequence[Segment]

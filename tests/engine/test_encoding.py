@@ -3,21 +3,10 @@ import torch
 from torch import nn
 
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
-from tests.engine.fake_encoder import HIDDEN_SIZE, NUM_TOKENS, FakeEncoder, fake_image
+from tests.engine.fake_encoder import HIDDEN_SIZE, NUM_TOKENS, FakeEncoder, SteppingClock, fake_image
 
 CPU = torch.device("cpu")
 FOREVER_S = 1e9
-
-
-class SteppingClock:
-    """Each reading is a second after the one before: every layer of the fake encoder takes one."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        self.now_s += 1.0
-        return self.now_s
 
 
 def test_a_small_budget_computes_some_layers_at_a_time():
@@ -106,6 +95,13 @@ def test_a_batch_is_bounded_in_tokens_but_takes_one_picture_of_any_size():
 
     assert choose_batch(FakeEncoder(), [large, fake_image(2)]) == [large]
     assert len(choose_batch(FakeEncoder(), [fake_image(i, num_tokens=1000) for i in range(4)])) == 2
+
+
+def test_a_batch_is_bounded_in_pixels_where_larger_ones_only_keep_pictures_waiting():
+    images = [fake_image(i, side=8) for i in range(4)]
+
+    assert choose_batch(FakeEncoder(), images, max_pixels=2 * 64) == images[:2]
+    assert choose_batch(FakeEncoder(), images, max_pixels=1) == images[:1]
 
 
 def test_the_cache_forgets_the_least_recently_used_but_nothing_pinned():

@@ -101,6 +101,18 @@ async def test_one_service_through_hits_misses_tenants_options_and_errors(servic
     assert service.stats().num_done["preprocess"] == 6
     close([sized, whole, tiled, other, theirs])
 
+    # Each picture is told of when it is there, not when all are.
+    gate, told = Gate(png()), asyncio.Queue[ProcessedImage]()
+    server.pages["/slow"] = gate
+    loading = asyncio.create_task(service.load(refs(server.url("/slow"), data_url(png(seed=2))), on_loaded=told.put_nowait))
+    early = await told.get()
+    assert not loading.done()
+    gate.is_open.set()
+    slow, quick = await loading
+    assert early is quick
+    assert (await told.get()) is slow
+    close([slow, quick])
+
     # The first error cancels the rest and names its part of the request.
     gate = server.pages["/gate"] = Gate(png())
     server.pages["/broken"] = body(png()[:50])
