@@ -147,14 +147,6 @@ def make_cache_keys(
     return tuple(keys)
 
 
-def salted_hash(content_hash: bytes, salt: str) -> bytes:
-    """Another hash for each salt: pictures that are found by it are found by those with the same salt alone."""
-    if not salt:
-        return content_hash
-    key = hashlib.blake2b(salt.encode(), digest_size=32).digest()
-    return hashlib.blake2b(content_hash, key=key, digest_size=32).digest()
-
-
 def _hashed_key(data: bytes, number: int) -> int:
     """A negative 63-bit integer: never equal to a token id."""
     digest = hashlib.blake2b(number.to_bytes(8, "little", signed=True), key=hashlib.blake2b(data, digest_size=32).digest(), digest_size=8)

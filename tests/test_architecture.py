@@ -177,8 +177,7 @@ MAY_IMPORT = {
     "vlm_server.generate_protocol": ".aborting .image_protocol .message_schema .protocol",
     "vlm_server.generate_shape": ".errors .generation .stage_timings .streaming",
     "vlm_server.generation": (
-        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings "
-        "engine.request"
+        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings engine.request"
     ),
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",

@@ -23,7 +23,7 @@ from vision.cache import ByteBoundedCache
 from vision.config import VisionConfig
 from vision.decode_pool import DecodePool
 from vision.fetcher import Fetcher
-from vision.image import ImageOptions, ImageRef, MeasuredImage, MediaError, ProcessedImage
+from vision.image import ImageOptions, ImageRef, MeasuredImage, MediaError, ProcessedImage, salted_hash
 from vision.media_budgets import BYTES_PER_PIXEL, MediaBudgets, hold_bytes, keep_arrays, owner_or
 from vision.preprocess import DEFAULT_PROCESSOR, PreprocessSettings
 from vision.preprocess_pool import PreprocessPool
@@ -286,7 +286,8 @@ class VisionService:
     ) -> ProcessedImage:
         """The caller's own; counted in the pixels in flight until the engine has it or the request ends, once for all who hold it."""
         room.take_pixels(image.width * image.height)
-        keep_arrays(image.content_hash, await self._arrays.hold(key, _num_pixels(image), owner_or(key[0])))
+        engine_hash = salted_hash(image.content_hash, key[0])  # as the prompt will name the picture
+        keep_arrays(engine_hash, await self._arrays.hold(key, _num_pixels(image), owner_or(key[0])))
         return _own_copy(image, timings_s)
 
     async def _fetch_and_measure(self, ref: ImageRef, tenant: str, room: RequestRoom) -> MeasuredImage:

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys, salted_hash
+from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys
 from vision.config import MAX_PICTURE_PIXELS
 from vision.families import Family, load_family
-from vision.image import ImageRef, MeasuredImage, MediaError, ProcessedImage
+from vision.image import ImageRef, MeasuredImage, MediaError, ProcessedImage, salted_hash
 from vision.request_room import RequestRoom
 from vlm_server.announcing import OpenAnnouncement, announcing
 from vlm_server.chat_template import Message, TemplateError

@@ -15,7 +15,7 @@ from tests.vision.pictures import data_url, png
 from tests.vision.processes import await_end, freeze, until
 from tests.vision.test_service import FAKE, close, refs, unopened
 from vision.config import VisionConfig
-from vision.image import ImageRef, MediaError
+from vision.image import ImageRef, MediaError, salted_hash
 from vision.media_budgets import Holding, held_by
 from vision.service import VisionService
 
@@ -112,6 +112,10 @@ async def test_what_pictures_hold_on_their_way_and_that_it_is_given_back_however
     with request(service, "a") as holding:
         images = await service.load(refs(data_url(png())))
         holding.give_arrays(image.content_hash for image in images)
+        assert nothing_is_held(service)
+        close(images)
+        images = await service.load(refs(data_url(png())), tenant="alice")
+        holding.give_arrays(salted_hash(image.content_hash, "alice") for image in images)  # as her prompt names them
         assert nothing_is_held(service)
         close(images)
 
