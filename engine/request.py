@@ -127,6 +127,7 @@ class Prompt:
     spans: tuple[ImageSpan, ...] = ()  # in prompt order, disjoint
     positions: tuple[tuple[int, ...], ...] | None = None  # (3, num_tokens) for three-axis rotary models; None: 0, 1, 2, …
     position_delta: int = 0  # position of slot i beyond the prompt is i + position_delta, on every axis
+    is_probe: bool = False  # the server's own: leaves nothing in the caches and is not counted as work
 
 
 def make_cache_keys(

@@ -18,7 +18,7 @@ class Row:
     def __init__(self, request: Request, order: int) -> None:
         self.request = request
         self.order = order  # of arrival
-        self.table = BlockTable(request.cache_keys)
+        self.table = BlockTable(request.cache_keys, is_private=request.prompt.is_probe)
         self.span_ends = [span.start + span.num_tokens for span in request.prompt.spans]
 
     def __repr__(self) -> str:
