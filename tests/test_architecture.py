@@ -106,12 +106,13 @@ MAY_IMPORT = {
     "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
         ".aborting .admission .answer_formats .api_keys .auth .backend .chat_page .config .context .docs .errors .files .metered_engine "
-        ".metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns "
-        "engine.request vision.image"
+        ".metrics .middleware .quotas .readiness .responses.records .routes.* .sampling .sessions.history .sessions.opening "
+        ".sessions.store .turns engine.request vision.image"
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
+        ".config .detokenizer .jinja_process .pipeline .probe .readiness .stage_timings .transcript engine.client engine.request "
+        "vision.image vision.service"
     ),
     "vlm_server.built_in_templates": ".alpaca .role_template",
     "vlm_server.chat_client": ".client",
@@ -136,7 +137,7 @@ MAY_IMPORT = {
         ".token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
-    "vlm_server.docs": ".anthropic.response_schema .client_schemas .config .examples .response_schema .responses.schema vlm_server",
+    "vlm_server.docs": ".anthropic.response_schema .auth .client_schemas .config .examples .response_schema .responses.schema vlm_server",
     "vlm_server.echo": ".backend .logprobs engine.request",
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
@@ -184,8 +185,10 @@ MAY_IMPORT = {
         ".chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .stage_timings .template_choice .tokenizer "
         ".transcript engine.request vision.config vision.families vision.image"
     ),
+    "vlm_server.probe": ".chat_template .jinja_process .pipeline .readiness .stage_timings engine.request vision.image vision.workers",
     "vlm_server.protocol": ".format_protocol .image_protocol .message_schema .nesting .tool_schema",
     "vlm_server.quotas": "",
+    "vlm_server.readiness": "",
     "vlm_server.response_schema": "",
     "vlm_server.responses": "",
     "vlm_server.responses.field_paths": ".errors engine.request vision.image",
@@ -222,7 +225,7 @@ MAY_IMPORT = {
         ".aborting .auth .context .errors .generate_protocol .generate_shape .generation .guided .middleware .response_schema .shapes "
         ".streaming engine.request"
     ),
-    "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
+    "vlm_server.routes.health": ".auth .context .errors .metrics .readiness .response_schema .sessions.store .streaming engine.request",
     "vlm_server.routes.interactive": (
         ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .streaming .turns"
     ),
@@ -238,7 +241,9 @@ MAY_IMPORT = {
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
     "vlm_server.routes.tokens": ".auth .context .errors .files .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
-    "vlm_server.serving": ".api_keys .app .auth .backend .config .connections .sessions.opening .sessions.store .tls engine.request",
+    "vlm_server.serving": (
+        ".api_keys .app .auth .backend .config .connections .readiness .sessions.opening .sessions.store .tls engine.request"
+    ),
     "vlm_server.sessions": "",
     "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
     "vlm_server.sessions.lease": ".sessions.store",

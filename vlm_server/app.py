@@ -31,6 +31,7 @@ from vlm_server.metered_engine import metered_engine
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath, request_facts
 from vlm_server.quotas import Quota, QuotaExceededError
+from vlm_server.readiness import Readiness
 from vlm_server.responses.records import ResponseRecords
 from vlm_server.routes import (
     abort,
@@ -59,11 +60,12 @@ from vlm_server.turns import Turns
 
 def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend, open_store: OpenStore = open_store) -> FastAPI:
     """The server of one model. `open_backend` gives the engine and the pipeline, `open_store` what outlives them; tests put scripted ones
-    there. Its `state.keys` is the KeyRing, or None. Raises ApiKeysError.
+    there. Its `state.keys` is the KeyRing, or None; `state.readiness` is told when the server stops. Raises ApiKeysError.
     """
     metrics = Metrics()
     running = RunningRequests() if config.enable_abort_handling else None
     keys = _key_ring(config, metrics)
+    readiness = Readiness()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -74,7 +76,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
             kept = Limits(config.response_ttl_s, config.max_responses)
             records = ResponseRecords(store, limits=kept, max_bytes=config.max_session_bytes)
             formats = _answer_formats(config, backend)
-            async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns:
+            async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns, readiness.watching(backend.engine, backend.probe):
                 uploads, created_s = _files(config, store), int(time.time())
                 charging = replace(backend, engine=metered_engine(backend.engine)) if keys is not None else backend
                 app.state.context = ServerContext(config, charging, defaults, metrics, turns, formats, uploads, records, created_s, running)
@@ -100,6 +102,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     open_paths = (DOCS_PATHS if config.enable_docs else frozenset()) | (chat_page.paths if chat_page else frozenset())
     _add_middleware(app, config, metrics, keys, open_paths=open_paths)
     app.state.keys = keys
+    app.state.readiness = readiness
     return app
 
 

@@ -15,6 +15,7 @@ from vision.image import ImageRef
 from vision.service import VisionStats
 from vlm_server.config import ServerConfig
 from vlm_server.detokenizer import StopWords, TextDecoder
+from vlm_server.readiness import Probe
 from vlm_server.stage_timings import StageTimings
 from vlm_server.transcript import Transcript, TurnPrompt
 
@@ -140,6 +141,7 @@ class Backend:
     pipeline: PromptPipeline
     vision_stats: Callable[[], VisionStats] = VisionStats
     stop_words: StopWords = field(default_factory=StopWords)  # the chat template's, for every request
+    probe: Probe | None = None  # tries both out; None: they need not be
 
 
 OpenBackend = Callable[[ServerConfig], AbstractAsyncContextManager[Backend]]
@@ -155,6 +157,7 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
     from vision.service import VisionService
     from vlm_server.jinja_process import JinjaProcess
     from vlm_server.pipeline import Pipeline
+    from vlm_server.probe import PipelineProbe
 
     folder, trusts = config.engine.model_folder, config.engine.trust_remote_code
     async with contextlib.AsyncExitStack() as stack:
@@ -186,4 +189,5 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
             await engine.set_vocabulary(vocabulary)
         if pipeline.family is not None:
             await vision.ready()
-        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words)
+        probe = PipelineProbe(engine, pipeline, vision if pipeline.family is not None else None)
+        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words, probe)

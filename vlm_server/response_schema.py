@@ -248,6 +248,25 @@ class HealthResponse(BaseModel):
     message: str = Field(description="The engine's state in words.")
 
 
+class LiveResponse(BaseModel):
+    status: Literal["live"] = Field(description="The server answers.")
+
+
+class ProbeStages(BaseModel):
+    age_s: float = Field(description="Seconds since the probe ended.")
+    stages_ms: dict[str, float] = Field(description="Milliseconds by stage, as in `Server-Timing`.")
+
+
+class ReadyResponse(BaseModel):
+    status: Literal["ready", "not_ready"] = Field(description="ready: it takes requests, and what it was tried with went through.")
+    message: str = Field(description="Why, in words.")
+    stage: str | None = Field(
+        description="What is missing: draining, engine, first_probe, queue, or the probe's stage that failed: template, decode, "
+        "preprocess, tokenize, encode, prefill. Null where it is ready."
+    )
+    probe: ProbeStages | None = Field(description="The last probe, where one has ended.")
+
+
 class IsSleepingResponse(BaseModel):
     is_sleeping: bool = Field(description="Always false.")
 

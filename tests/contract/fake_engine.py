@@ -29,6 +29,7 @@ from vision.image import ImageRef, MediaError
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
 from vlm_server.detokenizer import StopWords
+from vlm_server.readiness import Probe
 from vlm_server.stage_timings import StageTimings
 from vlm_server.transcript import Segment, Transcript, TurnPrompt
 
@@ -368,6 +369,7 @@ class FakeBackend:
         self.engine = FakeEngine(self.activity)
         self.pipeline = FakePipeline(self.activity)
         self.stop_words = StopWords()
+        self.probe: Probe | None = None
 
     def reset(self) -> None:
         """As new, for the next test on the same server."""
@@ -378,4 +380,4 @@ class FakeBackend:
 
     @contextlib.asynccontextmanager
     async def open(self, config: ServerConfig) -> AsyncIterator[Backend]:
-        yield Backend(self.engine, self.pipeline, stop_words=self.stop_words)
+        yield Backend(self.engine, self.pipeline, stop_words=self.stop_words, probe=self.probe)
