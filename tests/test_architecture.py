@@ -107,7 +107,7 @@ MAY_IMPORT = {
     "vlm_server.app": (
         ".aborting .admission .answer_formats .api_keys .auth .backend .chat_page .config .context .docs .errors .files .metered_engine "
         ".metrics .middleware .quotas .readiness .responses.records .routes.* .sampling .sessions.history .sessions.opening "
-        ".sessions.store .turns engine.request vision.image"
+        ".sessions.store .stage_totals .status_board .turns engine.request vision.image"
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
@@ -239,6 +239,7 @@ MAY_IMPORT = {
         ".responses.translation .sessions.store .streaming"
     ),
     "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
+    "vlm_server.routes.status": ".context .readiness .response_schema .status_board .streaming vlm_server",
     "vlm_server.routes.tokens": ".auth .context .errors .files .response_schema .streaming .token_protocol .tools",
     "vlm_server.sampling": ".errors .protocol engine.request",
     "vlm_server.serving": (
@@ -253,6 +254,8 @@ MAY_IMPORT = {
     "vlm_server.sessions.store": "",
     "vlm_server.shapes": ".backend .echo .errors .generation .logprobs .parsing.events .protocol .streaming",
     "vlm_server.stage_timings": "",
+    "vlm_server.stage_totals": ".backend engine.request",
+    "vlm_server.status_board": ".backend .stage_totals engine.request vision.service vision.single_flight",
     "vlm_server.streaming": ".errors .generation .middleware",
     "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
     "vlm_server.terminal": ".chat_client",

@@ -48,6 +48,7 @@ from vlm_server.routes import (
     models,
     responses,
     scoring,
+    status,
     tokens,
 )
 from vlm_server.sampling import SamplingDefaults
@@ -55,6 +56,8 @@ from vlm_server.sessions.history import SessionBusyError, Sessions
 from vlm_server.sessions.opening import OpenStore, open_store
 from vlm_server.sessions.store import Limits, RecordStore, StoreError
 from vlm_server.sessions.store import Quota as StoreQuota
+from vlm_server.stage_totals import StageTotals, timed_engine
+from vlm_server.status_board import StatusBoard
 from vlm_server.turns import Turns
 
 
@@ -65,7 +68,8 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     metrics = Metrics()
     running = RunningRequests() if config.enable_abort_handling else None
     keys = _key_ring(config, metrics)
-    readiness = Readiness()
+    readiness, totals = Readiness(), StageTotals()
+    board = StatusBoard(totals)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -77,10 +81,12 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
             records = ResponseRecords(store, limits=kept, max_bytes=config.max_session_bytes)
             formats = _answer_formats(config, backend)
             async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns, readiness.watching(backend.engine, backend.probe):
+                backend = replace(backend, engine=timed_engine(backend.engine, totals))
                 uploads, created_s = _files(config, store), int(time.time())
                 charging = replace(backend, engine=metered_engine(backend.engine)) if keys is not None else backend
                 app.state.context = ServerContext(config, charging, defaults, metrics, turns, formats, uploads, records, created_s, running)
-                yield
+                async with board.sampling(backend.engine, backend.vision_stats):
+                    yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, generate_unique_id_function=operation_id)
     answering = (alpaca,) if config.compat == ALPACA else (chat, completions, embeddings)
@@ -91,6 +97,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     app.include_router(health.health_router)
     if config.enable_metrics:
         app.include_router(health.metrics_router)
+        app.include_router(status.router)
     if config.enable_docs:
         add_docs(app, config)
     chat_page = ChatPage(config) if config.enable_ui else None
@@ -102,7 +109,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     open_paths = (DOCS_PATHS if config.enable_docs else frozenset()) | (chat_page.paths if chat_page else frozenset())
     _add_middleware(app, config, metrics, keys, open_paths=open_paths)
     app.state.keys = keys
-    app.state.readiness = readiness
+    app.state.readiness, app.state.status_board = readiness, board
     return app
 
 

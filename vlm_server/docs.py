@@ -69,6 +69,7 @@ _ABORT = "/abort_request"
 _NEVER_ANSWERED = "/pooling"  # no model here has what it takes
 _MAY_BE_OFF = "/terminate"
 _READY = "/health/ready"
+_STATUS = "/status"
 _HEALTH = {"/health": "HealthResponse", _READY: "ReadyResponse"}  # those whose 503 has the shape of their 200
 _ERRORS = {
     "400": "The request is wrong, or not allowed here; `param` names the field.",
@@ -177,6 +178,8 @@ def _examples(config: ServerConfig) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
     keyed = ["401", "429"] if config.needs_key and path not in OPEN_PATHS else []
+    if path == _STATUS:
+        return ["400", *keyed[:1]]
     if path == _READY:
         return ["400", *(["401"] if config.needs_key else []), "503"]
     if path.startswith(_FILES):
