@@ -290,6 +290,7 @@ class StatusSample(BaseModel):
 class StatusResponse(BaseModel):
     model: str = Field(description="The model's id.")
     version: str = Field(description="The server's.")
+    started_at: int = Field(description="Unix time of the server's start.")
     uptime_s: float = Field(description="Seconds since the server was started.")
     readiness: ReadyResponse = Field(description="As `GET /health/ready` answers.")
     engine: EngineStatus = Field(description="The engine's process.")

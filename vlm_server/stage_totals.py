@@ -13,6 +13,7 @@ from engine.request import Prompt, SamplingParams, StepOutput
 from vlm_server.backend import Engine
 
 DECODE = "decode"
+STAGES = ("queue", "encode", "prefill", DECODE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class StageTotals:
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self.now_s = now_s
-        self._totals: dict[str, StageTotal] = {}
+        self._totals = dict.fromkeys(STAGES, StageTotal())
 
     def add(self, stage: str, time_s: float, *, num: int = 1) -> None:
         total = self._totals.get(stage, StageTotal())

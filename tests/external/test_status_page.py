@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from engine.request import EngineStats
 from tests.contract.running import RunningServer, fake_config, running_server
@@ -219,6 +219,8 @@ def test_an_engine_that_is_down_silent_or_untried_is_said_so(page: Page, scripte
     expect(state(page)).to_have_text("Engine silent")
     expect(page.locator("#alert")).to_contain_text("has not answered for 42 s")
     expect(panel(page, "Requests")).to_contain_text("in the batch –")
+    for name in ("Requests", "Tokens per second", "KV cache"):
+        expect(panel(page, name)).to_contain_text("no numbers from the engine now")
 
     numbers.silence_s, numbers.engine_answers = 0.1, True
     expect(state(page)).to_have_text("Ready")
@@ -295,6 +297,39 @@ def test_behind_a_prefix_the_page_finds_its_files_and_numbers(browser_program: B
         expect(state(tab.page)).to_have_text("Ready")
         tab.page.get_by_role("link", name="Chat").click()
         expect(tab.page).to_have_url(f"{server.url}/vlm/ui")
+
+
+def test_budgets_are_drawn_where_the_server_tells_of_any(page: Page) -> None:
+    expect(panel(page, "Budgets")).to_be_hidden()
+
+    def with_budgets(route: Route) -> None:
+        answer = route.fetch().json()
+        answer["sample"]["vision"]["budgets"] = {
+            "media_bytes": {"used": 3 << 20, "limit": 12 << 20, "num_waiting": 2, "num_refused": 5},
+            "queued_tokens": {"used": 50, "limit": 200, "num_waiting": 0, "num_refused": 0},
+        }
+        route.fulfill(json=answer)
+
+    page.route("**/status*", with_budgets)
+
+    expect(panel(page, "Budgets").get_by_role("listitem")).to_have_text(
+        ["media bytes3.0 MB of 12.0 MB · 2 waiting · 5 refused", "queued tokens50 of 200"]
+    )
+    assert [bar.get_attribute("aria-label") for bar in panel(page, "Budgets").get_by_role("img").all()] == ["25 %", "25 %"]
+
+
+def test_numbers_of_a_server_that_was_started_again_begin_anew(page: Page) -> None:
+    def of_a_new_server(route: Route) -> None:
+        answer = route.fetch().json()
+        answer["started_at"] += 100
+        answer["sample"]["at_s"] = answer["uptime_s"] = 1.0
+        route.fulfill(json=answer)
+
+    page.route("**/status*", of_a_new_server)
+
+    expect(page.locator("#facts")).to_contain_text("Up for1 s")
+    expect(panel(page, "Tokens per second").get_by_role("listitem")).to_have_text(["written –", "read –"])
+    expect(panel(page, "Requests").get_by_role("listitem")).to_have_text(["in the batch 5", "waiting 3"])
 
 
 def test_nothing_that_the_server_tells_becomes_html(browser_program: Browser, numbers: Numbers) -> None:

@@ -31,7 +31,7 @@ def chat(server: RunningServer) -> None:
 def test_the_snapshot_has_the_engines_numbers_and_limits() -> None:
     with running_server() as server:
         chat(server)
-        while not (body := get(server).json())["sample"]["stages"]:
+        while not (body := get(server).json())["sample"]["stages"]["decode"]["num"]:
             pass  # a sample of half a second ago
 
     StatusResponse.model_validate(body)
@@ -171,7 +171,12 @@ async def test_the_engines_stages_are_summed_and_its_answers_stay_as_they_are() 
     outputs = [[output async for output in engine.generate(prompt, SamplingParams(), request_id=name)] for name in ("a", "b")]
 
     assert [output.token_ids for output in outputs[0]] == [[0, 0], [1, 1], [2, 2], [3, 3]]
-    assert totals.now() == {"queue": StageTotal(2, 2.0), "prefill": StageTotal(2, 4.0), "decode": StageTotal(12, 3.0)}
+    assert totals.now() == {
+        "queue": StageTotal(2, 2.0),
+        "encode": StageTotal(),
+        "prefill": StageTotal(2, 4.0),
+        "decode": StageTotal(12, 3.0),
+    }
     assert engine.state == "ready"
 
 

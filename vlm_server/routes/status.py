@@ -36,6 +36,7 @@ def _content(context: ServerContext, readiness: Readiness, board: StatusBoard) -
     return {
         "model": config.model_name,
         "version": __version__,
+        "started_at": context.created_s,
         "uptime_s": board.uptime_s,
         "readiness": readiness.standing().body(),
         "engine": {

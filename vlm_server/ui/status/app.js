@@ -80,7 +80,7 @@ function fail(error) {
 }
 
 function show(answer) {
-  samples.add([...answer.history, answer.sample]);
+  samples.add([...answer.history, answer.sample], answer.started_at);
   const { engine, readiness, uptime_s: uptime } = answer;
   const isSilent = engine.state === "ready" && engine.silence_s > SILENT_ENGINE_S;
   if (engine.state !== "ready") {
@@ -124,6 +124,6 @@ function tell(kind, word, text) {
   byId("alert").hidden = !text;
   if (byId("alert").textContent !== text) byId("alert").textContent = text;
   byId("alert").className = kind;
-  if (announced && announced !== word) byId("announcement").textContent = `${word}. ${text}`;
+  if (announced !== word && (announced || kind !== "ready")) byId("announcement").textContent = `${word}. ${text}`;
   announced = word;
 }

@@ -8,12 +8,12 @@ import { sumAt, valueAt } from "./samples.js";
 /** Milliseconds by stage; `of` says of what each is the mean. */
 const STAGES = [
   { name: "Fetch", of: "picture", color: "network", sum: "vision.time_s.fetch", count: "vision.num_done.fetch" },
-  { name: "Decode picture", of: "picture", color: "pictures", sum: "vision.time_s.decode", count: "vision.num_done.decode" },
+  { name: "Decode", of: "picture", color: "pictures", sum: "vision.time_s.decode", count: "vision.num_done.decode" },
   { name: "Preprocess", of: "picture", color: "pictures", sum: "vision.time_s.preprocess", count: "vision.num_done.preprocess" },
   { name: "Queue", of: "request", color: "queue", sum: "stages.queue.time_s", count: "stages.queue.num" },
   { name: "Encode", of: "picture", color: "encode", sum: "engine.encode_time_s", count: "engine.num_images_encoded" },
   { name: "Prefill", of: "request", color: "prefill", sum: "stages.prefill.time_s", count: "stages.prefill.num" },
-  { name: "Decode token", of: "token", color: "generate", sum: "stages.decode.time_s", count: "stages.decode.num" },
+  { name: "Generate", of: "token", color: "generate", sum: "stages.decode.time_s", count: "stages.decode.num" },
 ];
 
 /** Which counters say how often a cache had what was asked for. */
@@ -35,6 +35,8 @@ const CACHES = [
     used: "vision.http_cache_bytes", limit: "http_cache_bytes",
   },
 ]; // prettier-ignore
+
+const SILENT = "no numbers from the engine now";
 
 export const number = (value) => (value >= 10_000 ? `${(value / 1000).toFixed(value < 100_000 ? 1 : 0)}k` : `${Math.round(value * 10) / 10}`);
 export const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
@@ -58,6 +60,7 @@ class Requests {
   draw(samples, status, end) {
     this.#chart.draw(samples.gauges((sample) => [valueAt(sample, "engine.num_running"), valueAt(sample, "engine.num_waiting")]), end);
     const { engine } = status.sample;
+    this.#note.textContent = SILENT;
     if (engine === null) return;
     const oldest = engine.oldest_waiting_s ? ` · the oldest waits ${duration(engine.oldest_waiting_s)}` : "";
     const { max_batch_size: rows, max_waiting: places } = status.limits;
@@ -77,6 +80,7 @@ class Tokens {
     };
     this.#chart.draw(samples.rates(read), end);
     const { engine } = status.sample;
+    this.#note.textContent = SILENT;
     if (engine === null) return;
     const { num_output_tokens: written, num_prompt_tokens: prompts } = engine;
     this.#note.textContent = `since the engine's start: ${number(written)} written, ${number(prompts)} of prompts`;
@@ -99,6 +103,8 @@ class Memory {
     const { engine } = status.sample;
     this.#total = engine?.num_blocks ?? this.#total;
     this.#chart.draw(samples.gauges((sample) => names.map((name) => valueAt(sample, `engine.${name}`))), end);
+    this.#note.textContent = SILENT;
+    this.#bar.set([], 0, SILENT);
     if (engine === null) return;
     const [used, kept, free] = names.map((name) => engine[name]);
     const parts = [{ color: "generate", value: used }, { color: "prefill", value: kept }];

@@ -19,15 +19,17 @@ export function sumAt(sample, paths) {
 
 export class Samples {
   #all = [];
+  #startedAt = null;
 
   get last() {
     return this.#all.at(-1) ?? null;
   }
 
-  /** In the order of their time; one that is not newer than the last is dropped, and so are all of a server that ended. */
-  add(samples) {
+  /** In the order of their time; one that is not newer than the last is dropped. `startedAt`: of the server; with it its clock begins. */
+  add(samples, startedAt) {
+    if (startedAt !== this.#startedAt) this.#all = [];
+    this.#startedAt = startedAt;
     for (const sample of samples) {
-      if (this.last !== null && sample.at_s < this.last.at_s - SPAN_S / 10) this.#all = [];
       if (this.last === null || sample.at_s > this.last.at_s) this.#all.push(sample);
     }
     while (this.#all.length && this.#all[0].at_s < this.last.at_s - SPAN_S - STEP_S) this.#all.shift();
