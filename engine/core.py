@@ -60,6 +60,7 @@ class Engine:
         self.guides = Guides(vocab_size=self.runner.vocab_size, eos_token_ids=self.runner.eos_token_ids)
         self._compiling: dict[str, Future[None]] = {}  # held requests and what they wait for
         self._readings: dict[str, Reading] = {}  # of prompts that are not wholly computed
+        self._probes: dict[str, Prompt] = {}
         self.clock = FirstTokenClock()
         self.pace = Pace(config.encoder_share, max_prefill_tokens=config.max_prefill_token_num)
         self._own = EngineStats()
@@ -102,6 +103,8 @@ class Engine:
             params = replace(params, seed=self.config.seed + self._num_requests)
         request = Request(request_id, prompt, params)
         self.scheduler.add(request)
+        if prompt.is_probe:
+            self._probes[request_id] = prompt
         self.clock.added(request_id)
         if self.encoding is not None and any(image in self.encoding for image in prompt.images):
             self.clock.begun(request_id)
@@ -110,13 +113,8 @@ class Engine:
         if params.grammar is not None:
             self.scheduler.hold(request_id)
             self._compiling[request_id] = self.guides.begin(request_id, params.grammar)
-        num_hits = sum(self.embeddings.touch(image.content_hash) for image in prompt.images)
-        own, num_misses = self._own, len(prompt.images) - num_hits
-        self._own = replace(
-            own,
-            num_embedding_cache_hits=own.num_embedding_cache_hits + num_hits,
-            num_embedding_cache_misses=own.num_embedding_cache_misses + num_misses,
-        )
+        if not prompt.is_probe:
+            self._count_embeddings(prompt)
 
     def abort(self, request_id: str) -> StepOutput | None:
         """End a request; its blocks are free on return. None where it is unknown or has ended."""
@@ -139,6 +137,7 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Compute one plan, and a slice of the pictures that wait."""
         started = time.perf_counter()
+        is_counted = any(request_id not in self._probes for request_id in self.scheduler.requests)
         self._release_compiled()
         num_decoding, num_prefilling = self.scheduler.prefill_load()
         budget = self.pace.prefill_tokens(num_decoding=num_decoding, num_prefilling=num_prefilling)
@@ -147,7 +146,8 @@ class Engine:
             self.clock.begun(chunk.request_id)
         outputs, tensor_s = self._compute(plan) if plan.chunks else ([], 0.0)
         encode_s, failed = self._encode(self._encode_budget_s(plan, tensor_s))
-        self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
+        if is_counted:
+            self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
         timed = [self._timed(output) for output in outputs + failed]
         for output in timed:
             if output.finish_reason is not None:
@@ -275,6 +275,10 @@ class Engine:
         self._readings.pop(request_id, None)
         self._compiling.pop(request_id, None)
         self.guides.end(request_id)
+        if probe := self._probes.pop(request_id, None):
+            for image in probe.images:
+                self.embeddings.discard(image.content_hash)
+                self.scheduler.image_forgotten(image.content_hash)
 
     def _read(self, plan: Plan, readings: dict[str, Reading]) -> None:
         """Add what the plan's chunks read to what their requests have. A preempted request begins anew."""
@@ -342,12 +346,16 @@ class Engine:
             self.scheduler.image_ready(image.content_hash)
         for request_id in self._requests_with(encoding):
             self.clock.encoded(request_id)
-        self._own = replace(self._own, num_images_encoded=self._own.num_images_encoded + len(encoding.images))
+        num_images = len({image.content_hash for image in encoding.images} - self._probe_images())
+        self._own = replace(self._own, num_images_encoded=self._own.num_images_encoded + num_images)
         self._shrink_embeddings()
         return []
 
     def _requests_with(self, encoding: Encoding) -> list[str]:
         return sorted({request_id for image in encoding.images for request_id in self.scheduler.requests_with_image(image.content_hash)})
+
+    def _probe_images(self) -> set[bytes]:
+        return {image.content_hash for probe in self._probes.values() for image in probe.images}
 
     def _drop_unwanted_encoding(self) -> None:
         """Stop encoding pictures that no request wants any more."""
@@ -362,6 +370,15 @@ class Engine:
         if self.embeddings.num_bytes > self.embeddings.limit_bytes:
             for content_hash in self.embeddings.shrink(self.scheduler.pinned_images()):
                 self.scheduler.image_forgotten(content_hash)
+
+    def _count_embeddings(self, prompt: Prompt) -> None:
+        num_hits = sum(self.embeddings.touch(image.content_hash) for image in prompt.images)
+        own, num_misses = self._own, len(prompt.images) - num_hits
+        self._own = replace(
+            own,
+            num_embedding_cache_hits=own.num_embedding_cache_hits + num_hits,
+            num_embedding_cache_misses=own.num_embedding_cache_misses + num_misses,
+        )
 
     def _count(self, plan: Plan, step_s: float, tensor_s: float, encode_s: float) -> None:
         own = self._own

@@ -44,6 +44,10 @@ class EmbeddingCache:
         self.tensors.move_to_end(content_hash)
         return True
 
+    def discard(self, content_hash: bytes) -> None:
+        if content_hash in self.tensors:
+            self.num_bytes -= self.tensors.pop(content_hash).nbytes
+
     def shrink(self, pinned: set[bytes]) -> list[bytes]:
         """Forget unpinned embeddings until the budget is kept; the hashes forgotten."""
         forgotten = []

@@ -128,6 +128,7 @@ class Prompt:
     positions: tuple[tuple[int, ...], ...] | None = None  # (3, num_tokens) for three-axis rotary models; None: 0, 1, 2, …
     position_delta: int = 0  # position of slot i beyond the prompt is i + position_delta, on every axis
     tenant: str = ""  # whose request it is: tenants take turns. What they share is for keys and hashes to say
+    is_probe: bool = False  # the server's own: leaves nothing in the caches and is not counted as work
 
 
 def make_cache_keys(

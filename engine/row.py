@@ -20,7 +20,7 @@ class Row:
         self.order = order  # its place among the tenants' turns, and the number of its arrival
         self.awaits: bytes | None = None  # while it waits: the picture without which it cannot begin, when it was last looked at
         self.lacks_images = False  # while it waits: it was passed over because enough rows lacked pictures
-        self.table = BlockTable(request.cache_keys)
+        self.table = BlockTable(request.cache_keys, is_private=request.prompt.is_probe)
         self.span_ends = [span.start + span.num_tokens for span in request.prompt.spans]
 
     def __repr__(self) -> str:

@@ -424,7 +424,7 @@ class Scheduler:
             search.has_started = True
         request.num_computed = num_matched * self.blocks.block_size
         request.status = RequestStatus.RUNNING
-        if request.num_preemptions == 0:
+        if request.num_preemptions == 0 and not request.prompt.is_probe:
             request.num_cached = request.num_computed
             self.num_prompt_tokens += request.num_prompt_tokens
             self.num_cached_prompt_tokens += request.num_cached
@@ -496,7 +496,7 @@ class Scheduler:
         request.token_ids.append(token_id)
         request.cache_keys.append(token_id)
         request.output_counts[token_id] = request.output_counts.get(token_id, 0) + 1
-        self.num_output_tokens += 1
+        self.num_output_tokens += not request.prompt.is_probe
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.params

@@ -124,13 +124,14 @@ MAY_IMPORT = {
     "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
         ".aborting .admission .answer_formats .api_keys .auth .backend .body_budget .chat_page .config .context .docs .errors .files "
-        ".metered_engine .metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening "
-        ".sessions.store .tracing .turns .waiting_room engine.request vision.budget vision.image vision.service"
+        ".metered_engine .metrics .middleware .quotas .readiness .responses.records .routes.* .sampling .sessions.history "
+        ".sessions.opening .sessions.store .stage_totals .status_board .tracing .turns .waiting_room engine.request vision.budget "
+        "vision.image vision.service"
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .jinja_worker .picture_report .pipeline .stage_timings .transcript engine.client "
-        "engine.request vision.config vision.image vision.media_budgets vision.request_room vision.service"
+        ".config .detokenizer .jinja_process .jinja_worker .picture_report .pipeline .probe .readiness .stage_timings .transcript "
+        "engine.client engine.request vision.config vision.image vision.media_budgets vision.request_room vision.service"
     ),
     "vlm_server.body_budget": ".auth vision.budget vision.media_budgets",
     "vlm_server.built_in_templates": ".alpaca .role_template",
@@ -156,7 +157,7 @@ MAY_IMPORT = {
         ".sampling .token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
-    "vlm_server.docs": ".anthropic.response_schema .client_schemas .config .examples .response_schema .responses.schema vlm_server",
+    "vlm_server.docs": ".anthropic.response_schema .auth .client_schemas .config .examples .response_schema .responses.schema vlm_server",
     "vlm_server.echo": ".backend .logprobs engine.request",
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
@@ -209,8 +210,12 @@ MAY_IMPORT = {
         ".announcing .chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .picture_report .stage_timings "
         ".template_choice .tokenizer .transcript engine.request vision.config vision.families vision.image vision.request_room"
     ),
+    "vlm_server.probe": (
+        ".chat_template .jinja_process .pipeline .readiness .stage_timings engine.request vision.image vision.request_room vision.workers"
+    ),
     "vlm_server.protocol": ".config .format_protocol .image_protocol .message_schema .nesting .tool_schema",
     "vlm_server.quotas": "",
+    "vlm_server.readiness": "",
     "vlm_server.request_limits": (
         ".alpaca_protocol .config .embedding_protocol .errors .format_protocol .generate_protocol .interactive_protocol .message_schema "
         ".protocol .token_protocol"
@@ -253,7 +258,7 @@ MAY_IMPORT = {
         ".aborting .auth .context .errors .generate_protocol .generate_shape .generation .guided .json_body .middleware .picture_report "
         ".response_schema .shapes .streaming engine.request"
     ),
-    "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
+    "vlm_server.routes.health": ".auth .context .errors .metrics .readiness .response_schema .sessions.store .streaming engine.request",
     "vlm_server.routes.interactive": (
         ".auth .context .errors .interactive_protocol .json_body .middleware .picture_report .response_schema .sessions.store .shapes "
         ".stage_timings .streaming .turns"
@@ -270,12 +275,14 @@ MAY_IMPORT = {
     "vlm_server.routes.scoring": (
         ".auth .context .errors .json_body .middleware .response_schema .shapes .streaming .token_protocol engine.request"
     ),
+    "vlm_server.routes.status": ".context .readiness .response_schema .status_board .streaming vlm_server",
     "vlm_server.routes.tokens": (
         ".auth .context .errors .files .json_body .picture_report .response_schema .streaming .token_protocol .tools"
     ),
     "vlm_server.sampling": ".errors .protocol engine.request",
     "vlm_server.serving": (
-        ".api_keys .app .auth .backend .config .connections .sessions.opening .sessions.store .tls engine.log_lines engine.request"
+        ".api_keys .app .auth .backend .config .connections .readiness .sessions.opening .sessions.store .tls engine.log_lines "
+        "engine.request"
     ),
     "vlm_server.sessions": "",
     "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
@@ -286,6 +293,8 @@ MAY_IMPORT = {
     "vlm_server.sessions.store": "",
     "vlm_server.shapes": ".backend .echo .errors .generation .logprobs .parsing.events .protocol .stage_timings .streaming",
     "vlm_server.stage_timings": "",
+    "vlm_server.stage_totals": ".backend engine.request",
+    "vlm_server.status_board": ".backend .stage_totals engine.request vision.service vision.single_flight",
     "vlm_server.streaming": ".errors .generation .middleware",
     "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
     "vlm_server.terminal": ".chat_client",

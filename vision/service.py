@@ -187,6 +187,23 @@ class VisionService:
 
         return await self._side_by_side(refs, fetch_within)
 
+    async def try_out(self, data: bytes, options: ImageOptions, *, on_stage: Callable[[str], None]) -> ProcessedImage:
+        """One picture through the workers, past caches, limits and counters: whether they work. Its arrays are the caller's to close.
+
+        Its content hash is of nothing: what the engine has of it is never another picture's. on_stage: told each stage as it begins.
+        Raises MediaError, WorkerError.
+        """
+        on_stage("decode")
+        await self._fingerprint()
+        clock, timings_s = StageClock(), dict[str, float]()
+        with clock.stage("decode", timings_s):
+            pixels = await self._decode_pool.decode(data)
+        height, width, _ = pixels.shape
+        on_stage("preprocess")
+        with clock.stage("preprocess", timings_s):
+            result, arrays = await self._preprocess_pool.process(pixels, options)
+        return ProcessedImage(os.urandom(32), result.num_tokens, arrays, result.layout, width, height, timings_s)
+
     def stats(self) -> VisionStats:
         return VisionStats(
             is_ready=self.is_ready,

@@ -18,6 +18,7 @@ from vlm_server.quotas import PIXELS, REQUESTS, TOKENS, Quota, QuotaExceededErro
 QUOTA_HEADERS = tuple(f"x-ratelimit-{what}-{kind}" for kind in (REQUESTS, TOKENS, PIXELS) for what in ("limit", "remaining", "reset"))
 
 _NS_PER_MS = 1_000_000
+_UNCOUNTED_PATHS = frozenset({"/status"})  # a page asks for it every second; it is no work for the model
 
 
 class EnforceQuotas:
@@ -28,7 +29,7 @@ class EnforceQuotas:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         holder = holder_of(scope)
-        if holder is None or not holder.quota.is_limited:
+        if holder is None or not holder.quota.is_limited or scope["path"] in _UNCOUNTED_PATHS:
             await self._app(scope, receive, send)
             return
         try:

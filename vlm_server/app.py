@@ -35,6 +35,7 @@ from vlm_server.metered_engine import metered_engine
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath
 from vlm_server.quotas import Quota, QuotaExceededError
+from vlm_server.readiness import Readiness
 from vlm_server.responses.records import ResponseRecords
 from vlm_server.routes import (
     abort,
@@ -51,6 +52,7 @@ from vlm_server.routes import (
     models,
     responses,
     scoring,
+    status,
     tokens,
 )
 from vlm_server.sampling import SamplingDefaults
@@ -58,6 +60,8 @@ from vlm_server.sessions.history import SessionBusyError, Sessions
 from vlm_server.sessions.opening import OpenStore, open_store
 from vlm_server.sessions.store import Limits, RecordStore, StoreError
 from vlm_server.sessions.store import Quota as StoreQuota
+from vlm_server.stage_totals import StageTotals, timed_engine
+from vlm_server.status_board import StatusBoard
 from vlm_server.tracing import Tracing, otlp_exporter
 from vlm_server.turns import Turns
 from vlm_server.waiting_room import QUEUED_TOKENS, waiting_room
@@ -67,13 +71,16 @@ def create_app(
     config: ServerConfig, *, open_backend: OpenBackend = open_backend, open_store: OpenStore = open_store, tracing: Tracing | None = None
 ) -> FastAPI:
     """The server of one model. `open_backend` gives the engine and the pipeline, `open_store` what outlives them; tests put scripted ones
-    there. tracing: in place of that to the config's collector. Its `state.keys` is the KeyRing, or None. Raises ApiKeysError.
+    there. tracing: in place of that to the config's collector. Its `state.keys` is the KeyRing, or None; `state.readiness` is told when the
+    server stops. Raises ApiKeysError.
     """
     metrics = Metrics()
     if tracing is None and config.otlp_endpoint is not None:
         tracing = Tracing(otlp_exporter(config.otlp_endpoint))
     running = RunningRequests() if config.enable_abort_handling else None
     keys = _key_ring(config, metrics)
+    readiness, totals = Readiness(), StageTotals()
+    board = StatusBoard(totals)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -84,12 +91,17 @@ def create_app(
             kept = Limits(config.response_ttl_s, config.max_responses)
             records = ResponseRecords(store, limits=kept, max_bytes=config.max_session_bytes)
             formats = _answer_formats(config, backend)
-            async with contextlib.aclosing(Turns(sessions, backend.pipeline, limits=config.limits)) as turns:
+            async with (
+                contextlib.aclosing(Turns(sessions, backend.pipeline, limits=config.limits)) as turns,
+                readiness.watching(backend.engine, backend.probe),
+            ):
+                backend = replace(backend, engine=timed_engine(backend.engine, totals))
                 uploads, created_s = _files(config, store), int(time.time())
                 limited = _with_waiting_room(backend, config)
                 charging = replace(limited, engine=metered_engine(limited.engine)) if keys is not None else limited
                 app.state.context = ServerContext(config, charging, defaults, metrics, turns, formats, uploads, records, created_s, running)
-                yield
+                async with board.sampling(backend.engine, backend.vision_stats):
+                    yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, generate_unique_id_function=operation_id)
     answering = (alpaca,) if config.compat == ALPACA else (chat, completions, embeddings)
@@ -100,6 +112,7 @@ def create_app(
     app.include_router(health.health_router)
     if config.enable_metrics:
         app.include_router(health.metrics_router)
+        app.include_router(status.router)
     if config.enable_docs:
         add_docs(app, config)
     chat_page = ChatPage(config) if config.enable_ui else None
@@ -111,6 +124,7 @@ def create_app(
     open_paths = (DOCS_PATHS if config.enable_docs else frozenset()) | (chat_page.paths if chat_page else frozenset())
     _add_middleware(app, config, metrics, keys, tracing, open_paths=open_paths)
     app.state.keys = keys
+    app.state.readiness, app.state.status_board = readiness, board
     return app
 
 

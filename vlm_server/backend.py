@@ -20,6 +20,7 @@ from vlm_server.config import RequestLimits, ServerConfig
 from vlm_server.detokenizer import StopWords, TextDecoder
 from vlm_server.jinja_worker import RenderLimits
 from vlm_server.picture_report import PictureReport
+from vlm_server.readiness import Probe
 from vlm_server.stage_timings import StageTimings
 from vlm_server.transcript import Transcript, TurnPrompt
 
@@ -164,6 +165,7 @@ class Backend:
     vision_stats: Callable[[], VisionStats] = VisionStats
     stop_words: StopWords = field(default_factory=StopWords)  # the chat template's, for every request
     media: MediaBudgets = field(default_factory=lambda: MediaBudgets(VisionConfig()))  # of all requests together
+    probe: Probe | None = None  # tries both out; None: they need not be
 
 
 def render_limits(limits: RequestLimits) -> RenderLimits:
@@ -184,6 +186,7 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
     from vision.service import VisionService
     from vlm_server.jinja_process import JinjaProcess
     from vlm_server.pipeline import Pipeline
+    from vlm_server.probe import PipelineProbe
 
     folder, trusts = config.engine.model_folder, config.engine.trust_remote_code
     async with contextlib.AsyncExitStack() as stack:
@@ -218,4 +221,5 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
             await engine.set_vocabulary(vocabulary)
         if pipeline.family is not None:
             await vision.ready()
-        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words, media)
+        probe = PipelineProbe(engine, pipeline, vision if pipeline.family is not None else None)
+        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words, media, probe)

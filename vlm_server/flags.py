@@ -147,9 +147,9 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("body-pause-timeout-s", "connections", "seconds between two pieces of a request's body", float, "body_pause_s"),
         Flag("allow-terminate-by-client", "server", "let GET /terminate end the server", bool),
         Flag("enable-abort-handling", "server", "let POST /abort_request end requests of the same API key", bool),
-        Flag("metrics", "server", "GET /metrics", bool, "enable_metrics"),
+        Flag("metrics", "server", "GET /metrics and /status, and the status page", bool, "enable_metrics"),
         Flag("fastapi-docs", "server", "GET / and /openapi.json", bool, "enable_docs"),
-        Flag("ui", "server", "the chat page, GET /ui", bool, "enable_ui"),
+        Flag("ui", "server", "the chat page, GET /ui, and the status page, GET /ui/status", bool, "enable_ui"),
         Flag(
             "otlp-endpoint",
             "server",

@@ -18,7 +18,8 @@ from vlm_server.tracing import RequestSpan, Tracing
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_QUIET_PATHS = frozenset({"/health", "/metrics"})  # asked for every few seconds; logged at debug
+# Asked for every few seconds; logged at debug.
+_QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/status"})
 
 
 class RequestLog:

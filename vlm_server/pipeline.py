@@ -189,6 +189,12 @@ class Pipeline:
         )
         return (await self._loaded_prompt(refs, render, marker, tenant, timings, report)).prompt
 
+    def with_images(self, images: ImageLoader | None) -> "Pipeline":
+        """The same tokenizer and template over other pictures; to be closed by itself."""
+        return Pipeline(
+            self.tokenizer, self.template, family=self.family, images=images, max_picture_pixels=self._pictures.max_picture_pixels
+        )
+
     async def turn_prompt(
         self,
         messages: Sequence[Message],

@@ -1,6 +1,6 @@
 """The shapes of the answers, for `openapi.json` alone: what is sent is built by `shapes` and is not validated again."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -312,6 +312,58 @@ class ModelList(BaseModel):
 class HealthResponse(BaseModel):
     status: Literal["healthy", "initializing", "unhealthy"] = Field(description="healthy: it takes requests.")
     message: str = Field(description="The engine's state in words.")
+
+
+class LiveResponse(BaseModel):
+    status: Literal["live"] = Field(description="The server answers.")
+
+
+class ProbeStages(BaseModel):
+    age_s: float = Field(description="Seconds since the probe ended.")
+    stages_ms: dict[str, float] = Field(description="Milliseconds by stage, as in `Server-Timing`.")
+
+
+class ReadyResponse(BaseModel):
+    status: Literal["ready", "not_ready"] = Field(description="ready: it takes requests, and what it was tried with went through.")
+    message: str = Field(description="Why, in words.")
+    stage: str | None = Field(
+        description="What is missing: draining, engine, first_probe, queue, or the probe's stage that failed: template, decode, "
+        "preprocess, tokenize, encode, prefill. Null where it is ready."
+    )
+    probe: ProbeStages | None = Field(description="The last probe, where one has ended.")
+
+
+class EngineStatus(BaseModel):
+    state: str = Field(description="starting, ready, restarting, failed or closed.")
+    failure: str | None = Field(description="Why it failed.")
+    num_restarts: int = Field(description="Times that it was started again.")
+    silence_s: float = Field(description="Seconds since it told its numbers.")
+    info: dict[str, Any] | None = Field(description="What it settled on at its start. Null before.")
+
+
+class StageTotalResponse(BaseModel):
+    num: int = Field(description="Requests that went through the stage; tokens, of the stage decode.")
+    time_s: float = Field(description="Seconds in the stage, in sum.")
+
+
+class StatusSample(BaseModel):
+    at_s: float = Field(description="Seconds since the server was started.")
+    engine: dict[str, Any] | None = Field(description="The engine's gauges and counters. Null where it did not answer.")
+    vision: dict[str, Any] = Field(description="Those of the pictures' stages before the engine.")
+    stages: dict[str, StageTotalResponse] = Field(description="The engine's stages: queue, encode, prefill and decode.")
+
+
+class StatusResponse(BaseModel):
+    model: str = Field(description="The model's id.")
+    version: str = Field(description="The server's.")
+    started_at: int = Field(description="Unix time of the server's start.")
+    uptime_s: float = Field(description="Seconds since the server was started.")
+    readiness: ReadyResponse = Field(description="As `GET /health/ready` answers.")
+    engine: EngineStatus = Field(description="The engine's process.")
+    num_turns: int = Field(description="Turns of interactive sessions under way.")
+    limits: dict[str, int] = Field(description="What the gauges can come to.")
+    sample: StatusSample = Field(description="The numbers of this moment.")
+    history: list[StatusSample] = Field(description="Earlier ones, the oldest first, if asked for.")
 
 
 class IsSleepingResponse(BaseModel):

@@ -22,6 +22,7 @@ from vlm_server.auth import KeyRing
 from vlm_server.backend import Backend, open_backend
 from vlm_server.config import ServerConfig
 from vlm_server.connections import limited_protocol
+from vlm_server.readiness import Readiness
 from vlm_server.sessions.opening import open_store
 from vlm_server.sessions.store import RecordStore, StoreError
 from vlm_server.tls import OLDEST_VERSION
@@ -93,6 +94,7 @@ class _Server(uvicorn.Server):
         super().__init__(_uvicorn_config(app, config))
         self._ready = ready
         self._is_logged = config.engine.log_format == JSON  # what else is a line of text on stderr
+        self._readiness: Readiness = app.state.readiness
         self._keys: KeyRing | None = app.state.keys if config.api_key_files else None
         self._reloads: set[asyncio.Task[None]] = set()
 
@@ -109,6 +111,7 @@ class _Server(uvicorn.Server):
             self.force_exit = True
             return
         self.should_exit = True
+        self._readiness.drain()
         num_requests = len(self.server_state.tasks)
         if num_requests:
             limit_s = self.config.timeout_graceful_shutdown

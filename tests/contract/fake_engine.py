@@ -34,6 +34,7 @@ from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
 from vlm_server.detokenizer import StopWords
 from vlm_server.picture_report import PictureReport
+from vlm_server.readiness import Probe
 from vlm_server.stage_timings import StageTimings
 from vlm_server.transcript import Segment, Transcript, TurnPrompt
 
@@ -421,6 +422,7 @@ class FakeBackend:
         self.engine = FakeEngine(self.activity)
         self.pipeline = FakePipeline(self.activity)
         self.stop_words = StopWords()
+        self.probe: Probe | None = None
 
     def reset(self) -> None:
         """As new, for the next test on the same server."""
@@ -431,4 +433,5 @@ class FakeBackend:
 
     @contextlib.asynccontextmanager
     async def open(self, config: ServerConfig) -> AsyncIterator[Backend]:
-        yield Backend(self.engine, self.pipeline, stop_words=self.stop_words, media=MediaBudgets(config.vision))
+        media = MediaBudgets(config.vision)
+        yield Backend(self.engine, self.pipeline, stop_words=self.stop_words, media=media, probe=self.probe)

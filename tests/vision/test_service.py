@@ -62,6 +62,24 @@ async def test_pictures_come_back_in_order_with_everything_the_model_needs(servi
     close([web, inline])
 
 
+async def test_trying_out_goes_through_the_workers_and_leaves_no_trace(service: VisionService) -> None:
+    await service.ready()
+    before, stages = service.stats(), list[str]()
+
+    images = [await service.try_out(png(20, 10, seed=1), ImageOptions(), on_stage=stages.append) for _ in range(2)]
+
+    assert stages == ["decode", "preprocess"] * 2
+    assert np.array_equal(images[0].arrays["pixel_values"].numpy(), noise(20, 10, seed=1)[::2, ::2])
+    assert set(images[0].timings_s) == {"decode", "preprocess"}
+    assert images[0].content_hash != images[1].content_hash
+    close(images)
+    with pytest.raises(MediaError) as caught:
+        await service.try_out(b"no picture", ImageOptions(), on_stage=stages.append)
+    assert caught.value.code == "image_decode_failed"
+    assert stages[-1] == "decode"
+    assert service.stats() == before
+
+
 async def test_one_service_through_hits_misses_tenants_options_and_errors(service: VisionService, server: PictureServer) -> None:
     """One walk in one service, because each start of a preprocessing worker takes seconds."""
     await service.ready()

@@ -15,8 +15,12 @@ import pytest
 import requests
 import trustme
 
+from tests.contract.fake_engine import FakeBackend
 from tests.contract.running import fake_config
-from vlm_server.serving import ProgressLine, _listener
+from vlm_server.backend import Backend
+from vlm_server.readiness import DRAINING, Readiness
+from vlm_server.serving import ProgressLine, _listener, _Server
+from vlm_server.sessions.opening import MEMORY, open_store
 
 SCRIPTED = """
 import asyncio, contextlib, os, sys
@@ -114,6 +118,20 @@ def test_a_signal_lets_running_requests_finish_and_takes_no_new_ones(tmp_path: P
     assert first.startswith(b"data: {")
     assert rest[-1] == b"data: [DONE]"
     assert process.returncode == 0
+
+
+async def test_a_server_that_was_told_to_stop_is_not_ready_from_that_moment_on() -> None:
+    fakes = FakeBackend()
+    async with open_store(MEMORY) as store:
+        server = _Server(fake_config(), Backend(fakes.engine, fakes.pipeline), store, "ready")
+        readiness: Readiness = server.config.app.state.readiness  # type: ignore[union-attr]
+        async with readiness.watching(fakes.engine, None):
+            before = readiness.standing()
+
+            server.handle_exit(signal.SIGTERM, None)
+
+            assert before.is_ready
+            assert readiness.standing().stage == DRAINING
 
 
 def until_refused(url: str) -> None:
