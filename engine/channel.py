@@ -115,14 +115,26 @@ class AsyncSender:
         sock.setblocking(False)
         self._socket = sock
         self._lock = asyncio.Lock()
+        self._sendings: set[asyncio.Future[None]] = set()
 
     async def send(self, message: Any) -> None:
-        """A frame that was begun is finished when the caller is cancelled, too: half of one would garble all that follows."""
+        """A frame that was begun is finished when the caller is cancelled, too: half of one would garble all that follows.
+
+        Raises OSError where the other end, or this one, is closed.
+        """
         sending = asyncio.ensure_future(self._send(message))
+        self._sendings.add(sending)
+        sending.add_done_callback(self._sendings.discard)
         sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
-        await asyncio.shield(sending)
+        await asyncio.wait((sending,))
+        if sending.cancelled():
+            raise BrokenPipeError("the channel was closed")
+        sending.result()
 
     def close(self) -> None:
+        """What is still being sent fails: nothing would wake it once its socket is closed."""
+        for sending in tuple(self._sendings):
+            sending.cancel()
         self._socket.close()
 
     async def _send(self, message: Any) -> None:

@@ -141,6 +141,10 @@ class Engine:
             counted, **own, num_images_waiting=len(self.scheduler.images_needed()), embedding_cache_bytes=self.embeddings.num_bytes
         )
 
+    def check(self) -> None:
+        """Raises RankDeadError where another rank has ended: no step could be computed any more."""
+        self.ranks.check()
+
     def close(self) -> None:
         if self.encoding is not None:
             self.encoding.cancel()

@@ -144,3 +144,18 @@ async def test_an_event_loop_reads_the_frames_of_a_blocking_end():
     with pytest.raises(asyncio.IncompleteReadError):
         await read_frame(reader)
     writer.close()
+
+
+async def test_closing_fails_what_is_still_being_sent():
+    """A loop forgets a closed socket: without this its senders would wait for ever."""
+    left, right = socket.socketpair()
+    sender = AsyncSender(left)
+    sendings = [asyncio.create_task(sender.send(Note("x" * 10_000_000))) for _ in range(2)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    sender.close()
+
+    results = await asyncio.wait_for(asyncio.gather(*sendings, return_exceptions=True), 10)
+    assert [isinstance(result, OSError) for result in results] == [True, True]
+    right.close()
