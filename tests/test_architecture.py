@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "engine.batch": ".request",
     "engine.beams": ".request .scheduler",
     "engine.channel": "vision.shared_array",
-    "engine.client": ".channel .config .messages .request",
+    "engine.client": ".channel .config .messages .pulse .request",
     "engine.config": "",
     "engine.continuations": ".beams .sampler",
     "engine.core": ".beams .config .continuations .encoding .first_token .guided .reading .request .sampler .scheduler .workers",
@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "engine.models.registry": ".models.decoder",
     "engine.models.weights": ".layers.linear .models.registry",
     "engine.process": ".channel .core .messages .request",
+    "engine.pulse": "",
     "engine.reading": ".batch .request .sampler",
     "engine.request": "vision.shared_array",
     "engine.row": ".kv_cache .request",
@@ -105,9 +106,9 @@ MAY_IMPORT = {
     "vlm_server.api_calls": "",
     "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
-        ".aborting .admission .answer_formats .api_keys .auth .backend .chat_page .config .context .docs .errors .files .metered_engine "
-        ".metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns "
-        "engine.request vision.image"
+        ".aborting .admission .answer_formats .api_keys .auth .backend .chat_page .config .context .docs .errors .files .jinja_process "
+        ".metered_engine .metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening "
+        ".sessions.store .turns engine.request vision.image"
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
@@ -141,7 +142,7 @@ MAY_IMPORT = {
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
-    "vlm_server.errors": ".quotas .sessions.history .sessions.store engine.request vision.image",
+    "vlm_server.errors": ".jinja_process .quotas .sessions.history .sessions.store engine.request vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
         ".alpaca_protocol .anthropic.protocol .embedding_protocol .errors .file_protocol .format_protocol .generate_protocol "

@@ -7,6 +7,7 @@ be killed at any moment. Its first frame holds the limits. The server imports th
 import math
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -29,6 +30,7 @@ class DecodeLimits(msgspec.Struct, frozen=True):
 def main(fd: int) -> None:
     import vision.pixels  # noqa: F401  (before memory is limited)
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before
     connection = socket.socket(fileno=fd)
     limits = msgspec.msgpack.decode(receive_frame(connection).body, type=DecodeLimits)
     _limit_process(limits)
