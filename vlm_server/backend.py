@@ -140,6 +140,7 @@ class Backend:
     pipeline: PromptPipeline
     vision_stats: Callable[[], VisionStats] = VisionStats
     stop_words: StopWords = field(default_factory=StopWords)  # the chat template's, for every request
+    kill_engine: Callable[[], None] = lambda: None  # in the middle of whatever it does, for a server that is to end at once
 
 
 OpenBackend = Callable[[ServerConfig], AbstractAsyncContextManager[Backend]]
@@ -186,4 +187,4 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
             await engine.set_vocabulary(vocabulary)
         if pipeline.family is not None:
             await vision.ready()
-        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words)
+        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words, engine.kill)

@@ -1,6 +1,7 @@
 """The server process: what it prints, when it is ready, how it ends."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -32,6 +34,9 @@ def open_backend(config, *, on_progress):
     backend = FakeBackend()
     if os.environ.get("HANGS"):
         backend.engine.hangs_after = 1
+    if os.environ.get("LOOKS_UP"):  # a thread that nobody can end
+        import threading
+        asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
     if os.environ.get("WAITS"):  # the engine goes on when a line comes
         backend.engine.gate = Gate()
     return backend.open(config)
@@ -125,6 +130,52 @@ def until_refused(url: str) -> None:
     raise AssertionError("the server still takes requests")
 
 
+def request_bytes() -> bytes:
+    body = b'{"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}'
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def answer_on(connection: socket.socket) -> bytes:
+    """All until the server closes."""
+    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+def test_requests_that_were_on_their_way_when_the_signal_came_are_answered(tmp_path: Path) -> None:
+    """Those in the kernel's queue, on fresh connections and on one that was used before: the server sees them after the signal."""
+    with serve_process(tmp_path, "--server-name", "127.0.0.1", "--model-name", "tiny") as process, contextlib.ExitStack() as stack:
+        assert process.stdout
+        url = urlsplit(next(word for word in process.stdout.readline().split() if word.startswith("http")))
+        used = stack.enter_context(socket.create_connection((url.hostname, url.port), timeout=20))
+        used.sendall(request_bytes())
+        assert used.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        os.kill(process.pid, signal.SIGSTOP)
+        fresh = [stack.enter_context(socket.create_connection((url.hostname, url.port), timeout=20)) for _ in range(30)]
+
+        for connection in (used, *fresh):
+            connection.sendall(request_bytes())
+        process.send_signal(signal.SIGTERM)
+        os.kill(process.pid, signal.SIGCONT)
+        answers = [answer_on(connection) for connection in (used, *fresh)]
+        process.wait(timeout=20)
+
+    assert all(answer.startswith(b"HTTP/1.1 200") and b"chat.completion" in answer for answer in answers)
+    assert process.returncode == 0
+
+
+def test_connections_without_a_request_are_not_waited_for(tmp_path: Path) -> None:
+    words = ["--server-name", "127.0.0.1", "--model-name", "tiny", "--drain-timeout-s", "600"]
+    with serve_process(tmp_path, *words) as process:
+        assert process.stdout
+        url = urlsplit(next(word for word in process.stdout.readline().split() if word.startswith("http")))
+        with socket.create_connection((url.hostname, url.port), timeout=20) as idle:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=20)
+
+            assert idle.recv(1) == b""
+    assert process.returncode == 0
+
+
 def test_requests_that_do_not_finish_are_ended_after_the_drain_timeout(tmp_path: Path) -> None:
     words = ["--server-name", "127.0.0.1", "--model-name", "tiny", "--drain-timeout-s", "1"]
     with serve_process(tmp_path, *words, HANGS="1") as process:
@@ -140,7 +191,7 @@ def test_requests_that_do_not_finish_are_ended_after_the_drain_timeout(tmp_path:
 
 def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
     words = ["--server-name", "127.0.0.1", "--model-name", "tiny", "--drain-timeout-s", "600"]
-    with serve_process(tmp_path, *words, HANGS="1") as process:
+    with serve_process(tmp_path, *words, HANGS="1", LOOKS_UP="1") as process:
         stream_of(process)
         assert process.stderr
 
@@ -148,7 +199,7 @@ def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
         while "Stopping: 1 running requests have 600 s" not in process.stderr.readline():
             pass
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=20)
+        process.wait(timeout=5)
 
     assert process.returncode == 0
 
