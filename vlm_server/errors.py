@@ -100,7 +100,8 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
             return error
         case MediaError():
             message = f"{error.param}: {error.message}" if error.param else error.message
-            return ApiError(error.status, error.code, message, param=error.param)
+            headers = {"retry-after": str(RETRY_AFTER_S)} if error.status == 503 else {}
+            return ApiError(error.status, error.code, message, param=error.param, headers=headers)
         case PromptTooLongError():
             return bad_request("context_length_exceeded", str(error), param=param)
         case InvalidRequestError():

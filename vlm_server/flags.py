@@ -174,6 +174,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("max-picture-bytes", "vision", "largest picture as sent", int),
         Flag("max-picture-pixels", "vision", "largest picture, width × height", int),
         Flag("max-redirects", "vision", "redirects followed for one picture", int),
+        Flag("download-cache-bytes", "vision", "memory for downloaded pictures that HTTP lets us use again", int),
+        Flag("processed-cache-bytes", "vision", "memory for resized and tiled pictures that may come again", int),
         Flag("fetch-timeout-s", "vision", "seconds for one picture's download", float),
         Flag("num-decode-workers", "vision", "processes that decode pictures", int),
         Flag("num-preprocess-workers", "vision", "processes that resize and tile pictures", int),

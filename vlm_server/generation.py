@@ -309,19 +309,23 @@ class Generation:
         return self._answers[0].token_ids
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Every answer's pieces as they come. Closing it aborts what is still running."""
+        """Every answer's pieces as they come, once. Closing it aborts what still runs; at its end the prompts' pictures are let go."""
         last_s = [0.0] * len(self._answers)
         started_s = time.monotonic()
         is_simple = len(self._answers) == 1 and self._abort is None
-        async with aclosing(self._run(self._answers[0]) if is_simple else self._merged()) as deltas:
-            async for delta in deltas:
-                now_s = time.monotonic()
-                if last_s[delta.index]:
-                    self._metrics.next_token(now_s - last_s[delta.index])
-                else:
-                    self._metrics.first_token(now_s - started_s)
-                last_s[delta.index] = now_s
-                yield delta
+        try:
+            async with aclosing(self._run(self._answers[0]) if is_simple else self._merged()) as deltas:
+                async for delta in deltas:
+                    now_s = time.monotonic()
+                    if last_s[delta.index]:
+                        self._metrics.next_token(now_s - last_s[delta.index])
+                    else:
+                        self._metrics.first_token(now_s - started_s)
+                    last_s[delta.index] = now_s
+                    yield delta
+        finally:
+            for prompt in self._prompts:
+                prompt.close()
 
     async def collect(self) -> list[FinishedAnswer]:
         """The finished answers, by index."""
