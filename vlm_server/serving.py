@@ -5,6 +5,7 @@ import contextlib
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from vlm_server.tls import OLDEST_VERSION
 
 logger = logging.getLogger(__name__)
 
+_MAX_DESCRIPTORS = 65536
 _HEARING_S = 0.2  # for requests that were on their way when the server stopped listening
 
 _ANYWHERE = ("0.0.0.0", "::", "")
@@ -47,8 +49,17 @@ def serve(config: ServerConfig) -> None:
         )
     for file in filter(is_open_to_others, config.api_key_files):
         logger.warning("%s, the file of the API keys, can be read or changed by every user of this machine: chmod 600", file)
+    _allow_descriptors()
     with _listener(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_run(config, listener))
+
+
+def _allow_descriptors() -> None:
+    """Connections and pictures in memory take one each; many systems begin with 1024, for programs that use `select`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _run(config: ServerConfig, listener: socket.socket) -> None:

@@ -18,7 +18,7 @@ import requests
 import trustme
 
 from tests.contract.running import fake_config
-from vlm_server.serving import ProgressLine, _listener
+from vlm_server.serving import ProgressLine, _allow_descriptors, _listener
 
 SCRIPTED = """
 import asyncio, contextlib, os, sys
@@ -311,6 +311,22 @@ async def test_a_small_answer_waits_for_no_acknowledgement_in_asyncios_own_loop(
             _, writer = await asyncio.open_connection(*listener.getsockname())
             assert await asyncio.wait_for(accepted, 10) == 1
             writer.close()
+
+
+@pytest.mark.parametrize(("soft", "hard", "expected"), [(256, 512, 512), (256, 100_000, 65_536), (70_000, 100_000, 70_000)])
+def test_as_many_files_as_the_system_lets_it_are_open_at_once(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, expected: int) -> None:
+    limits = (soft, hard)
+
+    def set_limits(kind: int, values: tuple[int, int]) -> None:
+        nonlocal limits
+        limits = values
+
+    monkeypatch.setattr("vlm_server.serving.resource.getrlimit", lambda kind: limits)
+    monkeypatch.setattr("vlm_server.serving.resource.setrlimit", set_limits)
+
+    _allow_descriptors()
+
+    assert limits == (expected, hard)
 
 
 def test_progress_is_a_line_per_quarter_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
