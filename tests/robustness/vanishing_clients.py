@@ -136,7 +136,7 @@ async def _client(server: ServerProcess, origin: Origin, number: int, draw: rand
     data = request(route, picture, number, stream=step == "stream" or draw.random() < 0.5, max_tokens=200)
     head = data.index(b"\r\n\r\n") + 4
     part = {"connect": 0, "head": draw.randrange(1, head), "body": draw.randrange(head, len(data))}.get(step, len(data))
-    reader, writer = await _connected(server)
+    reader, writer = await connected(server)
     try:
         writer.write(data[:part])
         num_asked = origin.num_asked
@@ -159,14 +159,14 @@ async def _client(server: ServerProcess, origin: Origin, number: int, draw: rand
 
 async def _stay(server: ServerProcess, data: bytes) -> None:
     """A client that reads its whole answer."""
-    reader, writer = await _connected(server)
+    reader, writer = await connected(server)
     writer.write(data)
     answer = await asyncio.wait_for(reader.read(), 120)
     assert answer.startswith(b"HTTP/1.1 200"), answer[:1000]
     _leave(writer, abruptly=False)
 
 
-async def _connected(server: ServerProcess) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def connected(server: ServerProcess) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     address = urlsplit(server.url)
     return await asyncio.open_connection(address.hostname, address.port)
 
