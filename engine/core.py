@@ -173,6 +173,10 @@ class Engine:
             oldest_image_waiting_s=self.clock.oldest_s(waiting),
         )
 
+    def check(self) -> None:
+        """Raises RankDeadError where another rank has ended: no step could be computed any more."""
+        self.ranks.check()
+
     def close(self) -> None:
         if self.encoding is not None:
             self.encoding.cancel()

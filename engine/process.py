@@ -4,6 +4,7 @@ Started by `EngineClient` with two inherited sockets, for messages to the engine
 """
 
 import logging
+import signal
 import socket
 import sys
 
@@ -44,9 +45,10 @@ class EngineLoop:
         self.outbox = outbox
 
     def run(self) -> None:
-        """Until the server closes its end (EOFError)."""
+        """Until the server closes its end (EOFError). Raises RankDeadError."""
         while True:
             self._read()
+            self.engine.check()
             if self.engine.has_work:
                 outputs = self.engine.step()
                 if outputs:
@@ -92,12 +94,14 @@ def main(inbox_fd: int, outbox_fd: int) -> int:
     set_up_logging(logging.INFO, start.config.log_format)
     try:
         engine = Engine(start.config, on_progress=_Progress(outbox))
+    except EOFError:  # the server ended meanwhile
+        return 0
     except (ValueError, OSError, KeyError) as error:
         logger.exception("the engine cannot start")
         outbox.send(StartFailed(str(error)))
         return 1
-    outbox.send(Ready(engine.info))
     try:
+        outbox.send(Ready(engine.info))
         EngineLoop(engine, inbox, outbox).run()
     except EOFError:
         engine.close()
@@ -118,4 +122,5 @@ class _Progress:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before; so do the ranks
     sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "engine.batch": ".request",
     "engine.beams": ".request .scheduler",
     "engine.channel": "vision.shared_array",
-    "engine.client": ".announcing .channel .config .messages .request",
+    "engine.client": ".announcing .channel .config .messages .pulse .request",
     "engine.config": ".log_lines",
     "engine.continuations": ".beams .sampler",
     "engine.core": (
@@ -58,6 +58,7 @@ MAY_IMPORT = {
     "engine.models.weights": ".layers.linear .models.registry",
     "engine.pacing": "",
     "engine.process": ".channel .core .log_lines .messages .request",
+    "engine.pulse": "",
     "engine.reading": ".batch .request .sampler",
     "engine.request": "vision.shared_array",
     "engine.row": ".kv_cache .request",
@@ -124,7 +125,7 @@ MAY_IMPORT = {
     "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
         ".aborting .admission .answer_formats .api_keys .auth .backend .body_budget .chat_page .config .context .docs .errors .files "
-        ".metered_engine .metrics .middleware .quotas .readiness .responses.records .routes.* .sampling .sessions.history "
+        ".jinja_process .metered_engine .metrics .middleware .quotas .readiness .responses.records .routes.* .sampling .sessions.history "
         ".sessions.opening .sessions.store .stage_totals .status_board .tracing .turns .waiting_room engine.request vision.budget "
         "vision.image vision.service"
     ),
@@ -163,7 +164,7 @@ MAY_IMPORT = {
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
     "vlm_server.error_codes": "",
-    "vlm_server.errors": ".error_codes .quotas .sessions.history .sessions.store engine.request vision.budget vision.image",
+    "vlm_server.errors": ".error_codes .jinja_process .quotas .sessions.history .sessions.store engine.request vision.budget vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
         ".alpaca_protocol .anthropic.protocol .embedding_protocol .errors .file_protocol .format_protocol .generate_protocol "

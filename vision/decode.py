@@ -8,6 +8,7 @@ this for their type; Pillow is loaded by the worker alone.
 import math
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -31,6 +32,7 @@ class DecodeLimits(msgspec.Struct, frozen=True):
 def main(fd: int) -> None:
     import vision.pixels  # noqa: F401  (before memory is limited)
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before
     connection = socket.socket(fileno=fd)
     limits = msgspec.msgpack.decode(receive_frame(connection).body, type=DecodeLimits)
     _limit_process(limits)

@@ -13,7 +13,7 @@ from vision.decode import MEASURE, DecodeLimits
 from vision.frames import Frame
 from vision.image import MediaError
 from vision.shared_array import SharedArray
-from vision.workers import WorkerError, WorkerPool, WorkerTimeoutError
+from vision.workers import WorkerError, WorkerKilledError, WorkerPool, WorkerTimeoutError
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ class DecodePool:
                 return await self._pool.call(Frame(job, {"data": await _copy_of(data)}))
         except WorkerTimeoutError:
             raise MediaError("image_decode_failed", f"the picture takes longer than the allowed {self._timeout_s:g} s to decode") from None
+        except WorkerKilledError:
+            raise MediaError("image_decode_failed", "the decoder was killed over and over; try again", status=503) from None
         except WorkerError:
             raise MediaError("image_decode_failed", "the decoder broke down over the picture") from None
 

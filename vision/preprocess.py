@@ -7,6 +7,7 @@ Its first frame holds the settings. Imported by the server for the messages; tor
 import importlib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,7 @@ class Preprocessor(Protocol):
 
 
 def main(fd: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before
     connection = socket.socket(fileno=fd)
     settings = msgspec.msgpack.decode(receive_frame(connection).body, type=PreprocessSettings)
     try:

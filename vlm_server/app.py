@@ -31,6 +31,7 @@ from vlm_server.context import ServerContext
 from vlm_server.docs import DOCS_PATHS, add_docs, operation_id
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.files import Files
+from vlm_server.jinja_process import RendererLostError
 from vlm_server.metered_engine import metered_engine
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath
@@ -172,7 +173,17 @@ def _answer_formats(config: ServerConfig, backend: Backend) -> AnswerFormats:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    for kind in (ApiError, EngineError, MediaError, BudgetFullError, QuotaExceededError, SessionBusyError, StoreError, HTTPException):
+    for kind in (
+        ApiError,
+        EngineError,
+        MediaError,
+        BudgetFullError,
+        QuotaExceededError,
+        RendererLostError,
+        SessionBusyError,
+        StoreError,
+        HTTPException,
+    ):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
 

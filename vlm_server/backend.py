@@ -166,6 +166,7 @@ class Backend:
     stop_words: StopWords = field(default_factory=StopWords)  # the chat template's, for every request
     media: MediaBudgets = field(default_factory=lambda: MediaBudgets(VisionConfig()))  # of all requests together
     probe: Probe | None = None  # tries both out; None: they need not be
+    kill_engine: Callable[[], None] = lambda: None  # in the middle of whatever it does, for a server that is to end at once
 
 
 def render_limits(limits: RequestLimits) -> RenderLimits:
@@ -222,4 +223,4 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         if pipeline.family is not None:
             await vision.ready()
         probe = PipelineProbe(engine, pipeline, vision if pipeline.family is not None else None)
-        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words, media, probe)
+        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words, media, probe, engine.kill)

@@ -68,12 +68,13 @@ ERROR_CODES: dict[str, ErrorCode] = {
             "(`--max-request-picture-bytes`, `--max-request-pixels`).",
         ),
         ("too_many_images", (400,), "More pictures than `--max-pictures`, those of earlier turns included."),
-        ("image_decode_failed", (400,), "No JPEG, PNG, GIF, WebP, AVIF, BMP or TIFF, or a damaged one, or one that takes too long."),
+        ("image_decode_failed", (400, 503), "No JPEG, PNG, GIF, WebP, AVIF, BMP or TIFF, or a damaged one, or one that takes too long."),
         (
             "image_preprocess_failed",
             (400, 500, 503),
             "The model's own image processor does not take the picture (400), failed at it (500), or broke down (503: try again).",
         ),
+        ("template_unavailable", (503,), "The process that renders chat templates was lost twice in a row; try again."),
         ("vision_not_ready", (503,), "Pictures cannot be processed now; try again."),
         ("server_busy", (503,), "Other requests hold the memory that this one needs; try again after `Retry-After`."),
     ),
@@ -93,6 +94,7 @@ ERROR_CODES: dict[str, ErrorCode] = {
         ("previous_response_not_found", (404,), "The same of the response that `previous_response_id` names."),
         ("conversation_too_large", (400,), "The items are larger than what is kept of a response (`--max-session-bytes`)."),
         ("not_cancellable", (400,), "Only responses that run in the background could be cancelled, and none does."),
+        ("session_store_full", (507,), "The disk, or Redis's memory, has no room for what was to be kept; deleting works."),
         (
             "session_store_unavailable",
             (503,),

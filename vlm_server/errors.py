@@ -18,13 +18,15 @@ from engine.request import EngineDeadError, InvalidRequestError, PromptTooLongEr
 from vision.budget import BudgetFullError
 from vision.image import MediaError
 from vlm_server.error_codes import ERROR_CODES
+from vlm_server.jinja_process import RendererLostError
 from vlm_server.quotas import QuotaExceededError
 from vlm_server.sessions.history import SessionBusyError
-from vlm_server.sessions.store import StoreError
+from vlm_server.sessions.store import StoreError, StoreFullError
 
 MAX_DETAILS = 32
 RETRY_AFTER_S = 2  # an engine that died is back after about as long
 _PASSING = (429, 503)  # the same request may succeed later
+FULL_RETRY_AFTER_S = 60  # somebody has to make room
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {
@@ -129,6 +131,11 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
             return ApiError(429, "quota_exceeded", str(error), headers={"retry-after": str(error.retry_after_s)})
         case SessionBusyError():
             return ApiError(409, "session_busy", str(error), param="session_id", headers={"retry-after": str(RETRY_AFTER_S)})
+        case RendererLostError():
+            message = f"the chat template cannot be rendered now: {error}; try again"
+            return ApiError(503, "template_unavailable", message, headers={"retry-after": str(RETRY_AFTER_S)})
+        case StoreFullError():
+            return ApiError(507, "session_store_full", str(error), headers={"retry-after": str(FULL_RETRY_AFTER_S)})
         case StoreError():
             return ApiError(503, "session_store_unavailable", str(error), headers={"retry-after": str(RETRY_AFTER_S)})
         case EngineDeadError():

@@ -318,23 +318,27 @@ class Generation:
         return self._answers[0].token_ids
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Every answer's pieces as they come. Closing it aborts what is still running."""
+        """Every answer's pieces as they come, once. Closing it aborts what still runs; at its end the prompts' pictures are let go."""
         first_s, last_s = [0.0] * len(self._answers), [0.0] * len(self._answers)
         started_s = time.monotonic()
         is_simple = len(self._answers) == 1 and self._abort is None
-        async with aclosing(self._run(self._answers[0]) if is_simple else self._merged()) as deltas:
-            async for delta in deltas:
-                now_s = self.last_s = time.monotonic()
-                self.first_s = self.first_s or now_s
-                if last_s[delta.index]:
-                    self._metrics.next_token(now_s - last_s[delta.index])
-                else:
-                    self._metrics.first_token(now_s - started_s)
-                    first_s[delta.index] = now_s
-                last_s[delta.index] = now_s
-                if delta.finish_reason is not None:
-                    self._metrics.stages_measured({"generate": now_s - first_s[delta.index]})
-                yield delta
+        try:
+            async with aclosing(self._run(self._answers[0]) if is_simple else self._merged()) as deltas:
+                async for delta in deltas:
+                    now_s = self.last_s = time.monotonic()
+                    self.first_s = self.first_s or now_s
+                    if last_s[delta.index]:
+                        self._metrics.next_token(now_s - last_s[delta.index])
+                    else:
+                        self._metrics.first_token(now_s - started_s)
+                        first_s[delta.index] = now_s
+                    last_s[delta.index] = now_s
+                    if delta.finish_reason is not None:
+                        self._metrics.stages_measured({"generate": now_s - first_s[delta.index]})
+                    yield delta
+        finally:
+            for prompt in self._prompts:
+                prompt.close()
 
     async def collect(self) -> list[FinishedAnswer]:
         """The finished answers, by index."""

@@ -43,6 +43,7 @@ class RenderLimits(msgspec.Struct, frozen=True):
 def main(fd: int) -> None:
     import transformers.utils.chat_template_utils  # noqa: F401  (before memory is limited)
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before
     connection = socket.socket(fileno=fd)
     limits = msgspec.json.decode(receive(connection), type=RenderLimits)
     _limit_process(limits)

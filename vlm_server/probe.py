@@ -93,6 +93,12 @@ class PipelineProbe:
 
     async def _run(self, progress: _Progress) -> None:
         prompt = replace(await self._prompt(progress), is_probe=True)
+        try:
+            await self._answer(prompt, progress)
+        finally:
+            prompt.close()
+
+    async def _answer(self, prompt: Prompt, progress: _Progress) -> None:
         progress.enter("queue")
         num_tokens = 0
         async with aclosing(self._engine.generate(prompt, _ONE_TOKEN, request_id=f"probe-{secrets.token_hex(8)}")) as steps:

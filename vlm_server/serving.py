@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
+import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -29,6 +31,9 @@ from vlm_server.tls import OLDEST_VERSION
 
 logger = logging.getLogger(__name__)
 
+_MAX_DESCRIPTORS = 65536
+_HEARING_S = 0.2  # for requests that were on their way when the server stopped listening
+
 _ANYWHERE = ("0.0.0.0", "::", "")
 
 
@@ -46,8 +51,17 @@ def serve(config: ServerConfig) -> None:
         )
     for file in filter(is_open_to_others, config.api_key_files):
         logger.warning("%s, the file of the API keys, can be read or changed by every user of this machine: chmod 600", file)
+    _allow_descriptors()
     with _listener(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_run(config, listener))
+
+
+def _allow_descriptors() -> None:
+    """Connections and pictures in memory take one each; many systems begin with 1024, for programs that use `select`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _run(config: ServerConfig, listener: socket.socket) -> None:
@@ -66,7 +80,13 @@ async def _run(config: ServerConfig, listener: socket.socket) -> None:
                 progress.close()
             url = _url(listener, "https" if config.tls else "http")
             ready = f"Ready in {time.monotonic() - started_s:.0f} s: {config.model_name} at {url} ({_places(config, url)})"
-            await _Server(config, backend, store, ready).serve(sockets=[listener])
+            server = _Server(config, backend, store, ready)
+            await server.serve(sockets=[listener])
+            if server.force_exit:
+                backend.kill_engine()  # which would finish its step
+        if server.force_exit:
+            sys.stderr.flush()
+            os._exit(0)  # all is closed; a thread that looks up a name somewhere would be waited for otherwise
     finally:
         progress.close()
 
@@ -121,10 +141,38 @@ class _Server(uvicorn.Server):
             else:
                 print(message, file=sys.stderr, flush=True)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Whoever has connected by now is heard: uvicorn's own end closes connections whose request is not read yet."""
+        loop = asyncio.get_running_loop()
+        waiting = [connection for listener in sockets or [] for connection in _accepted(listener)]
+        for server in self.servers:
+            server.close()
+        ssl = self.config.ssl
+        taken = [asyncio.create_task(loop.connect_accepted_socket(self._protocol, connection, ssl=ssl)) for connection in waiting]
+        await asyncio.sleep(_HEARING_S)
+        for task in taken:
+            task.cancel()  # where a handshake is not over
+        await asyncio.gather(*taken, return_exceptions=True)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        kind = self.config.http_protocol_class
+        return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)  # type: ignore[call-arg]
+
     def _reload_keys(self, keys: KeyRing) -> None:
         task = asyncio.create_task(keys.reload())
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
+
+
+def _accepted(listener: socket.socket) -> Iterator[socket.socket]:
+    """The connections in the kernel's queue, which it would reset when the listener is closed."""
+    listener.setblocking(False)
+    with contextlib.suppress(OSError):  # BlockingIOError: no more are there
+        while True:
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            yield connection
 
 
 def _uvicorn_config(app: FastAPI, server: ServerConfig) -> uvicorn.Config:

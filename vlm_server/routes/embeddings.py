@@ -108,6 +108,8 @@ async def _vector(context: ServerContext, prompt: Prompt, path: str) -> np.ndarr
                     return np.asarray(vector / max(np.linalg.norm(vector), 1e-12), np.float32)
         except InvalidRequestError as error:
             raise _named(error, path) from error
+        finally:
+            prompt.close()
     raise ApiError(500, "engine_error", output.error or "the engine gave no embedding")
 
 
