@@ -21,16 +21,17 @@ def pictures() -> dict[str, bytes]:
     rgba = Image.fromarray(pixels)
     rgb, gray, palette = rgba.convert("RGB"), rgba.convert("L"), rgba.convert("RGB").quantize(16)
     frames = [rgb, rgb.rotate(90), rgb.rotate(180)]
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile[24:36] = bytes(12)  # when it was made: equal seeds give equal files
     exif = Image.Exif()
     exif[0x0112] = 6
     gray16 = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
     made = {
-        "jpeg": (rgb, "JPEG", {"exif": exif.tobytes(), "icc_profile": profile}),
+        "jpeg": (rgb, "JPEG", {"exif": exif.tobytes(), "icc_profile": bytes(profile)}),
         "jpeg progressive": (rgb, "JPEG", {"progressive": True, "quality": 30}),
         "jpeg cmyk": (rgb.convert("CMYK"), "JPEG", {}),
         "jpeg gray": (gray, "JPEG", {"restart_marker_blocks": 1}),
-        "png": (rgba, "PNG", {"icc_profile": profile}),
+        "png": (rgba, "PNG", {"icc_profile": bytes(profile)}),
         "png 16": (gray16, "PNG", {}),
         "png palette": (palette, "PNG", {"transparency": 0}),
         "png animated": (rgb, "PNG", {"save_all": True, "append_images": frames}),

@@ -13,7 +13,7 @@ OWNERS = ("", "a", "b", "c")
 
 steps = st.lists(
     st.one_of(
-        st.tuples(st.just("reserve"), st.integers(0, 2 * LIMIT), st.sampled_from(OWNERS)),
+        st.tuples(st.just("reserve"), st.integers(1, 2 * LIMIT), st.sampled_from(OWNERS)),
         st.tuples(st.just("resize"), st.integers(0, 30), st.integers(0, 2 * LIMIT)),
         st.tuples(st.just("release"), st.integers(0, 30), st.just(0)),
         st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0)),
@@ -265,3 +265,16 @@ async def test_a_moved_reservation_outlives_the_block_of_the_first() -> None:
 
     moved.release()
     assert (budget.used, budget.used_by("a")) == (0, 0)
+
+
+async def test_who_needs_nothing_waits_for_nobody() -> None:
+    budget = Budget("test", LIMIT, wait_s=None)
+    with await budget.reserve(LIMIT):
+        waiting = asyncio.ensure_future(budget.reserve(1))
+        await asyncio.sleep(0)
+
+        (await budget.reserve(0)).release()
+
+        assert not waiting.done()
+    (await waiting).release()
+    assert budget.used == 0

@@ -152,8 +152,7 @@ async def test_what_pictures_hold_on_their_way_and_that_it_is_given_back_however
     dying = asyncio.create_task(load(service, "a", *refs(data_url(png(seed=10)))))
     await until(lambda: service.stats().num_in_flight["decode"] == 1)
     kill(decode_worker)
-    with pytest.raises(MediaError, match="broke down"):
-        await dying
+    await dying  # another worker does it
     assert nothing_is_held(service)
 
 
