@@ -28,6 +28,7 @@ from engine.request import (
     SamplingParams,
     StepOutput,
 )
+from engine.unread import UnreadOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class EngineClient:
         self.failure: str | None = None  # why the state is FAILED
         self.num_restarts = 0
         self._on_progress = on_progress
-        self._streams: dict[str, asyncio.Queue[StepOutput | EngineError]] = {}
+        self._streams = UnreadOutputs()
         self._stats_calls: dict[int, asyncio.Future[EngineStats]] = {}
         self._num_calls = 0
         self._vocabulary: str | None = None
@@ -116,25 +117,23 @@ class EngineClient:
     async def generate(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> AsyncGenerator[StepOutput, None]:
         """One request's outputs, the last one with its finish_reason.
 
-        Raises PromptTooLongError, InvalidRequestError, QueueFullError or EngineDeadError. Closing the generator early aborts the request.
+        Raises PromptTooLongError, InvalidRequestError, QueueFullError or EngineDeadError, and UnreadError where too much was not taken in
+        time. Closing the generator early aborts the request.
         """
         sender = self._ready_sender()
         if request_id in self._streams:
             raise InvalidRequestError(f"a request {request_id} is running already")
-        queue: asyncio.Queue[StepOutput | EngineError] = asyncio.Queue()
-        self._streams[request_id] = queue  # before sending: no output can be missed
+        queue = self._streams.open(request_id)  # before sending: no output can be missed
         is_over = False
         try:
             await self._send(sender, Add(request_id, prompt, params))
             while not is_over:
                 output = await queue.get()
-                is_over = isinstance(output, EngineError) or output.finish_reason is not None
-                if isinstance(output, EngineError):
-                    raise output
+                is_over = output.finish_reason is not None
                 yield output
         finally:
-            del self._streams[request_id]
-            if not is_over:
+            self._streams.close(request_id)
+            if not is_over and not queue.is_ended:
                 self._abort(request_id)
 
     async def stats(self, *, timeout_s: float = 5.0) -> EngineStats:
@@ -209,11 +208,10 @@ class EngineClient:
         match message:
             case Outputs(outputs):
                 for output in outputs:
-                    if queue := self._streams.get(output.request_id):
-                        queue.put_nowait(output)
+                    if not self._streams.put(output):
+                        self._abort(output.request_id)
             case Rejected(request_id):
-                if queue := self._streams.get(request_id):
-                    queue.put_nowait(_rejection(message))
+                self._streams.fail(request_id, _rejection(message))
             case Stats(call_id, stats):
                 answer = self._stats_calls.get(call_id)
                 if answer and not answer.done():
@@ -228,8 +226,7 @@ class EngineClient:
                 self.failure, self.state = reason, EngineState.FAILED
 
     def _fail_all(self, error: EngineDeadError) -> None:
-        for queue in self._streams.values():
-            queue.put_nowait(error)
+        self._streams.fail_all(error)
         for answer in self._stats_calls.values():
             if not answer.done():
                 answer.set_exception(error)

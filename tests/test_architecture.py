@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "engine.batch": ".request",
     "engine.beams": ".request .scheduler",
     "engine.channel": "vision.shared_array",
-    "engine.client": ".channel .config .messages .request",
+    "engine.client": ".channel .config .messages .request .unread",
     "engine.config": "",
     "engine.continuations": ".beams .sampler",
     "engine.core": ".beams .config .continuations .encoding .first_token .guided .reading .request .sampler .scheduler .workers",
@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "engine.row": ".kv_cache .request",
     "engine.sampler": ".request",
     "engine.scheduler": ".config .kv_cache .request .row",
+    "engine.unread": ".request",
     "engine.workers": ".channel .config .layers.parallel .messages .model_runner .request",
     "vision": "",
     "vision.addresses": ".config",
@@ -111,7 +112,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
+        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image "
+        "vision.service"
     ),
     "vlm_server.built_in_templates": ".alpaca .role_template",
     "vlm_server.chat_client": ".client",
