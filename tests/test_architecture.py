@@ -108,12 +108,11 @@ MAY_IMPORT = {
     "vlm_server.app": (
         ".aborting .admission .answer_formats .api_keys .auth .backend .chat_page .config .context .docs .errors .files .metered_engine "
         ".metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns "
-        "engine.request vision.image"
+        ".waiting_room engine.request vision.image"
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image "
-        "vision.service"
+        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
     ),
     "vlm_server.built_in_templates": ".alpaca .role_template",
     "vlm_server.chat_client": ".client",
@@ -226,7 +225,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
     "vlm_server.routes.interactive": (
-        ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .streaming .turns"
+        ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .streaming .turns .waiting_room"
     ),
     "vlm_server.routes.messages": (
         ".anthropic.field_names .anthropic.models .anthropic.protocol .anthropic.response_schema .anthropic.shapes .anthropic.translation "
@@ -263,6 +262,7 @@ MAY_IMPORT = {
     "vlm_server.transcript": "engine.request",
     "vlm_server.turns": ".backend .errors .generation .sessions.history .sessions.store engine.request vision.image",
     "vlm_server.uploads": ".errors .file_protocol vision.image",
+    "vlm_server.waiting_room": ".backend .errors .middleware engine.request",
 }
 
 # Whole packages that a package never imports, whatever the table says: vision knows neither other package, the engine no server.

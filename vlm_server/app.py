@@ -55,6 +55,7 @@ from vlm_server.sessions.opening import OpenStore, open_store
 from vlm_server.sessions.store import Limits, RecordStore, StoreError
 from vlm_server.sessions.store import Quota as StoreQuota
 from vlm_server.turns import Turns
+from vlm_server.waiting_room import RefuseWhenFull, WaitingRoom, awaited_engine
 
 
 def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend, open_store: OpenStore = open_store) -> FastAPI:
@@ -64,6 +65,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     metrics = Metrics()
     running = RunningRequests() if config.enable_abort_handling else None
     keys = _key_ring(config, metrics)
+    room = WaitingRoom(config.engine.max_waiting)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -76,7 +78,8 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
             formats = _answer_formats(config, backend)
             async with contextlib.aclosing(Turns(sessions, backend.pipeline)) as turns:
                 uploads, created_s = _files(config, store), int(time.time())
-                charging = replace(backend, engine=metered_engine(backend.engine)) if keys is not None else backend
+                engine = awaited_engine(backend.engine, room)
+                charging = replace(backend, engine=metered_engine(engine) if keys is not None else engine)
                 app.state.context = ServerContext(config, charging, defaults, metrics, turns, formats, uploads, records, created_s, running)
                 yield
 
@@ -98,7 +101,7 @@ def create_app(config: ServerConfig, *, open_backend: OpenBackend = open_backend
     if running is not None:
         app.add_middleware(TracksAborts, running=running)
     open_paths = (DOCS_PATHS if config.enable_docs else frozenset()) | (chat_page.paths if chat_page else frozenset())
-    _add_middleware(app, config, metrics, keys, open_paths=open_paths)
+    _add_middleware(app, config, metrics, keys, room, open_paths=open_paths)
     app.state.keys = keys
     return app
 
@@ -160,9 +163,12 @@ def _is_json(content_type: str) -> bool:
     return media_type == "application/json" or media_type.endswith("+json")
 
 
-def _add_middleware(app: FastAPI, config: ServerConfig, metrics: Metrics, keys: KeyRing | None, *, open_paths: Collection[str]) -> None:
-    """The last one added is the outermost: prefix, log, CORS, keys, quotas, body limit, routes."""
+def _add_middleware(
+    app: FastAPI, config: ServerConfig, metrics: Metrics, keys: KeyRing | None, room: WaitingRoom, *, open_paths: Collection[str]
+) -> None:
+    """The last one added is the outermost: prefix, log, CORS, keys, quotas, waiting room, body limit, routes."""
     app.add_middleware(BodyLimit, limit_bytes=config.max_body_bytes)
+    app.add_middleware(RefuseWhenFull, room=room)
     if keys is not None:
         app.add_middleware(EnforceQuotas)
         app.add_middleware(RequireApiKey, keys=keys, open_paths=open_paths)

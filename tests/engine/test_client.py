@@ -93,8 +93,7 @@ async def test_requests_are_answered_refused_aborted_and_survive_a_crash(client)
     await anext(unread)
     await until_running(client, 0)
     with pytest.raises(UnreadError):
-        while True:
-            await anext(unread)
+        _ = [output async for output in unread]
     assert len(client._streams) == client._streams.num_bytes == 0
     assert (await client.stats()).num_referenced_blocks == 0
 

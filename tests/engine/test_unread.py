@@ -103,7 +103,9 @@ def test_log_probabilities_weigh_what_they_take(num_top: int):
     assert size_of(token(logprobs=[scored])) - size_of(token()) == 200 + 116 * num_top
 
 
-STEPS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["put", "read", "close", "open", "fail"]), st.integers(0, 4)), max_size=80)
+STEPS = st.lists(
+    st.tuples(st.sampled_from("abc"), st.sampled_from(["put", "read", "close", "open", "fail"]), st.integers(0, 4)), max_size=80
+)
 
 
 @given(STEPS)

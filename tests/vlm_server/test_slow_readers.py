@@ -18,7 +18,7 @@ from vlm_server.protocol import CompletionRequest
 from vlm_server.sessions.history import Sessions
 from vlm_server.sessions.opening import open_store
 from vlm_server.sessions.store import Limits
-from vlm_server.turns import MAX_REPLIES_AHEAD, Turns, TurnRequest
+from vlm_server.turns import MAX_REPLIES_AHEAD, TurnRequest, Turns
 
 PROMPT = Prompt(token_ids=(104, 105), cache_keys=(104, 105))
 LONG = SamplingParams(max_tokens=SESSION_LEN, ignore_eos=True)

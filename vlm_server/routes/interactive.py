@@ -22,6 +22,7 @@ from vlm_server.sessions.store import RecordId
 from vlm_server.shapes import new_id
 from vlm_server.streaming import EventStream, note_usage, unless_client_leaves
 from vlm_server.turns import Reply, TurnRequest
+from vlm_server.waiting_room import enter_waiting_room
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ async def chat_interactive(request: Request, body: GenerateRequest) -> Response:
             turns = context.turns
             await unless_client_leaves(request, turns.cancel(session_id) if body.cancel else turns.end(session_id))
         return Response(_line(_NOTHING, warnings), media_type="text/event-stream" if body.stream else "application/json")
+    enter_waiting_room(request.scope)
     messages, tenant = body.new_messages(), tenant_of(request.scope)
     files = await unless_client_leaves(request, context.files.take(_uploaded(body, messages), tenant=tenant))
     replies = context.turns.replies(_turn_request(context, body, messages, files, tenant, session_id))
