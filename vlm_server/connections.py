@@ -6,7 +6,7 @@ client that leaves does. Knows nothing of routes or of what is sent.
 
 import asyncio
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from vlm_server.config import ConnectionLimits
 
@@ -81,11 +81,15 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._body = _Deadline(self.loop, transport)
         self._sending = _Progress(self.loop, transport, self._limits.send_s)
         self._receiving.set(self._limits.head_s)
+        self._cycles: list[RequestResponseCycle] = []  # of requests that were sent before others had their answers
 
     def connection_lost(self, exc: Exception | None) -> None:
         for deadline in (self._receiving, self._body, self._sending):
             deadline.clear()
         super().connection_lost(exc)
+        for cycle in self._cycles:  # uvicorn tells the last one alone
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
@@ -106,6 +110,9 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._receiving.set(self._limits.body_pause_s)
         self._body.set(self._limits.body_s)
         super().on_headers_complete()
+        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        if self.cycle is not None and self.cycle not in self._cycles:
+            self._cycles.append(self.cycle)
 
     def on_message_complete(self) -> None:
         self._in_body = False
