@@ -143,7 +143,10 @@ class Downloader:
         encoding = response.headers.get("Content-Encoding", "").strip().lower()
         body = CappedBody(config.max_picture_bytes, encoding, min_bytes_per_s=config.min_download_bytes_per_s)
         async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-            body.append(chunk)
+            if body.is_compressed:
+                await asyncio.to_thread(body.append, chunk)
+            else:
+                body.append(chunk)
         if not body.is_complete:
             raise MediaError("image_fetch_failed", "the picture's server broke off")
         return bytes(body.data)
