@@ -13,6 +13,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,20 +88,31 @@ def image_body(model: str, seed: int, *, side_px: int = 512, num_words: int = 32
 
 
 async def ask(session: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> Stream:
-    body = {"temperature": 0, "ignore_eos": True, **body, "stream": True, "stream_options": {"include_usage": True}}
     stream, started = Stream(), time.perf_counter()
+    async for chunk, moment in chunks(session, url, path, body):
+        if chunk["choices"]:
+            stream.token_times_s.append(moment - started)
+        if chunk.get("usage"):
+            stream.num_tokens = chunk["usage"]["completion_tokens"]
+    return stream
+
+
+async def stream_times(session: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> AsyncIterator[float]:
+    """When each piece of one answer came, as it comes, in seconds of the process's clock."""
+    async for chunk, moment in chunks(session, url, path, body):
+        if chunk["choices"]:
+            yield moment
+
+
+async def chunks(session: aiohttp.ClientSession, url: str, path: str, body: dict[str, Any]) -> AsyncIterator[tuple[dict[str, Any], float]]:
+    """The chunks of one streamed answer and when each came."""
+    body = {"temperature": 0, "ignore_eos": True, **body, "stream": True, "stream_options": {"include_usage": True}}
     async with session.post(url + path, json=body) as response:
         if response.status != 200:
             raise RuntimeError(f"{response.status}: {(await response.text())[:300]}")
         async for line in response.content:
-            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                continue
-            chunk = json.loads(line[6:])
-            if chunk["choices"]:
-                stream.token_times_s.append(time.perf_counter() - started)
-            if chunk.get("usage"):
-                stream.num_tokens = chunk["usage"]["completion_tokens"]
-    return stream
+            if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+                yield json.loads(line[6:]), time.perf_counter()
 
 
 async def run(url: str, bodies: list[tuple[str, dict[str, Any]]], *, num_streams: int) -> Figures:

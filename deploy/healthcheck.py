@@ -1,4 +1,4 @@
-"""Exits with 0 where the server in this container answers GET /health with success, by HTTP or by HTTPS, else with 1."""
+"""Exits with 0 where the server in this container answers GET /health/ready with success, by HTTP or by HTTPS, else with 1."""
 
 import http.client
 import ssl
@@ -16,12 +16,12 @@ def main() -> int:
     port = PORT_FILE.read_text().strip() if PORT_FILE.exists() else DEFAULT_PORT
     try:
         try:
-            return _check(f"http://127.0.0.1:{port}/health")
+            return _check(f"http://127.0.0.1:{port}/health/ready")
         except (
             ConnectionResetError,
             http.client.BadStatusLine,
         ):  # it speaks TLS alone
-            return _check(f"https://127.0.0.1:{port}/health")
+            return _check(f"https://127.0.0.1:{port}/health/ready")
     except (urllib.error.URLError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

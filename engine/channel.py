@@ -4,10 +4,13 @@ The blocking side (`Channel`) serves the engine process and its ranks; `AsyncSen
 """
 
 import asyncio
+import contextlib
+import os
 import select
 import socket
 import struct
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -115,22 +118,35 @@ class AsyncSender:
         sock.setblocking(False)
         self._socket = sock
         self._lock = asyncio.Lock()
+        self._sendings: set[asyncio.Future[None]] = set()
 
     async def send(self, message: Any) -> None:
-        """A frame that was begun is finished when the caller is cancelled, too: half of one would garble all that follows."""
+        """A frame that was begun is finished when the caller is cancelled, too: half of one would garble all that follows.
+
+        Raises OSError where the other end, or this one, is closed.
+        """
         sending = asyncio.ensure_future(self._send(message))
+        self._sendings.add(sending)
+        sending.add_done_callback(self._sendings.discard)
         sending.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
-        await asyncio.shield(sending)
+        await asyncio.wait((sending,))
+        if sending.cancelled():
+            raise BrokenPipeError("the channel was closed")
+        sending.result()
 
     def close(self) -> None:
+        """What is still being sent fails: nothing would wake it once its socket is closed."""
+        for sending in tuple(self._sendings):
+            sending.cancel()
         self._socket.close()
 
     async def _send(self, message: Any) -> None:
         payload, fds = encode(message)
-        async with self._lock:
-            for start in range(0, len(fds), _MAX_FDS_AT_ONCE):
-                await self._send_fds(fds[start : start + _MAX_FDS_AT_ONCE])
-            await asyncio.get_running_loop().sock_sendall(self._socket, _HEADER.pack(len(payload), 0) + payload)
+        with _own_descriptors(fds) as own:  # the message's may be closed, and their numbers used again, while this waits
+            async with self._lock:
+                for start in range(0, len(own), _MAX_FDS_AT_ONCE):
+                    await self._send_fds(own[start : start + _MAX_FDS_AT_ONCE])
+                await asyncio.get_running_loop().sock_sendall(self._socket, _HEADER.pack(len(payload), 0) + payload)
 
     async def _send_fds(self, fds: list[int]) -> None:
         """A header alone: so few bytes that they leave whole or not at all."""
@@ -140,6 +156,18 @@ class AsyncSender:
                 return
             except BlockingIOError:
                 await _writable(self._socket)
+
+
+@contextlib.contextmanager
+def _own_descriptors(fds: list[int]) -> Iterator[list[int]]:
+    own: list[int] = []
+    try:
+        for fd in fds:
+            own.append(os.dup(fd))
+        yield own
+    finally:
+        for fd in own:
+            os.close(fd)
 
 
 async def _writable(sock: socket.socket) -> None:

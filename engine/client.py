@@ -13,9 +13,11 @@ import sys
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
+from engine.announcing import Announcement, Announcements
 from engine.channel import AsyncSender, Decoder, read_frame
 from engine.config import EngineConfig
 from engine.messages import Abort, Add, FromEngine, GetStats, Loading, Outputs, Ready, Rejected, SetVocabulary, Start, StartFailed, Stats
+from engine.pulse import Pulse
 from engine.request import (
     EngineDeadError,
     EngineError,
@@ -33,12 +35,18 @@ from engine.unread import UnreadOutputs
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.5
-MAX_BACKOFF_S = 30.0
-HEALTHY_AFTER_S = 60.0  # an engine that lived this long starts again without delay
+MAX_BACKOFF_S = 8.0  # after an engine that was ready: whoever sent what it died of is not to keep everybody else out for longer
+MAX_START_BACKOFF_S = 30.0  # after one that was not: the next one will hardly fare better
+HEALTHY_AFTER_S = 10.0  # an engine that served this long starts again after the first pause
 PING_INTERVAL_S = 5.0
-HANG_TIMEOUT_S = 120.0  # without an answer between two steps the process is killed
 START_TIMEOUT_S = 1800.0
 EXIT_TIMEOUT_S = 10.0
+
+# Without an answer between two steps the process is killed. A step can be long: 512 prompt tokens of a 7B model are 7 TFLOP, a minute
+# and more on two cores. It uses processor time meanwhile, though, which a process that is stopped or waits for itself does not.
+HANG_TIMEOUT_S = 120.0
+STALL_TIMEOUT_S = 10.0  # the same, of a process that uses no processor time
+PULSE_INTERVAL_S = 1.0  # a pause of the server's own (a frozen container) is one look, not ten
 
 # A decode step has hundreds of short parallel regions. Threads that sleep between them (OMP_WAIT_POLICY=PASSIVE) take as long to wake as a
 # small region does; threads that spin for ever starve the process beside them. Milliseconds per step of the embedded model, one row, two
@@ -75,6 +83,7 @@ class _Connection:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     decoder: Decoder = field(default_factory=lambda: Decoder(FromEngine))
+    is_ready: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class EngineClient:
@@ -91,9 +100,11 @@ class EngineClient:
         self._stats_calls: dict[int, asyncio.Future[EngineStats]] = {}
         self._num_calls = 0
         self._vocabulary: str | None = None
+        self._announcements = Announcements(lambda message: self._send(self._ready_sender(), message))
         self._connection: _Connection | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._first_ready: asyncio.Future[EngineInfo] | None = None
+        self._ready_since_s: float | None = None  # of the process that runs, by the loop's clock
 
     @property
     def process_id(self) -> int | None:
@@ -113,6 +124,12 @@ class EngineClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
         self._fail_all(EngineDeadError("the engine is closed", is_final=True))
+
+    def kill(self) -> None:
+        """End the engine process in the middle of whatever it does; `close()` then need not wait for the end of a step."""
+        if self._connection is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._connection.process.kill()
 
     async def set_vocabulary(self, vocabulary: str) -> None:
         """What the token ids mean, as the tokenizers library writes it: the engine, and each that replaces it, can follow grammars then."""
@@ -141,15 +158,21 @@ class EngineClient:
             if not is_over and not queue.is_ended:
                 self._abort(request_id)
 
+    def announcement(self) -> Announcement:
+        """For the pictures of a prompt that is being made; its `end` has to be called. Never fails, whatever the engine does."""
+        return self._announcements.open()
+
     async def stats(self, *, timeout_s: float = 5.0) -> EngineStats:
         """The engine's gauges and counters. Raises EngineDeadError, or TimeoutError while a long step runs."""
         sender = self._ready_sender()
         self._num_calls += 1
         call_id = self._num_calls
-        answer = self._stats_calls[call_id] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
+        self._stats_calls[call_id] = answer
         try:
-            await self._send(sender, GetStats(call_id))
-            return await asyncio.wait_for(answer, timeout_s)
+            async with asyncio.timeout(timeout_s):  # of the sending too: an engine that hangs reads nothing
+                await self._send(sender, GetStats(call_id))
+                return await answer
         finally:
             self._stats_calls.pop(call_id, None)
 
@@ -175,23 +198,23 @@ class EngineClient:
         """Lives of the engine process, one after another, until `close()`."""
         backoff_s = FIRST_BACKOFF_S
         while True:
-            started = asyncio.get_running_loop().time()
+            self._ready_since_s = None
             await self._live_once()
-            if self.info is None and self.state is not EngineState.FAILED:  # what never worked will not work the next time
-                self.state, self.failure = EngineState.FAILED, "the engine process ended while it started; the log says why"
-            self._fail_all(EngineDeadError(self.failure or "the engine process ended", is_final=self.state is EngineState.FAILED))
+            self._note_end()
             if self.state is EngineState.FAILED:
                 return
-            lived_s = asyncio.get_running_loop().time() - started
-            backoff_s = FIRST_BACKOFF_S if lived_s > HEALTHY_AFTER_S else min(2 * backoff_s, MAX_BACKOFF_S)
+            backoff_s = self._next_backoff_s(backoff_s)
             logger.error("the engine process ended; it starts again in %.1f s", backoff_s)
-            self.state = EngineState.RESTARTING
             self.num_restarts += 1
             await asyncio.sleep(backoff_s)
 
     async def _live_once(self) -> None:
         """Start a process and serve its messages until it ends."""
-        connection = self._connection = await _spawn(self.config)
+        try:
+            connection = self._connection = await _spawn(self.config)
+        except OSError as error:  # no memory, processes or descriptors are left, which may pass
+            logger.error("the engine process cannot be started: %s", error)
+            return
         watchdog = asyncio.create_task(self._watch(connection))
         try:
             await connection.sender.send(Start(self.config))
@@ -200,14 +223,35 @@ class EngineClient:
                 if isinstance(message, Ready) and self._vocabulary is not None:  # this one replaces another; requests come after it
                     await connection.sender.send(SetVocabulary(self._vocabulary))
                 self._handle(message)
+                if isinstance(message, Ready):
+                    connection.is_ready.set()
         except (asyncio.IncompleteReadError, OSError):
             pass  # its end of the socket is closed: it ended, or was killed
+        except ValueError:  # of msgspec too
+            logger.exception("the engine process sends what cannot be read; it is ended")
         finally:
             watchdog.cancel()
-            self._connection = None
-            if self.state is EngineState.READY:
-                self.state = EngineState.RESTARTING
-            await _stop(connection)
+            self._note_end()  # before the process is waited for, which may take a while
+            stopping = asyncio.create_task(_stop(connection))
+            try:
+                await asyncio.shield(stopping)
+            finally:
+                await stopping  # also where `close()` comes meanwhile
+
+    def _note_end(self) -> None:
+        """The process has ended or is about to: what waits for it waits no longer."""
+        self._connection = None
+        if self.info is None and self.state is EngineState.STARTING:  # what never worked will not work the next time
+            self.state, self.failure = EngineState.FAILED, "the engine process ended while it started; the log says why"
+        elif self.state is EngineState.READY:
+            self.state = EngineState.RESTARTING
+        self._fail_all(EngineDeadError(self.failure or "the engine process ended", is_final=self.state is EngineState.FAILED))
+
+    def _next_backoff_s(self, backoff_s: float) -> float:
+        if self._ready_since_s is None:
+            return min(2 * backoff_s, MAX_START_BACKOFF_S)
+        served_s = asyncio.get_running_loop().time() - self._ready_since_s
+        return FIRST_BACKOFF_S if served_s > HEALTHY_AFTER_S else min(2 * backoff_s, MAX_BACKOFF_S)
 
     def _handle(self, message: Loading | Ready | StartFailed | Outputs | Rejected | Stats) -> None:
         match message:
@@ -225,6 +269,7 @@ class EngineClient:
                 self._on_progress(fraction)
             case Ready(info):
                 self.info, self.state = info, EngineState.READY
+                self._ready_since_s = asyncio.get_running_loop().time()
                 if self._first_ready and not self._first_ready.done():
                     self._first_ready.set_result(info)
             case StartFailed(reason):
@@ -239,19 +284,32 @@ class EngineClient:
             self._first_ready.set_exception(error)
 
     async def _watch(self, connection: _Connection) -> None:
-        """Kill a process that is ready but answers nothing between steps for too long."""
-        while True:
-            await asyncio.sleep(PING_INTERVAL_S)
-            if self.state is not EngineState.READY:
-                continue
-            try:
-                await self.stats(timeout_s=HANG_TIMEOUT_S)
-            except TimeoutError:
-                logger.error("the engine process does not answer; it is killed")
-                connection.process.kill()
-                return
-            except EngineDeadError:
-                return
+        """Kill a process that is not ready in time, or that is and then answers nothing between steps for too long."""
+        try:
+            await asyncio.wait_for(connection.is_ready.wait(), START_TIMEOUT_S)
+            is_alive = True
+            while is_alive:
+                await asyncio.sleep(PING_INTERVAL_S)
+                is_alive = await self._answers(connection)
+        except EngineDeadError:
+            return
+        except TimeoutError:
+            pass
+        logger.error("the engine process hangs; it is killed")
+        connection.process.kill()
+
+    async def _answers(self, connection: _Connection) -> bool:
+        """Within the time that it has. Raises EngineDeadError, or TimeoutError where it is busy for far too long."""
+        answer, pulse, still_s = asyncio.create_task(self.stats(timeout_s=HANG_TIMEOUT_S)), Pulse(connection.process.pid), 0.0
+        try:
+            while not (await asyncio.wait((answer,), timeout=PULSE_INTERVAL_S))[0]:
+                still_s = still_s + PULSE_INTERVAL_S if pulse.is_still() else 0.0
+                if still_s >= STALL_TIMEOUT_S:
+                    return False
+            await answer
+            return True
+        finally:
+            answer.cancel()
 
 
 def _rejection(rejected: Rejected) -> EngineError:
@@ -266,22 +324,29 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
 
 
 async def _spawn(config: EngineConfig) -> _Connection:
-    """A fresh engine process and the sockets to it."""
+    """A fresh engine process and the sockets to it. Raises OSError."""
     to_engine, inbox = socket.socketpair()
     from_engine, outbox = socket.socketpair()
-    fds = [inbox.fileno(), outbox.fileno()]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "engine.process",
-        *map(str, fds),
-        pass_fds=fds,
-        env=engine_environment(config),
-        stdin=asyncio.subprocess.DEVNULL,
-    )
-    inbox.close()
-    outbox.close()
     reader, writer = await asyncio.open_connection(sock=from_engine)
+    fds = [inbox.fileno(), outbox.fileno()]
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "engine.process",
+            *map(str, fds),
+            pass_fds=fds,
+            env=engine_environment(config),
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # the terminal's interrupt is for the server, whose running requests may finish
+        )
+    except BaseException:
+        to_engine.close()
+        writer.close()
+        raise
+    finally:
+        inbox.close()
+        outbox.close()
     return _Connection(process, AsyncSender(to_engine), reader, writer)
 
 

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from engine.log_lines import LOG_FORMATS, TEXT
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
@@ -36,9 +38,10 @@ class EngineConfig:
     cache_max_entry_count: float | None = None  # < 1: share of the free memory; >= 1: blocks; None: 0.8 on CUDA, see README on CPU
     enable_prefix_caching: bool = True
     embedding_cache_bytes: int = 256 << 20
-    encoder_share: float = 0.5  # of the time while rows decode, at most this much goes to encoding pictures
+    encoder_share: float = 0.5  # of the time while rows decode, at most this much goes to pictures and prompts
     max_waiting: int = 1024  # requests; more are refused
     num_threads: int | None = None  # per rank, on CPU; None: cores / tp
+    log_format: str = TEXT  # of the engine process's own lines
     seed: int = 0  # of dummy weights and of requests without their own seed
 
     def __post_init__(self) -> None:
@@ -54,6 +57,7 @@ class EngineConfig:
             ("max_prefill_token_num", self.max_prefill_token_num >= 1, "at least 1"),
             ("cache_block_seq_len", self.cache_block_seq_len >= 1, "at least 1"),
             ("cache_max_entry_count", self.cache_max_entry_count is None or self.cache_max_entry_count > 0, "above 0"),
+            ("log_format", self.log_format in LOG_FORMATS, " | ".join(LOG_FORMATS)),
             ("encoder_share", 0 < self.encoder_share < 1, "between 0 and 1"),
         ):
             if not is_valid:

@@ -12,17 +12,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from engine.announced import AnnouncedImages
 from engine.beams import Beams, BeamSearch
 from engine.config import EngineConfig
 from engine.continuations import continuations
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
 from engine.first_token import FirstTokenClock
 from engine.guided import Guides, Mask
+from engine.pacing import Pace
 from engine.reading import Reading
 from engine.request import (
     EngineInfo,
     EngineStats,
     FinishReason,
+    ImageInput,
     InvalidRequestError,
     Plan,
     Prompt,
@@ -38,7 +41,6 @@ from engine.workers import Ranks
 logger = logging.getLogger(__name__)
 
 IDLE_ENCODE_S = 0.05  # a slice of encoding when no row decodes; new messages are read after it
-MIN_ENCODE_S = 0.002
 IDLE_COMPILE_S = 0.01  # how long a step waits for a grammar when nothing else is to be done
 
 
@@ -54,10 +56,13 @@ class Engine:
         self.beams = Beams(self.scheduler, self.runner.eos_token_ids)
         self.embeddings = EmbeddingCache(config.embedding_cache_bytes)
         self.encoding: Encoding | None = None
+        self.announced = AnnouncedImages()
         self.guides = Guides(vocab_size=self.runner.vocab_size, eos_token_ids=self.runner.eos_token_ids)
         self._compiling: dict[str, Future[None]] = {}  # held requests and what they wait for
         self._readings: dict[str, Reading] = {}  # of prompts that are not wholly computed
+        self._probes: dict[str, Prompt] = {}
         self.clock = FirstTokenClock()
+        self.pace = Pace(config.encoder_share, max_prefill_tokens=config.max_prefill_token_num)
         self._own = EngineStats()
         self._num_requests = 0
         self._load_time_s = time.monotonic() - started
@@ -86,7 +91,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self.encoding is not None or bool(self.announced)
 
     def add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
         """Queue a request. Raises InvalidRequestError, PromptTooLongError or QueueFullError."""
@@ -98,14 +103,18 @@ class Engine:
             params = replace(params, seed=self.config.seed + self._num_requests)
         request = Request(request_id, prompt, params)
         self.scheduler.add(request)
+        if prompt.is_probe:
+            self._probes[request_id] = prompt
         self.clock.added(request_id)
+        if self.encoding is not None and any(image in self.encoding for image in prompt.images):
+            self.clock.begun(request_id)
         if params.num_beams > 1:
             self.beams.begin(request)
         if params.grammar is not None:
             self.scheduler.hold(request_id)
             self._compiling[request_id] = self.guides.begin(request_id, params.grammar)
-        num_hits = sum(self.embeddings.touch(image.content_hash) for image in prompt.images)
-        self._own = replace(self._own, num_embedding_cache_hits=self._own.num_embedding_cache_hits + num_hits)
+        if not prompt.is_probe:
+            self._count_embeddings(prompt)
 
     def abort(self, request_id: str) -> StepOutput | None:
         """End a request; its blocks are free on return. None where it is unknown or has ended."""
@@ -114,16 +123,31 @@ class Engine:
         self._drop_unwanted_encoding()
         return output
 
+    def announce(self, owner: str, image: ImageInput) -> None:
+        """A picture of a prompt that is being made: encoded ahead while no request needs the encoder. `owner` stands for the prompt."""
+        if self.runner.encoder is not None and not self.embeddings.touch(image.content_hash):
+            self.announced.announce(owner, image)
+
+    def withdraw(self, owner: str, *, request_follows: bool) -> None:
+        """No more pictures of this prompt. A batch that is being encoded is finished where `request_follows`, and else given up."""
+        self.announced.withdraw(owner)
+        if not request_follows:
+            self._drop_unwanted_encoding()
+
     def step(self) -> list[StepOutput]:
         """Compute one plan, and a slice of the pictures that wait."""
         started = time.perf_counter()
+        is_counted = any(request_id not in self._probes for request_id in self.scheduler.requests)
         self._release_compiled()
-        plan = self.scheduler.schedule()
+        num_decoding, num_prefilling = self.scheduler.prefill_load()
+        budget = self.pace.prefill_tokens(num_decoding=num_decoding, num_prefilling=num_prefilling)
+        plan = self.scheduler.schedule(max_prefill_tokens=budget)
         for chunk in plan.chunks:
             self.clock.begun(chunk.request_id)
         outputs, tensor_s = self._compute(plan) if plan.chunks else ([], 0.0)
-        encode_s, failed = self._encode(step_s=tensor_s if plan.chunks else None)
-        self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
+        encode_s, failed = self._encode(self._encode_budget_s(plan, tensor_s))
+        if is_counted:
+            self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
         timed = [self._timed(output) for output in outputs + failed]
         for output in timed:
             if output.finish_reason is not None:
@@ -135,11 +159,23 @@ class Engine:
         own = {
             name: getattr(self._own, name)
             for name in ("num_steps", "num_batched_requests", "max_batched_requests", "num_images_encoded",
-                         "num_embedding_cache_hits", "step_time_s", "overhead_time_s", "encode_time_s")
+                         "num_embedding_cache_hits", "num_embedding_cache_misses", "step_time_s", "overhead_time_s", "encode_time_s")
         }  # fmt: skip
+        needed = {image.content_hash for image in self.scheduler.images_needed()}
+        requests = self.scheduler.requests.items()
+        waiting = [name for name, request in requests if any(image.content_hash in needed for image in request.prompt.images)]
         return replace(
-            counted, **own, num_images_waiting=len(self.scheduler.images_needed()), embedding_cache_bytes=self.embeddings.num_bytes
+            counted,
+            **own,
+            num_images_waiting=len(needed),
+            embedding_cache_bytes=self.embeddings.num_bytes,
+            oldest_waiting_s=self.clock.oldest_waiting_s(),
+            oldest_image_waiting_s=self.clock.oldest_s(waiting),
         )
+
+    def check(self) -> None:
+        """Raises RankDeadError where another rank has ended: no step could be computed any more."""
+        self.ranks.check()
 
     def close(self) -> None:
         if self.encoding is not None:
@@ -243,6 +279,10 @@ class Engine:
         self._readings.pop(request_id, None)
         self._compiling.pop(request_id, None)
         self.guides.end(request_id)
+        if probe := self._probes.pop(request_id, None):
+            for image in probe.images:
+                self.embeddings.discard(image.content_hash)
+                self.scheduler.image_forgotten(image.content_hash)
 
     def _read(self, plan: Plan, readings: dict[str, Reading]) -> None:
         """Add what the plan's chunks read to what their requests have. A preempted request begins anew."""
@@ -261,43 +301,72 @@ class Engine:
         timings_s = self.clock.ended(output.request_id)
         return output if timings_s is None else replace(output, timings_s=timings_s)
 
-    def _encode(self, *, step_s: float | None) -> tuple[float, list[StepOutput]]:
-        """Encode for a share of the time beside a step of `step_s`, for longer beside none; seconds taken and requests that failed."""
+    def _encode_budget_s(self, plan: Plan, step_s: float) -> float:
+        """For how long to encode after this step, which took `step_s`: what the pace allows where rows decode, else for a while."""
+        load = {
+            "num_decoding": sum(len(chunk.token_ids) == 1 for chunk in plan.chunks),
+            "num_prefill_tokens": sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1),
+        }
+        if plan.chunks:
+            self.pace.stepped(step_s, **load)
+        return self.pace.encode_s(**load) if load["num_decoding"] else IDLE_ENCODE_S
+
+    def _encode(self, budget_s: float) -> tuple[float, list[StepOutput]]:
+        """Encode for about `budget_s`; seconds taken and requests that failed."""
         if self.encoding is None:
-            needed = self.scheduler.images_needed()
-            if not needed or self.runner.encoder is None:
+            self.encoding = self._next_encoding()
+            if self.encoding is None:
                 return 0.0, []
-            self.encoding = Encoding(self.runner.encoder, choose_batch(self.runner.encoder, needed), self.runner.device)
             for request_id in self._requests_with(self.encoding):
                 self.clock.begun(request_id)
-        share = self.config.encoder_share
-        budget_s = IDLE_ENCODE_S if step_s is None else max(MIN_ENCODE_S, step_s * share / (1 - share))
         started = time.perf_counter()
         self.encoding.run(budget_s)
         taken_s = time.perf_counter() - started
         return taken_s, self._finish_encoding() if self.encoding.is_done else []
 
+    def _next_encoding(self) -> Encoding | None:
+        """Of pictures that requests need or, where they need none, of announced ones."""
+        needed, encoder = self.scheduler.images_needed(), self.runner.encoder
+        if encoder is None:
+            return None
+        if needed:
+            self.scheduler.encoding_begun()
+        else:
+            needed = self.announced.needed()
+        batch = choose_batch(encoder, needed, max_pixels=self.runner.part_pixels) if needed else []
+        return Encoding(encoder, batch, self.runner.device) if batch else None
+
     def _finish_encoding(self) -> list[StepOutput]:
         encoding, self.encoding = self.encoding, None
         assert encoding is not None
         if encoding.result is None:
+            for image in encoding.images:
+                self.announced.tried(image.content_hash)
             failures = [self._fail(request_id, "a picture could not be encoded") for request_id in self._requests_with(encoding)]
             return [output for output in failures if output]
         for image, embedding in zip(encoding.images, encoding.result, strict=True):
+            self.announced.encoded(image.content_hash)
             self.embeddings.add(image.content_hash, embedding)
             self.scheduler.image_ready(image.content_hash)
         for request_id in self._requests_with(encoding):
             self.clock.encoded(request_id)
-        self._own = replace(self._own, num_images_encoded=self._own.num_images_encoded + len(encoding.images))
+        num_images = len({image.content_hash for image in encoding.images} - self._probe_images())
+        self._own = replace(self._own, num_images_encoded=self._own.num_images_encoded + num_images)
         self._shrink_embeddings()
         return []
 
     def _requests_with(self, encoding: Encoding) -> list[str]:
         return sorted({request_id for image in encoding.images for request_id in self.scheduler.requests_with_image(image.content_hash)})
 
+    def _probe_images(self) -> set[bytes]:
+        return {image.content_hash for probe in self._probes.values() for image in probe.images}
+
     def _drop_unwanted_encoding(self) -> None:
         """Stop encoding pictures that no request wants any more."""
-        if self.encoding and not any(self.scheduler.requests_with_image(image.content_hash) for image in self.encoding.images):
+        if self.encoding and not any(
+            self.announced.has(image.content_hash) or self.scheduler.requests_with_image(image.content_hash)
+            for image in self.encoding.images
+        ):
             self.encoding.cancel()
             self.encoding = None
 
@@ -305,6 +374,15 @@ class Engine:
         if self.embeddings.num_bytes > self.embeddings.limit_bytes:
             for content_hash in self.embeddings.shrink(self.scheduler.pinned_images()):
                 self.scheduler.image_forgotten(content_hash)
+
+    def _count_embeddings(self, prompt: Prompt) -> None:
+        num_hits = sum(self.embeddings.touch(image.content_hash) for image in prompt.images)
+        own, num_misses = self._own, len(prompt.images) - num_hits
+        self._own = replace(
+            own,
+            num_embedding_cache_hits=own.num_embedding_cache_hits + num_hits,
+            num_embedding_cache_misses=own.num_embedding_cache_misses + num_misses,
+        )
 
     def _count(self, plan: Plan, step_s: float, tensor_s: float, encode_s: float) -> None:
         own = self._own

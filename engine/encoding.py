@@ -1,20 +1,23 @@
 """Pictures become embeddings beside the decode steps: batches across requests, slices of layers, and a cache by content hash.
 
-A thread runs the vision encoder and holds still before each layer of the tower once its time is up, so a picture that takes a second
+A thread runs the vision encoder and holds still before an operator of the tower once its time is up, so a picture that takes a second
 costs the running rows a bounded wait per step. Only one of the two threads computes at any time.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from engine.request import ImageInput
+from engine.slices import Slices
 from vision.encoder import VisionEncoder
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,10 @@ class EmbeddingCache:
         self.tensors.move_to_end(content_hash)
         return True
 
+    def discard(self, content_hash: bytes) -> None:
+        if content_hash in self.tensors:
+            self.num_bytes -= self.tensors.pop(content_hash).nbytes
+
     def shrink(self, pinned: set[bytes]) -> list[bytes]:
         """Forget unpinned embeddings until the budget is kept; the hashes forgotten."""
         forgotten = []
@@ -56,28 +63,40 @@ class EmbeddingCache:
 class Encoding:
     """One batch of pictures on its way through the encoder."""
 
-    def __init__(self, encoder: VisionEncoder, images: Sequence[ImageInput], device: torch.device) -> None:
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        images: Sequence[ImageInput],
+        device: torch.device,
+        *,
+        now_s: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.images = tuple(images)
         self.result: list[Tensor] | None = None
         self.error: Exception | None = None
         self._encoder = encoder
         self._device = device
-        self._deadline = 0.0
+        self._now_s = now_s
+        self._slices = Slices()
         self._is_cancelled = False
         self._may_run = threading.Semaphore(0)
         self._has_stopped = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._work, name="vision-encoder", daemon=True)
         self._thread.start()
 
+    def __contains__(self, image: ImageInput) -> bool:
+        return any(image.content_hash == other.content_hash for other in self.images)
+
     @property
     def is_done(self) -> bool:
         return self.result is not None or self.error is not None
 
     def run(self, budget_s: float) -> None:
-        """Compute until done or, as layers end, `budget_s` have passed."""
-        self._deadline = time.perf_counter() + budget_s
-        self._may_run.release()
-        self._has_stopped.acquire()
+        """Compute for about `budget_s`: what one call takes too long, or leaves, the next ones have less or more."""
+        if self._slices.begin(budget_s, self._now_s()):
+            self._may_run.release()
+            self._has_stopped.acquire()
+            self._slices.end(self._now_s())
 
     def cancel(self) -> None:
         """Give up what is left. Blocks until the thread has ended."""
@@ -87,7 +106,7 @@ class Encoding:
 
     def _work(self) -> None:
         self._may_run.acquire()
-        hooks = [layer.register_forward_pre_hook(self._pause) for layer in self._encoder.layers]
+        hooks = [module.register_forward_pre_hook(partial(self._pause, place)) for place, module in _pause_places(self._encoder.layers)]
         try:
             if not self._is_cancelled:
                 self.result = self._encode()
@@ -110,24 +129,46 @@ class Encoding:
                 raise ValueError(f"the encoder gave {embedding.shape[0]} tokens for a picture of {image.num_tokens}")
         return [embedding.clone() for embedding in embeddings]  # a view would keep its whole batch alive
 
-    def _pause(self, layer: nn.Module, inputs: object) -> None:
+    def _pause(self, place: str, module: nn.Module, inputs: object) -> None:
         if self._is_cancelled:
             raise _CancelledError
-        if time.perf_counter() < self._deadline:
+        if self._slices.passes(place, self._now_s()):
             return
         self._has_stopped.release()
         self._may_run.acquire()
         if self._is_cancelled:
             raise _CancelledError
+        self._slices.resume(self._now_s())
+
+
+def _pause_places(layers: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Every operator of every layer, under a name that is the same in all layers; nothing computes between two of them but attention."""
+    for layer in layers:
+        for name, module in layer.named_modules():
+            if next(module.children(), None) is None:
+                yield name, module
 
 
 class _CancelledError(Exception):
     pass
 
 
-def choose_batch(encoder: VisionEncoder, needed: Sequence[ImageInput]) -> list[ImageInput]:
-    """The first picture and those behind it of the same shape, as many as the batch takes."""
+def choose_batch(encoder: VisionEncoder, needed: Sequence[ImageInput], *, max_pixels: int | None = None) -> list[ImageInput]:
+    """The first picture and those behind it of the same shape, as many as the batch takes.
+
+    max_pixels: of all of them together, where a larger batch is not faster and only keeps its first pictures waiting.
+    """
     key = encoder.batch_key(needed[0].arrays)
     chosen = [image for image in needed if encoder.batch_key(image.arrays) == key]
-    ends = accumulate(image.num_tokens for image in chosen)
-    return [image for image, end in zip(chosen, ends, strict=True) if end <= MAX_BATCH_TOKENS] or chosen[:1]
+    tokens = accumulate(image.num_tokens for image in chosen)
+    pixels = accumulate(_num_pixels(image) for image in chosen)
+    fits = (
+        num_tokens <= MAX_BATCH_TOKENS and (max_pixels is None or num_pixels <= max_pixels)
+        for num_tokens, num_pixels in zip(tokens, pixels, strict=True)
+    )
+    return [image for image, is_within in zip(chosen, fits, strict=True) if is_within] or chosen[:1]
+
+
+def _num_pixels(image: ImageInput) -> int:
+    """Of all tiles, or of all patches."""
+    return math.prod(image.arrays["pixel_values"].shape) // 3

@@ -5,7 +5,7 @@ and knows nothing of how anything is computed.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -28,6 +28,14 @@ class FirstTokenClock:
 
     def added(self, request_id: str) -> None:
         self._marks[request_id] = _Marks(self._now_s())
+
+    def oldest_waiting_s(self) -> float:
+        """Since the arrival of the oldest request that has not begun; 0 without one."""
+        return self._since(marks for marks in self._marks.values() if marks.begun_s is None)
+
+    def oldest_s(self, request_ids: Iterable[str]) -> float:
+        """Since the arrival of the oldest of these requests, of those that have no token; 0 without one."""
+        return self._since(marks for request_id in request_ids if (marks := self._marks.get(request_id)))
 
     def begun(self, request_id: str) -> None:
         """Its first picture goes to the encoder, or its first chunk is computed; later calls change nothing."""
@@ -54,3 +62,7 @@ class FirstTokenClock:
         prefill_from_s = begun_s if marks.encoded_s is None else marks.encoded_s
         encode = {} if marks.encoded_s is None else {"encode": marks.encoded_s - begun_s}
         return {"queue": begun_s - marks.added_s, **encode, "prefill": now_s - prefill_from_s}
+
+    def _since(self, marks: Iterable[_Marks]) -> float:
+        now_s = self._now_s()
+        return max((now_s - each.added_s for each in marks), default=0.0)

@@ -21,6 +21,7 @@ class BlockTable:
     digests: list[bytes] = field(default_factory=list)  # of the first full blocks; each block is hashed once
     num_published: int = 0  # leading blocks that are in the prefix cache
     match_hint: int = 0  # what `match` found last
+    is_private: bool = False  # takes nothing from the prefix cache and puts nothing there
 
 
 class BlockManager:
@@ -66,7 +67,7 @@ class BlockManager:
 
         A published block's parent is always published too, so the search goes on from where the last one ended.
         """
-        if not self.enable_prefix_caching:
+        if not self._shares(table):
             return 0
         num_matched, limit = table.match_hint, self._max_matched(table)
         while num_matched and self._digest(table, num_matched - 1) not in self._block_of:
@@ -78,13 +79,13 @@ class BlockManager:
 
     def next_digest(self, table: BlockTable, num_matched: int) -> bytes | None:
         """The hash of the block after the first `num_matched`, where `match` could ever find it."""
-        if self.enable_prefix_caching and num_matched < self._max_matched(table):
+        if self._shares(table) and num_matched < self._max_matched(table):
             return self._digest(table, num_matched)
         return None
 
     def digests(self, table: BlockTable, first: int) -> list[bytes]:
         """The hashes of all full blocks of `table.cache_keys` from the block `first` on; none without prefix caching."""
-        if not self.enable_prefix_caching:
+        if not self._shares(table):
             return []
         return [self._digest(table, index) for index in range(first, len(table.cache_keys) // self.block_size)]
 
@@ -132,7 +133,7 @@ class BlockManager:
 
         Where another request published the same block meanwhile, the table takes that one and gives its own back.
         """
-        if not self.enable_prefix_caching:
+        if not self._shares(table):
             return []
         first, table.num_published = table.num_published, max(table.num_published, num_computed // self.block_size)
         return [self._publish(table, index) for index in range(first, table.num_published)]
@@ -174,6 +175,9 @@ class BlockManager:
             blocks = table.block_ids[: table.num_published]
             assert len(set(table.block_ids)) == len(table.block_ids), f"a table holds a block twice: {state}"
             assert [published.get(block_id) for block_id in blocks] == table.digests[: len(blocks)], f"a block has another's hash: {state}"
+
+    def _shares(self, table: BlockTable) -> bool:
+        return self.enable_prefix_caching and not table.is_private
 
     def _max_matched(self, table: BlockTable) -> int:
         return (len(table.cache_keys) - 1) // self.block_size

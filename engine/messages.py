@@ -3,7 +3,7 @@
 import msgspec
 
 from engine.config import EngineConfig
-from engine.request import EngineInfo, EngineStats, Plan, Prompt, SamplingParams, StepOutput
+from engine.request import EngineInfo, EngineStats, ImageInput, Plan, Prompt, SamplingParams, StepOutput
 
 
 class Start(msgspec.Struct, tag=True):
@@ -24,6 +24,20 @@ class Add(msgspec.Struct, tag=True):
 
 class Abort(msgspec.Struct, tag=True):
     request_id: str
+
+
+class Announce(msgspec.Struct, tag=True):
+    """A picture of a prompt that is being made."""
+
+    owner: str  # stands for the prompt
+    image: ImageInput
+
+
+class Withdraw(msgspec.Struct, tag=True):
+    """Nothing is announced for the prompt any more."""
+
+    owner: str
+    request_follows: bool  # with all of the prompt's pictures; False: nobody will ask for them
 
 
 class GetStats(msgspec.Struct, tag=True):
@@ -78,6 +92,6 @@ class Execute(msgspec.Struct, tag=True):
     plan: Plan
 
 
-ToEngine = Start | SetVocabulary | Add | Abort | GetStats
+ToEngine = Start | SetVocabulary | Add | Abort | Announce | Withdraw | GetStats
 FromEngine = Loading | Ready | StartFailed | Outputs | Rejected | Stats
 ToRank = StartRank | Execute

@@ -30,11 +30,13 @@ from engine.models.weights import Checkpoint, check_names, fill, fill_module, op
 from engine.reading import Reading, read_chunks
 from engine.request import Chunk, Plan
 from vision.encoder import VisionEncoder
+from vision.tower_parts import compute_in_parts
 
 logger = logging.getLogger(__name__)
 
 CPU_CACHE_LIMIT_BYTES = 1 << 30  # without --cache-max-entry-count
 CUDA_CACHE_SHARE = 0.8
+CPU_PART_PIXELS = 512 * 512  # of pictures at a time in a tower's operator: enough to be fast, few enough to pause soon
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,9 @@ class ModelRunner:
             self.lora.resize(self.model_config)
         self.dtype = resolve_dtype(config.dtype, self.model_config, self.device)
         self.decoder, self.encoder = self._load(on_progress)
+        self.part_pixels = CPU_PART_PIXELS if self.device.type == "cpu" else None  # that are encoded at a time
+        if self.encoder and self.part_pixels:
+            compute_in_parts(self.encoder.module, max_pixels=self.part_pixels)
         self.eos_token_ids = eos_token_ids(self.model_config, _generation_config(config.model_folder))
         self.num_blocks = self._count_blocks()
         caches = allocate_cache(

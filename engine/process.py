@@ -4,14 +4,17 @@ Started by `EngineClient` with two inherited sockets, for messages to the engine
 """
 
 import logging
+import signal
 import socket
 import sys
 
 from engine.channel import Channel
 from engine.core import Engine
+from engine.log_lines import set_up_logging
 from engine.messages import (
     Abort,
     Add,
+    Announce,
     FromEngine,
     GetStats,
     Loading,
@@ -23,6 +26,7 @@ from engine.messages import (
     StartFailed,
     Stats,
     ToEngine,
+    Withdraw,
 )
 from engine.request import EngineError, PromptTooLongError
 
@@ -41,9 +45,10 @@ class EngineLoop:
         self.outbox = outbox
 
     def run(self) -> None:
-        """Until the server closes its end (EOFError)."""
+        """Until the server closes its end (EOFError). Raises RankDeadError."""
         while True:
             self._read()
+            self.engine.check()
             if self.engine.has_work:
                 outputs = self.engine.step()
                 if outputs:
@@ -56,7 +61,7 @@ class EngineLoop:
             self._handle(message)
             timeout_s = 0.0
 
-    def _handle(self, message: Add | Abort | GetStats | SetVocabulary) -> None:
+    def _handle(self, message: Add | Abort | Announce | Withdraw | GetStats | SetVocabulary) -> None:
         match message:
             case Add():
                 self._add(message)
@@ -66,6 +71,10 @@ class EngineLoop:
                 output = self.engine.abort(request_id)
                 if output:
                     self.outbox.send(Outputs([output]))
+            case Announce(owner, image):
+                self.engine.announce(owner, image)
+            case Withdraw(owner, request_follows):
+                self.engine.withdraw(owner, request_follows=request_follows)
             case GetStats(call_id):
                 self.outbox.send(Stats(call_id, self.engine.stats()))
 
@@ -82,14 +91,17 @@ def main(inbox_fd: int, outbox_fd: int) -> int:
     outbox = Channel(socket.socket(fileno=outbox_fd), FromEngine)
     start = inbox.receive(None)
     assert isinstance(start, Start)
+    set_up_logging(logging.INFO, start.config.log_format)
     try:
         engine = Engine(start.config, on_progress=_Progress(outbox))
+    except EOFError:  # the server ended meanwhile
+        return 0
     except (ValueError, OSError, KeyError) as error:
         logger.exception("the engine cannot start")
         outbox.send(StartFailed(str(error)))
         return 1
-    outbox.send(Ready(engine.info))
     try:
+        outbox.send(Ready(engine.info))
         EngineLoop(engine, inbox, outbox).run()
     except EOFError:
         engine.close()
@@ -110,5 +122,5 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before; so do the ranks
     sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -105,7 +105,7 @@ class SamplingParams:
 class ImageInput:
     """One picture as the vision encoder takes it."""
 
-    content_hash: bytes  # of the picture's bytes and of all that changes its pixels or its tokens
+    content_hash: bytes  # of the picture's bytes, of all that changes its pixels or its tokens, and of who may share its embedding
     num_tokens: int  # rows of its embedding
     arrays: dict[str, SharedArray]  # the family's encoder inputs by name, e.g. pixel_values: (num_tiles, 3, height, width) uint8
 
@@ -131,6 +131,14 @@ class Prompt:
     spans: tuple[ImageSpan, ...] = ()  # in prompt order, disjoint
     positions: tuple[tuple[int, ...], ...] | None = None  # (3, num_tokens) for three-axis rotary models; None: 0, 1, 2, …
     position_delta: int = 0  # position of slot i beyond the prompt is i + position_delta, on every axis
+    tenant: str = ""  # whose request it is: tenants take turns. What they share is for keys and hashes to say
+    is_probe: bool = False  # the server's own: leaves nothing in the caches and is not counted as work
+
+    def close(self) -> None:
+        """Give the pictures' memory back, of which the engine has its own handles."""
+        for image in self.images:
+            for array in image.arrays.values():
+                array.close()
 
 
 def make_cache_keys(
@@ -304,7 +312,10 @@ class EngineStats:
     num_images_waiting: int = 0
     num_images_encoded: int = 0
     num_embedding_cache_hits: int = 0
+    num_embedding_cache_misses: int = 0
     embedding_cache_bytes: int = 0
     step_time_s: float = 0.0  # sum
     overhead_time_s: float = 0.0  # sum of the steps' time outside tensor work
     encode_time_s: float = 0.0  # sum
+    oldest_waiting_s: float = 0.0  # since the arrival of the oldest request that has not begun; 0 without one
+    oldest_image_waiting_s: float = 0.0  # the same of the oldest one that waits for a picture to be encoded

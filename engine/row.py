@@ -13,12 +13,14 @@ from engine.request import ImagePiece, ImageSpan, InvalidRequestError, PromptToo
 class Row:
     """One request, from `Scheduler.add` to its end."""
 
-    __slots__ = ("order", "request", "span_ends", "table")
+    __slots__ = ("awaits", "lacks_images", "order", "request", "span_ends", "table")
 
-    def __init__(self, request: Request, order: int) -> None:
+    def __init__(self, request: Request, order: tuple[int, int]) -> None:
         self.request = request
-        self.order = order  # of arrival
-        self.table = BlockTable(request.cache_keys)
+        self.order = order  # its place among the tenants' turns, and the number of its arrival
+        self.awaits: bytes | None = None  # while it waits: the picture without which it cannot begin, when it was last looked at
+        self.lacks_images = False  # while it waits: it was passed over because enough rows lacked pictures
+        self.table = BlockTable(request.cache_keys, is_private=request.prompt.is_probe)
         self.span_ends = [span.start + span.num_tokens for span in request.prompt.spans]
 
     def __repr__(self) -> str:

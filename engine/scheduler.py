@@ -3,13 +3,14 @@
 Plain bookkeeping without tensors; a step of 16 rows costs microseconds. Knows nothing of text, of HTTP or of how pictures are encoded:
 it says which pictures it waits for and is told when their embeddings are there.
 
-Order of arrival decides everything: who is admitted first, who gets the prefill budget first, and who is preempted last. So the oldest
-request always gets on, and everyone becomes the oldest.
+Order decides who is admitted first and who is preempted last: that of arrival, in which tenants take turns. So the oldest request always
+gets on, and everyone becomes the oldest. What is short, the prefill budget and the encoder, is shared as `engine.turns` says.
 """
 
 from bisect import insort
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from engine.config import EngineConfig
 from engine.kv_cache import BlockManager
@@ -28,8 +29,10 @@ from engine.request import (
     StepOutput,
 )
 from engine.row import Row, validate
+from engine.turns import TenantTurns, by_turns
 
 MAX_IMAGES_AHEAD = 16  # pictures that `images_needed` names at once
+NUM_ADMISSIBLE = 4  # waiting rows that a step looks at, for each that may run
 
 
 @dataclass(slots=True)
@@ -57,9 +60,14 @@ class Scheduler:
         self.num_output_tokens = 0
         self._eos_token_ids = frozenset(eos_token_ids)
         self._rows: dict[str, Row] = {}
-        self._waiting: list[Row] = []  # both in order of arrival
+        self._waiting: list[Row] = []  # both in order
         self._running: list[Row] = []
         self._num_added = 0
+        self._tenant_turns = TenantTurns()
+        self._prefill_budget = config.max_prefill_token_num  # of this step
+        self._smallest_prefill_next = False
+        self._smallest_picture_next = False
+        self._short: Row | None = None  # lacked blocks or rows when it was its turn: nobody comes in before it
         self._held: set[str] = set()
         self._searches: dict[str, _Search] = {}  # by the request they belong to
         self._ready_images: set[bytes] = set()
@@ -99,14 +107,14 @@ class Scheduler:
         if request.request_id in self.requests:
             raise InvalidRequestError(f"request_id: {request.request_id!r} is in use, only a new one is allowed")
         validate(request, self.session_len)
-        if len(self._waiting) >= self.config.max_waiting:
+        if len(self._waiting) >= self.config.max_waiting and not self._is_first_of_its_tenant(request):
             raise QueueFullError(f"{len(self._waiting)} requests wait already, at most {self.config.max_waiting} may; try again later")
-        row = Row(request, self._num_added)
+        row = Row(request, (self._tenant_turns.place(self._places_of(request.prompt.tenant)), self._num_added))
         request.block_ids = row.table.block_ids
         self._num_added += 1
         self.requests[request.request_id] = request
         self._rows[request.request_id] = row
-        self._waiting.append(row)
+        insort(self._waiting, row, key=_order)
 
     def abort(self, request_id: str) -> StepOutput | None:
         """End a request because its client left; its blocks are given back at once. None: unknown or finished."""
@@ -168,20 +176,30 @@ class Scheduler:
     # Pictures
 
     def images_needed(self) -> list[ImageInput]:
-        """Pictures without an embedding, in the order in which rows will need them, each content hash once.
+        """Pictures without an embedding, each content hash once: by turns of the first request that lacks some, and of whoever lacks least.
 
         At most MAX_IMAGES_AHEAD, of running rows and of the first `max_batch_size` waiting ones; also those that are being encoded.
         """
+        rows = (*self._running, *self._waiting[: self.config.max_batch_size])
+        missing = [images for row in rows if (images := {image.content_hash: image for image in self._missing_images(row)}.values())]
+        pictures = [(sum(image.num_tokens for image in images), image) for images in missing for image in images]
         needed: dict[bytes, ImageInput] = {}
-        for row in (*self._running, *self._waiting[: self.config.max_batch_size]):
-            for image in self._missing_images(row):
-                needed.setdefault(image.content_hash, image)
-                if len(needed) == MAX_IMAGES_AHEAD:
-                    return list(needed.values())
+        for _, image in by_turns(pictures, lambda picture: picture[0], smallest_next=self._smallest_picture_next):
+            needed.setdefault(image.content_hash, image)
+            if len(needed) == MAX_IMAGES_AHEAD:
+                break
         return list(needed.values())
+
+    def encoding_begun(self) -> None:
+        """The first of `images_needed` is on its way: the next turn is another's."""
+        self._smallest_picture_next = not self._smallest_picture_next
 
     def image_ready(self, content_hash: bytes) -> None:
         self._ready_images.add(content_hash)
+        for row in self._waiting:
+            row.lacks_images = row.lacks_images and self._lacking_span(row, 0) is not None
+            if row.awaits == content_hash:
+                row.awaits = None
 
     def image_forgotten(self, content_hash: bytes) -> None:
         """The embedding is gone; the picture is needed again where a row has not computed it."""
@@ -206,16 +224,20 @@ class Scheduler:
 
     # One step
 
-    def schedule(self) -> Plan:
-        """The next step: a slot for every row that decodes, then prefill within the budget. Empty e.g. while pictures are encoded."""
+    def prefill_load(self) -> tuple[int, int]:
+        """How many rows decode, and how many more could be computing their prompts."""
+        num_decoding = sum(row.is_decoding for row in self._running)
+        is_free = (row for row in self._waiting if row.awaits is None and row.request.request_id not in self._held)
+        return num_decoding, len(self._running) - num_decoding + sum(1 for _ in is_free)
+
+    def schedule(self, *, max_prefill_tokens: int | None = None) -> Plan:
+        """The next step: a slot for every row that decodes, then prefill within the budget. Empty e.g. while pictures are encoded.
+
+        max_prefill_tokens: at least 1; None: the config's.
+        """
+        self._prefill_budget = max_prefill_tokens or self.config.max_prefill_token_num
         chunks, copies = self._schedule_decodes()
-        num_left = self.config.max_prefill_token_num
-        for row in self._running:
-            if not row.is_decoding and (end := self._chunk_end(row, row.request.num_computed, num_left)) > row.request.num_computed:
-                chunks.append(self._chunk(row, end))
-                num_left -= len(chunks[-1].token_ids)
-        chunks += self._admit(num_left)
-        return Plan(tuple(chunks), tuple(copies))
+        return Plan((*chunks, *self._schedule_prefill()), tuple(copies))
 
     def commit(self, plan: Plan, sampled: Mapping[str, SampledToken]) -> list[StepOutput]:
         """Advance the plan's requests, publish their full blocks, append the sampled tokens and end what is finished.
@@ -294,30 +316,72 @@ class Scheduler:
         self.num_preemptions += 1
         insort(self._waiting, row, key=_order)
 
-    def _admit(self, num_left: int) -> list[Chunk]:
-        """First chunks of waiting rows, in order of arrival, until slots, rows or blocks run out.
-
-        A row is passed over only while it is held, or waits for a picture or for a block that a running row is computing.
-        """
+    def _schedule_prefill(self) -> list[Chunk]:
+        """Chunks of prompts within the budget. While it does not suffice, every other step serves those first that need least."""
         chunks: list[Chunk] = []
-        for row in self._waiting[: self.config.max_batch_size]:
-            if num_left <= 0 or not self._has_rows_for(row):
+        num_left, is_admitting = self._prefill_budget, True
+        for row in self._prefill_order():
+            if num_left <= 0:
                 break
-            if row.request.request_id in self._held:
-                continue
-            num_matched = self._match(row)
-            if not row.request.params.reads_prompt and self.blocks.next_digest(row.table, num_matched) in self._pending:
-                continue
-            num_matched = self._without_cut_spans(row, num_matched)
-            start = num_matched * self.blocks.block_size
-            if self._waits_for_image(row, start):
-                continue
-            end = self._chunk_end(row, start, num_left)
-            if end == start or not self._start(row, num_matched):
-                break
-            chunks.append(self._chunk(row, end))
-            num_left -= end - start
+            if row.request.status is RequestStatus.WAITING:
+                is_admitting = is_admitting and self._admit(row, num_left)
+            if row.request.status is RequestStatus.RUNNING:
+                start = row.request.num_computed
+                if (end := self._chunk_end(row, start, num_left)) > start:
+                    chunks.append(self._chunk(row, end))
+                    num_left -= end - start
+        self._smallest_prefill_next = num_left <= 0 and not self._smallest_prefill_next
         return chunks
+
+    def _prefill_order(self) -> list[Row]:
+        """Rows with a prompt to compute, running ones and those that may be admitted, in the order in which this step serves them."""
+        rows = [row for row in self._running if not row.is_decoding]
+        rows = sorted([*rows, *islice(self._admissible(), NUM_ADMISSIBLE * self.config.max_batch_size)], key=_order)
+        if self._short is not None and self._short.request.status is not RequestStatus.WAITING:
+            self._short = None
+        if self._smallest_prefill_next and self._short is None:
+            rows.sort(key=self._num_to_compute)
+        return rows
+
+    def _admissible(self) -> Iterator[Row]:
+        """Waiting rows but for those of which it is known that they cannot run."""
+        num_places = self._num_places_for_lacking()
+        for row in self._waiting:
+            if row.awaits is not None or row.request.request_id in self._held or (row.lacks_images and num_places <= 0):
+                continue
+            num_places -= row.lacks_images
+            yield row
+
+    def _num_to_compute(self, row: Row) -> int:
+        is_waiting = row.request.status is RequestStatus.WAITING
+        num_computed = self._match(row) * self.blocks.block_size if is_waiting else row.request.num_computed
+        return len(row.request.token_ids) - num_computed
+
+    def _admit(self, row: Row, num_left: int) -> bool:
+        """Let a waiting row run where nothing keeps it waiting. False where no row behind it may pass: rows, blocks or budget are short.
+
+        It is passed over while it waits for a picture, for a block that a running row is computing, or for one of those running rows, at
+        most half of all, that lack pictures: the others are for rows that can be computed.
+        """
+        if not self._has_rows_for(row):
+            self._short = row
+            return False
+        num_matched = self._match(row)
+        if not row.request.params.reads_prompt and self.blocks.next_digest(row.table, num_matched) in self._pending:
+            return True
+        num_matched = self._without_cut_spans(row, num_matched)
+        start = num_matched * self.blocks.block_size
+        if (span := self._lacking_span(row, start)) is not None:
+            row.awaits = row.request.prompt.images[span.image].content_hash if span.start <= start else None
+            row.lacks_images = self._num_places_for_lacking() <= 0
+            if row.awaits is not None or row.lacks_images:
+                return True
+        if self._chunk_end(row, start, num_left) == start:
+            return False
+        if not self._start(row, num_matched):
+            self._short = row
+            return False
+        return True
 
     def _has_rows_for(self, row: Row) -> bool:
         """Whether a waiting row may run beside the others, those counted that beam searches will fork."""
@@ -325,6 +389,15 @@ class Scheduler:
         search = self._searches.get(row.request.request_id)
         num_wanted = 1 if search is None or search.has_started else 1 + search.num_beams - search.num_rows
         return len(self._running) + num_reserved + num_wanted <= self.config.max_batch_size
+
+    def _num_places_for_lacking(self) -> int:
+        """How many more rows may run that lack pictures."""
+        num_lacking = sum(self._lacking_span(row, row.request.num_computed) is not None for row in self._running)
+        return max(1, self.config.max_batch_size // 2) - num_lacking
+
+    def _lacking_span(self, row: Row, slot: int) -> ImageSpan | None:
+        """The first span that ends after the slot and whose picture is not ready."""
+        return next((span for span in row.spans_from(slot) if not self._is_ready(row, span)), None)
 
     def _match(self, row: Row) -> int:
         """Leading blocks that need not be computed: none where the request reads all of its prompt."""
@@ -336,10 +409,6 @@ class Scheduler:
         while (span := next(row.spans_from(num_matched * size), None)) and span.is_atomic and span.start < num_matched * size:
             num_matched = span.start // size
         return num_matched
-
-    def _waits_for_image(self, row: Row, slot: int) -> bool:
-        span = next(row.spans_from(slot), None)
-        return span is not None and span.start <= slot and not self._is_ready(row, span)
 
     def _start(self, row: Row, num_matched: int) -> bool:
         """Give a waiting row blocks for all its slots, and let it run. False where blocks are short.
@@ -355,10 +424,11 @@ class Scheduler:
             search.has_started = True
         request.num_computed = num_matched * self.blocks.block_size
         request.status = RequestStatus.RUNNING
-        if request.num_preemptions == 0:
+        if request.num_preemptions == 0 and not request.prompt.is_probe:
             request.num_cached = request.num_computed
             self.num_prompt_tokens += request.num_prompt_tokens
             self.num_cached_prompt_tokens += request.num_cached
+        self._tenant_turns.begun(row.order[0])
         self._waiting.remove(row)
         insort(self._running, row, key=_order)
         return True
@@ -378,7 +448,7 @@ class Scheduler:
             if not self._is_ready(row, span):
                 return max(start, span.start)
             if span.is_atomic and span_end > end:
-                is_first = span.start == start and num_left >= self.config.max_prefill_token_num
+                is_first = span.start == start and num_left >= self._prefill_budget
                 return span_end if is_first else span.start
         return end
 
@@ -426,7 +496,7 @@ class Scheduler:
         request.token_ids.append(token_id)
         request.cache_keys.append(token_id)
         request.output_counts[token_id] = request.output_counts.get(token_id, 0) + 1
-        self.num_output_tokens += 1
+        self.num_output_tokens += not request.prompt.is_probe
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.params
@@ -437,6 +507,17 @@ class Scheduler:
         return None
 
     # Private: shared
+
+    def _is_first_of_its_tenant(self, request: Request) -> bool:
+        """Whether a named tenant has nothing waiting: then it comes into a full room too, or another tenant could lock it out."""
+        tenant = request.prompt.tenant
+        return bool(tenant) and all(row.request.prompt.tenant != tenant for row in self._waiting)
+
+    def _places_of(self, tenant: str) -> Iterator[tuple[int, int]]:
+        """Place and cost of the tenant's waiting rows; the cost is the number of steps that a prompt takes of the prefill."""
+        for row in self._waiting:
+            if row.request.prompt.tenant == tenant:
+                yield row.order[0], -(-row.request.num_prompt_tokens // self.config.max_prefill_token_num)
 
     def _end(self, request_id: str, reason: FinishReason, *, error: str | None = None) -> StepOutput | None:
         row = self._rows.get(request_id)
@@ -476,5 +557,5 @@ class Scheduler:
             yield images[span.image]
 
 
-def _order(row: Row) -> int:
+def _order(row: Row) -> tuple[int, int]:
     return row.order

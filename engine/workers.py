@@ -1,12 +1,14 @@
 """Tensor-parallel ranks: this process is rank 0, each other rank a process of its own that executes the plans it is sent.
 
 Plans travel as plain messages over private sockets, tensors through gloo (CPU) or nccl (CUDA). The ranks meet through a file in a private
-folder and gloo stays on loopback: nothing listens on another interface. A rank whose rank 0 is gone ends; a dead rank makes the next
-collective fail, which ends the engine process.
+folder and gloo stays on loopback: nothing listens on another interface. A rank whose rank 0 is gone ends; a dead rank is noticed between
+steps, or makes a collective fail, and either ends the engine process.
 """
 
+import ctypes
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +29,12 @@ from engine.model_runner import Executed, ModelRunner, check_devices, resolve_de
 from engine.request import Plan
 
 COLLECTIVE_TIMEOUT_S = 300
+_PR_SET_PDEATHSIG = 1
 EXIT_TIMEOUT_S = 10
+
+
+class RankDeadError(Exception):
+    """A rank ended by itself, or was killed."""
 
 
 class Ranks:
@@ -51,6 +58,12 @@ class Ranks:
         for channel in self._channels:
             channel.send(Execute(plan))
         return self.runner.execute(plan, embeddings)
+
+    def check(self) -> None:
+        """Raises RankDeadError where a rank has ended; without it an idle engine would learn that from its next request."""
+        for rank, process in enumerate(self._processes, start=1):
+            if process.poll() is not None:
+                raise RankDeadError(f"rank {rank} ended with status {process.returncode}")
 
     def close(self) -> None:
         """Blocks until every rank has ended."""
@@ -104,8 +117,15 @@ def set_threads(config: EngineConfig) -> None:
     torch.set_num_threads(config.num_threads or max(1, num_cores // config.tp))
 
 
+def _end_with_rank_0() -> None:
+    """Also where this process is stopped and could not see its channel close (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(fd: int) -> None:
     """One rank above 0, until rank 0 closes the channel."""
+    _end_with_rank_0()
     channel = Channel(socket.socket(fileno=fd), ToRank)
     start = channel.receive(None)
     assert isinstance(start, StartRank)

@@ -5,6 +5,7 @@ import vision  # noqa: F401  first: it makes torchvision, and so transformers, i
 # isort: split
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from tests.tiny_models import write_tiny
+from vision.config import VisionConfig
 from vision.encoder import VisionEncoder
 from vision.image import ImageOptions, ImageRef, MeasuredImage, ProcessedImage
 from vision.processor import ImagePreprocessor
+from vision.request_room import RequestRoom
 from vision.shared_array import SharedArray
 from vlm_server.embedded import embedded_model_folder
 
@@ -97,9 +100,21 @@ class FakeImages:
         self.asked: list[ImageRef] = []
         self.given: list[ProcessedImage] = []
 
-    async def load(self, refs: Any, *, tenant: str = "") -> list[ProcessedImage]:
+    def request_room(self) -> RequestRoom:
+        return RequestRoom(VisionConfig())
+
+    async def load(
+        self,
+        refs: Any,
+        *,
+        tenant: str = "",
+        room: RequestRoom | None = None,
+        on_loaded: Callable[[ProcessedImage], None] | None = None,
+    ) -> list[ProcessedImage]:
         self.asked += refs
         loaded = [self._load(ref) for ref in refs]
+        for image in loaded if on_loaded else ():
+            on_loaded(image)
         self.given += loaded
         return loaded
 

@@ -30,10 +30,10 @@ class ServerProcess:
         """The process id of the engine that runs now."""
         return next(child.pid for child in psutil.Process(self.process.pid).children() if "engine.process" in child.cmdline())
 
-    def health(self) -> int:
+    def health(self, path: str = "/health") -> int:
         """The status of /health; 0 where nothing answers."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as response:
+            with urllib.request.urlopen(self.url + path, timeout=5) as response:
                 return int(response.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -46,11 +46,11 @@ class ServerProcess:
             lines = response.read().decode().splitlines()
         return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.rsplit(" ", 1)[0] == name)
 
-    def wait_for_health(self, status: int, *, timeout_s: float = READY_TIMEOUT_S) -> None:
+    def wait_for_health(self, status: int, *, timeout_s: float = READY_TIMEOUT_S, path: str = "/health") -> None:
         deadline = time.monotonic() + timeout_s
-        while self.health() != status:
+        while self.health(path) != status:
             assert self.process.poll() is None, "the server process ended"
-            assert time.monotonic() < deadline, f"/health did not become {status} within {timeout_s} s"
+            assert time.monotonic() < deadline, f"{path} did not become {status} within {timeout_s} s"
             time.sleep(POLL_S)
 
 

@@ -18,17 +18,21 @@ PACKAGES = ("engine", "vision", "vlm_server")
 # Names are separated by blanks; a leading dot stands for the module's own top-level package, a trailing .* for all modules in a folder.
 MAY_IMPORT = {
     "engine": "vision",
+    "engine.announced": ".request",
+    "engine.announcing": ".messages .request vision.shared_array",
     "engine.attention": "",
     "engine.attention.base": ".batch",
     "engine.attention.torch_backend": ".attention.base .batch .request",
     "engine.batch": ".request",
     "engine.beams": ".request .scheduler",
     "engine.channel": "vision.shared_array",
-    "engine.client": ".channel .config .messages .request .unread",
-    "engine.config": "",
+    "engine.client": ".announcing .channel .config .messages .pulse .request .unread",
+    "engine.config": ".log_lines",
     "engine.continuations": ".beams .sampler",
-    "engine.core": ".beams .config .continuations .encoding .first_token .guided .reading .request .sampler .scheduler .workers",
-    "engine.encoding": ".request vision.encoder",
+    "engine.core": (
+        ".announced .beams .config .continuations .encoding .first_token .guided .pacing .reading .request .sampler .scheduler .workers"
+    ),
+    "engine.encoding": ".request .slices vision.encoder",
     "engine.first_token": "",
     "engine.guided": ".request",
     "engine.kv_cache": "",
@@ -40,10 +44,11 @@ MAY_IMPORT = {
     "engine.layers.packed": ".layers.int8",
     "engine.layers.parallel": "",
     "engine.layers.rotary": "",
+    "engine.log_lines": "",
     "engine.messages": ".config .request",
     "engine.model_runner": (
         ".attention.base .attention.torch_backend .batch .config .layers.packed .layers.parallel .layers.rotary .models.decoder "
-        ".models.fallback .models.lora .models.registry .models.weights .reading .request vision.encoder"
+        ".models.fallback .models.lora .models.registry .models.weights .reading .request vision.encoder vision.tower_parts"
     ),
     "engine.models": "",
     "engine.models.decoder": ".attention.base .layers.embedding .layers.linear .layers.norm .layers.parallel .layers.rotary",
@@ -51,81 +56,98 @@ MAY_IMPORT = {
     "engine.models.lora": ".models.registry .models.weights",
     "engine.models.registry": ".models.decoder",
     "engine.models.weights": ".layers.linear .models.registry",
-    "engine.process": ".channel .core .messages .request",
+    "engine.pacing": "",
+    "engine.process": ".channel .core .log_lines .messages .request",
+    "engine.pulse": "",
     "engine.reading": ".batch .request .sampler",
     "engine.request": "vision.shared_array",
     "engine.row": ".kv_cache .request",
     "engine.sampler": ".request",
-    "engine.scheduler": ".config .kv_cache .request .row",
+    "engine.scheduler": ".config .kv_cache .request .row .turns",
+    "engine.slices": "",
+    "engine.turns": "",
     "engine.unread": ".request",
     "engine.workers": ".channel .config .layers.parallel .messages .model_runner .request",
     "vision": "",
     "vision.addresses": ".config",
     "vision.body": ".data_url .image",
+    "vision.budget": "",
     "vision.cache": "",
     "vision.config": "",
+    "vision.confinement": "",
     "vision.data_url": ".image",
-    "vision.decode": ".frames .image .pixels",
-    "vision.decode_pool": ".config .decode .frames .image .shared_array .workers",
-    "vision.download": ".addresses .body .config .host_slots .http_cache .image .urls",
+    "vision.decode": ".confinement .frames .image .pixels",
+    "vision.decode_pool": ".budget .config .confinement .decode .frames .image .shared_array .workers",
+    "vision.download": ".addresses .body .budget .config .host_slots .http_cache .image .urls",
     "vision.encoder": ".families",
-    "vision.families": ".resolution",
-    "vision.fetcher": ".addresses .config .data_url .download .http_cache .image .single_flight .urls",
+    "vision.families": ".geometry .resolution",
+    "vision.fetcher": ".addresses .budget .config .data_url .download .http_cache .image .media_budgets .single_flight .urls",
     "vision.frames": ".image .shared_array",
-    "vision.host_slots": "",
+    "vision.geometry": "",
+    "vision.host_slots": ".budget",
     "vision.http_cache": ".cache",
-    "vision.image": ".shared_array",
+    "vision.image": ".geometry .shared_array",
+    "vision.media_budgets": ".budget .config",
     "vision.pixels": ".image .shared_array",
-    "vision.preprocess": ".frames .image .shared_array",
+    "vision.preprocess": ".frames .geometry .image .shared_array",
     "vision.preprocess_pool": ".config .frames .image .preprocess .shared_array .workers",
-    "vision.processor": ".families .image .resolution",
+    "vision.processor": ".families .geometry .image .resolution",
+    "vision.request_room": ".config .image",
     "vision.resolution": ".image",
     "vision.service": (
-        ".addresses .cache .config .decode_pool .fetcher .image .preprocess .preprocess_pool .shared_array .single_flight .workers"
+        ".addresses .budget .cache .config .decode_pool .fetcher .image .media_budgets .preprocess .preprocess_pool .request_room "
+        ".shared_array .single_flight .workers"
     ),
     "vision.shared_array": "",
     "vision.single_flight": "",
+    "vision.tower_parts": "",
     "vision.urls": ".image",
     "vision.workers": ".frames",
     "vlm_server": "",
     "vlm_server.aborting": "",
-    "vlm_server.admission": ".auth .errors .metering .middleware .quotas",
+    "vlm_server.admission": ".auth .errors .metering .quotas",
     "vlm_server.alpaca": "",
-    "vlm_server.alpaca_protocol": ".alpaca .embedding_protocol .message_schema .protocol",
-    "vlm_server.alpaca_shapes": ".alpaca .errors .generation .streaming",
+    "vlm_server.alpaca_protocol": ".alpaca .embedding_protocol .message_schema .protocol .response_schema",
+    "vlm_server.alpaca_shapes": ".alpaca .errors .generation .shapes .stage_timings .streaming",
+    "vlm_server.announcing": "engine.request vision.image",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
     "vlm_server.answer_grammar": ".errors .tools engine.guided",
     "vlm_server.anthropic": "",
     "vlm_server.anthropic.field_names": ".errors",
     "vlm_server.anthropic.models": ".context .errors",
-    "vlm_server.anthropic.protocol": ".message_schema .nesting .tool_schema",
-    "vlm_server.anthropic.response_schema": "",
-    "vlm_server.anthropic.shapes": ".anthropic.protocol .errors .generation .nesting .parsing.events .streaming engine.request",
+    "vlm_server.anthropic.protocol": ".config .image_protocol .message_schema .nesting .protocol .tool_schema",
+    "vlm_server.anthropic.response_schema": ".error_codes .response_schema",
+    "vlm_server.anthropic.shapes": (
+        ".anthropic.protocol .errors .generation .nesting .parsing.events .stage_timings .streaming engine.request"
+    ),
     "vlm_server.anthropic.translation": ".anthropic.field_names .anthropic.protocol .anthropic.turns .errors .protocol",
     "vlm_server.anthropic.turns": ".anthropic.field_names .anthropic.protocol",
     "vlm_server.api_calls": "",
     "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
-        ".aborting .admission .answer_formats .api_keys .auth .backend .chat_page .config .context .docs .errors .files .metered_engine "
-        ".metrics .middleware .quotas .responses.records .routes.* .sampling .sessions.history .sessions.opening .sessions.store .turns "
-        ".waiting_room engine.request vision.image"
+        ".aborting .admission .answer_formats .api_keys .auth .backend .body_budget .chat_page .config .context .docs .errors .files "
+        ".jinja_process .metered_engine .metrics .middleware .queued_tokens .quotas .readiness .responses.records .routes.* .sampling "
+        ".sessions.history .sessions.opening .sessions.store .stage_totals .status_board .tracing .turns .waiting_room engine.request "
+        "vision.budget vision.image vision.service"
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .pipeline .stage_timings .transcript engine.client engine.request vision.image vision.service"
+        ".config .detokenizer .jinja_process .jinja_worker .picture_report .pipeline .probe .readiness .stage_timings .transcript "
+        "engine.client engine.request vision.config vision.image vision.media_budgets vision.request_room vision.service"
     ),
+    "vlm_server.body_budget": ".auth vision.budget vision.media_budgets",
     "vlm_server.built_in_templates": ".alpaca .role_template",
     "vlm_server.chat_client": ".client",
     "vlm_server.chat_page": ".config .examples",
     "vlm_server.chat_template": ".internlm_tools .jinja_process engine.request",
     "vlm_server.chats": (
-        ".aborting .answer_grammar .auth .context .files .generation .guided .middleware .protocol .stage_timings .streaming .tools "
-        "engine.request"
+        ".aborting .answer_grammar .auth .context .files .generation .guided .middleware .picture_report .protocol .stage_timings "
+        ".streaming .tools engine.request"
     ),
     "vlm_server.checkpoint": ".embedded vision",
     "vlm_server.cli": (
-        ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal .tls "
-        "engine.config vision.config vlm_server"
+        ".api_keys .chat_client .checkpoint .config .environment .flags .gradio_page .serving .template_choice .terminal .tls .tracing "
+        "engine.config engine.log_lines vision.config vlm_server"
     ),
     "vlm_server.client": ".api_calls",
     "vlm_server.client_schemas": "",
@@ -133,44 +155,48 @@ MAY_IMPORT = {
     "vlm_server.connections": ".config",
     "vlm_server.context": (
         ".aborting .answer_formats .auth .backend .config .detokenizer .embedding_protocol .errors .field_rules .files .generation "
-        ".interactive_protocol .metrics .middleware .parsing.answer .protocol .responses.records .responses.request .sampling "
-        ".token_protocol .turns engine.request"
+        ".interactive_protocol .metrics .middleware .parsing.answer .protocol .request_limits .responses.records .responses.request "
+        ".sampling .token_protocol .turns engine.request"
     ),
     "vlm_server.detokenizer": "",
-    "vlm_server.docs": ".anthropic.response_schema .client_schemas .config .examples .response_schema .responses.schema vlm_server",
+    "vlm_server.docs": ".anthropic.response_schema .auth .client_schemas .config .examples .response_schema .responses.schema vlm_server",
     "vlm_server.echo": ".backend .logprobs engine.request",
     "vlm_server.embedded": "",
     "vlm_server.embedding_protocol": ".message_schema .protocol",
     "vlm_server.environment": "vlm_server",
-    "vlm_server.errors": ".quotas .sessions.history .sessions.store engine.request vision.image",
+    "vlm_server.error_codes": "",
+    "vlm_server.errors": ".error_codes .jinja_process .quotas .sessions.history .sessions.store engine.request vision.budget vision.image",
     "vlm_server.examples": "",
     "vlm_server.field_rules": (
         ".alpaca_protocol .anthropic.protocol .embedding_protocol .errors .file_protocol .format_protocol .generate_protocol "
         ".interactive_protocol .message_schema .protocol .responses.request .token_protocol .tool_schema"
     ),
     "vlm_server.file_protocol": ".message_schema",
-    "vlm_server.files": ".errors .sessions.store",
-    "vlm_server.flags": ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config vision.config",
+    "vlm_server.files": ".errors .sessions.store vision.image vision.media_budgets",
+    "vlm_server.flags": (
+        ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config engine.log_lines vision.config"
+    ),
     "vlm_server.format_protocol": ".message_schema",
-    "vlm_server.generate_protocol": ".aborting .message_schema .protocol",
-    "vlm_server.generate_shape": ".errors .generation .streaming",
+    "vlm_server.generate_protocol": ".aborting .image_protocol .message_schema .protocol",
+    "vlm_server.generate_shape": ".errors .generation .stage_timings .streaming",
     "vlm_server.generation": (
-        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling engine.request"
+        ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings engine.request"
     ),
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
     "vlm_server.image_protocol": "vision.resolution",
     "vlm_server.infill": ".backend",
-    "vlm_server.interactive_protocol": ".message_schema .protocol",
+    "vlm_server.interactive_protocol": ".image_protocol .message_schema .protocol",
     "vlm_server.internlm_tools": "",
     "vlm_server.jinja_process": ".jinja_worker vision.workers",
-    "vlm_server.jinja_worker": "",
+    "vlm_server.jinja_worker": "vision.confinement",
+    "vlm_server.json_body": ".config .errors .nesting",
     "vlm_server.logprobs": "engine.request",
     "vlm_server.message_schema": ".image_protocol .nesting",
     "vlm_server.metered_engine": ".backend .metering engine.request",
     "vlm_server.metering": ".quotas engine.request",
-    "vlm_server.metrics": "engine.request vision.service",
-    "vlm_server.middleware": ".errors .metrics .stage_timings",
+    "vlm_server.metrics": "engine.request vision.budget vision.service",
+    "vlm_server.middleware": ".errors .metrics .stage_timings .tracing",
     "vlm_server.nesting": "",
     "vlm_server.parsing": "",
     "vlm_server.parsing.answer": ".parsing.calls .parsing.events .parsing.reasoning",
@@ -181,65 +207,86 @@ MAY_IMPORT = {
     "vlm_server.parsing.tool_formats": ".parsing.calls .parsing.scanner",
     "vlm_server.picture_parts": ".chat_template engine.request vision.config vision.families vision.image",
     "vlm_server.picture_places": ".tokenizer engine.request vision.families",
+    "vlm_server.picture_report": "vision.image",
     "vlm_server.pipeline": (
-        ".chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .stage_timings .template_choice .tokenizer "
-        ".transcript engine.request vision.config vision.families vision.image"
+        ".announcing .chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .picture_report .stage_timings "
+        ".template_choice .tokenizer .transcript engine.request vision.config vision.families vision.image vision.request_room"
     ),
-    "vlm_server.protocol": ".format_protocol .image_protocol .message_schema .nesting .tool_schema",
+    "vlm_server.probe": (
+        ".chat_template .jinja_process .pipeline .readiness .stage_timings engine.request vision.image vision.request_room vision.workers"
+    ),
+    "vlm_server.protocol": ".config .format_protocol .image_protocol .message_schema .nesting .tool_schema",
+    "vlm_server.queued_tokens": ".backend engine.request vision.budget vision.media_budgets",
     "vlm_server.quotas": "",
-    "vlm_server.response_schema": "",
+    "vlm_server.readiness": "",
+    "vlm_server.request_limits": (
+        ".alpaca_protocol .config .embedding_protocol .errors .format_protocol .generate_protocol .interactive_protocol .message_schema "
+        ".protocol .token_protocol"
+    ),
+    "vlm_server.response_schema": ".error_codes",
     "vlm_server.responses": "",
     "vlm_server.responses.field_paths": ".errors engine.request vision.image",
     "vlm_server.responses.items": ".message_schema",
     "vlm_server.responses.output": ".parsing.events .responses.items .responses.token_texts",
     "vlm_server.responses.records": ".sessions.store",
-    "vlm_server.responses.request": ".format_protocol .message_schema .nesting .protocol .responses.items .tool_schema",
+    "vlm_server.responses.request": ".format_protocol .image_protocol .message_schema .nesting .protocol .responses.items .tool_schema",
     "vlm_server.responses.schema": ".format_protocol .response_schema .responses.items .responses.request",
     "vlm_server.responses.shape": (
-        ".backend .errors .generation .logprobs .responses.field_paths .responses.output .responses.request .sampling .streaming"
+        ".backend .errors .generation .logprobs .responses.field_paths .responses.output .responses.request .sampling .stage_timings "
+        ".streaming"
     ),
     "vlm_server.responses.token_texts": "",
     "vlm_server.responses.translation": ".errors .format_protocol .protocol .responses.field_paths .responses.items .responses.request",
     "vlm_server.role_template": ".chat_template",
     "vlm_server.routes": "",
-    "vlm_server.routes.abort": ".aborting .auth .context .errors .field_rules .generate_protocol",
+    "vlm_server.routes.abort": ".aborting .auth .context .errors .field_rules .generate_protocol .json_body",
     "vlm_server.routes.alpaca": (
-        ".alpaca .alpaca_protocol .alpaca_shapes .auth .context .embedding_protocol .field_rules .generation .guided .middleware "
-        ".protocol .routes.embeddings .shapes .streaming"
+        ".alpaca .alpaca_protocol .alpaca_shapes .auth .context .embedding_protocol .field_rules .generation .guided .json_body "
+        ".middleware .protocol .request_limits .routes.embeddings .shapes .streaming"
     ),
-    "vlm_server.routes.chat": ".chats .context .protocol .response_schema .shapes .streaming",
+    "vlm_server.routes.chat": ".chats .context .json_body .middleware .protocol .response_schema .shapes .streaming",
     "vlm_server.routes.completions": (
-        ".aborting .auth .context .echo .errors .generation .guided .infill .middleware .protocol .response_schema .shapes .streaming "
-        "engine.request"
+        ".aborting .auth .context .echo .errors .generation .guided .infill .json_body .middleware .protocol .response_schema .shapes "
+        ".streaming engine.request"
     ),
     "vlm_server.routes.control": ".context .errors .response_schema",
     "vlm_server.routes.embeddings": (
-        ".auth .context .embedding_protocol .errors .files .middleware .response_schema .shapes .streaming engine.request"
+        ".auth .context .embedding_protocol .errors .files .json_body .middleware .response_schema .shapes .stage_timings .streaming "
+        "engine.request vision.request_room"
     ),
     "vlm_server.routes.files": (
         ".auth .config .context .errors .field_rules .file_protocol .files .response_schema .streaming .uploads vision.image"
     ),
     "vlm_server.routes.generate": (
-        ".aborting .auth .context .errors .generate_protocol .generate_shape .generation .guided .middleware .response_schema .shapes "
-        ".streaming engine.request"
+        ".aborting .auth .context .errors .generate_protocol .generate_shape .generation .guided .json_body .middleware .picture_report "
+        ".response_schema .shapes .streaming engine.request"
     ),
-    "vlm_server.routes.health": ".context .errors .metrics .response_schema .sessions.store engine.request",
+    "vlm_server.routes.health": ".auth .context .errors .metrics .readiness .response_schema .sessions.store .streaming engine.request",
     "vlm_server.routes.interactive": (
-        ".auth .context .errors .interactive_protocol .middleware .response_schema .sessions.store .shapes .streaming .turns .waiting_room"
+        ".auth .context .errors .interactive_protocol .json_body .middleware .picture_report .response_schema .sessions.store .shapes "
+        ".stage_timings .streaming .turns .waiting_room"
     ),
     "vlm_server.routes.messages": (
         ".anthropic.field_names .anthropic.models .anthropic.protocol .anthropic.response_schema .anthropic.shapes .anthropic.translation "
-        ".chats .context .errors .field_rules .middleware .streaming engine.request vision.image"
+        ".chats .context .errors .field_rules .json_body .middleware .streaming engine.request vision.image"
     ),
     "vlm_server.routes.models": ".anthropic.models .context .errors .response_schema",
     "vlm_server.routes.responses": (
-        ".auth .chats .context .errors .responses.items .responses.records .responses.request .responses.schema .responses.shape "
-        ".responses.translation .sessions.store .streaming"
+        ".auth .chats .context .errors .json_body .middleware .responses.items .responses.records .responses.request .responses.schema "
+        ".responses.shape .responses.translation .sessions.store .streaming"
     ),
-    "vlm_server.routes.scoring": ".auth .context .errors .middleware .response_schema .shapes .streaming .token_protocol engine.request",
-    "vlm_server.routes.tokens": ".auth .context .errors .files .response_schema .streaming .token_protocol .tools",
+    "vlm_server.routes.scoring": (
+        ".auth .context .errors .json_body .middleware .response_schema .shapes .streaming .token_protocol engine.request"
+    ),
+    "vlm_server.routes.status": ".context .readiness .response_schema .status_board .streaming vlm_server",
+    "vlm_server.routes.tokens": (
+        ".auth .context .errors .files .json_body .picture_report .response_schema .streaming .token_protocol .tools"
+    ),
     "vlm_server.sampling": ".errors .protocol engine.request",
-    "vlm_server.serving": ".api_keys .app .auth .backend .config .connections .sessions.opening .sessions.store .tls engine.request",
+    "vlm_server.serving": (
+        ".api_keys .app .auth .backend .config .connections .readiness .sessions.opening .sessions.store .tls engine.log_lines "
+        "engine.request"
+    ),
     "vlm_server.sessions": "",
     "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
     "vlm_server.sessions.lease": ".sessions.store",
@@ -247,20 +294,26 @@ MAY_IMPORT = {
     "vlm_server.sessions.redis_store": ".sessions.store",
     "vlm_server.sessions.sqlite_store": ".sessions.store",
     "vlm_server.sessions.store": "",
-    "vlm_server.shapes": ".backend .echo .errors .generation .logprobs .parsing.events .protocol .streaming",
+    "vlm_server.shapes": ".backend .echo .errors .generation .logprobs .parsing.events .protocol .stage_timings .streaming",
     "vlm_server.stage_timings": "",
+    "vlm_server.stage_totals": ".backend engine.request",
+    "vlm_server.status_board": ".backend .stage_totals engine.request vision.service vision.single_flight",
     "vlm_server.streaming": ".errors .generation .middleware",
     "vlm_server.template_choice": ".built_in_templates .chat_template .jinja_process .role_template",
     "vlm_server.terminal": ".chat_client",
     "vlm_server.tls": "",
     "vlm_server.token_protocol": ".image_protocol .message_schema .protocol .tool_schema",
     "vlm_server.tokenizer": "vision",
-    "vlm_server.tool_schema": ".message_schema .nesting",
+    "vlm_server.tool_schema": ".config .message_schema .nesting",
     "vlm_server.tools": (
         ".answer_formats .errors .parsing.answer .parsing.calls .parsing.reasoning .parsing.tool_formats .protocol .tool_schema"
     ),
+    "vlm_server.tracing": ".stage_timings vlm_server",
     "vlm_server.transcript": "engine.request",
-    "vlm_server.turns": ".backend .errors .generation .sessions.history .sessions.store engine.request vision.image",
+    "vlm_server.turns": (
+        ".backend .config .errors .generation .picture_report .request_limits .sessions.history .sessions.store .stage_timings "
+        "engine.request vision.image vision.media_budgets"
+    ),
     "vlm_server.uploads": ".errors .file_protocol vision.image",
     "vlm_server.waiting_room": ".backend .errors .middleware engine.request",
 }

@@ -16,7 +16,14 @@ class VisionConfig:
 
     max_picture_bytes: int = 20 << 20  # as sent, before decoding
     max_picture_pixels: int = MAX_PICTURE_PIXELS  # width × height as its header says
-    max_pictures_in_flight: int = 64  # between their URL and their processed arrays; more wait
+    max_request_picture_bytes: int = 128 << 20  # of all pictures of one request, as sent
+    max_request_pixels: int = 500_000_000  # of all pictures of one request, cached ones too
+
+    max_media_bytes_in_flight: int = 1 << 30  # of all requests: bodies, downloads, files, until nobody holds them; more wait
+    max_pixels_in_flight: int = 512_000_000  # of all requests: decoded, and not taken over by the engine; 3 bytes each; more wait
+    max_downloads: int = 256  # at once; more wait
+    max_pictures_per_request_in_flight: int = 16  # between their URL and their processed arrays; more wait for those before them
+    budget_wait_s: float = 2.0  # for which a request waits for any of these before it is refused
 
     max_redirects: int = 3
     connect_timeout_s: float = 5.0  # name look-up, TCP and TLS
@@ -76,7 +83,12 @@ class VisionConfig:
 _AT_LEAST_ONE = (
     "max_picture_bytes",
     "max_picture_pixels",
-    "max_pictures_in_flight",
+    "max_request_picture_bytes",
+    "max_request_pixels",
+    "max_media_bytes_in_flight",
+    "max_pixels_in_flight",
+    "max_downloads",
+    "max_pictures_per_request_in_flight",
     "max_downloads_per_host",
     "num_decode_workers",
     "num_preprocess_workers",
@@ -94,6 +106,7 @@ _NOT_NEGATIVE = (
     "min_download_bytes_per_s",
     "max_download_retries",
     "retry_pause_s",
+    "budget_wait_s",
     "download_cache_bytes",
     "processed_cache_bytes",
     "processed_cache_pictures",

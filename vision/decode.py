@@ -1,18 +1,21 @@
 """The decode worker: `python -m vision.decode FD` answers pictures' bytes with their pixels over the Unix socket FD until that closes.
 
-A process of its own because its input is hostile: it loads Pillow and numpy only, has little memory, CPU time and few descriptors, and can
-be killed at any moment. Its first frame holds the limits. The server imports this for their type; Pillow is loaded by the worker alone.
+A process of its own because its input is hostile: it loads Pillow and numpy only, has little memory, CPU time and few descriptors, opens
+no file, reaches no network and no other process, and can be killed at any moment. Its first frame holds the limits. The server imports
+this for their type; Pillow is loaded by the worker alone.
 """
 
 import math
 import os
 import resource
+import signal
 import socket
 import sys
 import time
 
 import msgspec
 
+from vision.confinement import confine
 from vision.frames import WORKER_NICENESS, Failure, Frame, receive_frame, send_frame, serve_frames
 from vision.image import MediaError
 
@@ -29,11 +32,12 @@ class DecodeLimits(msgspec.Struct, frozen=True):
 def main(fd: int) -> None:
     import vision.pixels  # noqa: F401  (before memory is limited)
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before
     connection = socket.socket(fileno=fd)
     limits = msgspec.msgpack.decode(receive_frame(connection).body, type=DecodeLimits)
     _limit_process(limits)
-    send_frame(connection, Frame())  # ready
     _silence()
+    send_frame(connection, Frame(msgspec.msgpack.encode(confine())))  # ready
     os.nice(WORKER_NICENESS)
     serve_frames(connection, lambda request: _answer(request, limits))
 

@@ -1,16 +1,21 @@
 """The server's side of decoding: pictures' bytes in, pixels in shared memory out, by a pool of decode workers."""
 
 import asyncio
+import logging
 
 import msgspec
 import numpy as np
 
+from vision.budget import Budget, places_for
 from vision.config import VisionConfig
+from vision.confinement import ALL
 from vision.decode import MEASURE, DecodeLimits
 from vision.frames import Frame
 from vision.image import MediaError
 from vision.shared_array import SharedArray
-from vision.workers import WorkerError, WorkerPool, WorkerTimeoutError
+from vision.workers import WorkerError, WorkerKilledError, WorkerPool, WorkerTimeoutError
+
+logger = logging.getLogger(__name__)
 
 _IN_PLACE_BYTES = 256 << 10  # copied in less time than a thread takes to start; more is copied beside the event loop
 _ABANDON_S = 0.5  # a new decode worker is ready in less
@@ -22,6 +27,7 @@ class DecodePool:
     def __init__(self, config: VisionConfig) -> None:
         limits = DecodeLimits(config.max_picture_pixels, config.decode_memory_bytes, config.decode_timeout_s)
         self._timeout_s = config.decode_timeout_s
+        self._places = Budget("pictures to be decoded", places_for(config.num_decode_workers), wait_s=None)  # copied for a worker
         self._pool = WorkerPool(
             "vision.decode",
             num_workers=config.num_decode_workers,
@@ -33,7 +39,9 @@ class DecodePool:
 
     async def open(self) -> None:
         """Raises WorkerError."""
-        await self._pool.open()
+        granted = msgspec.msgpack.decode((await self._pool.open()).body, type=list[str])
+        if missing := [name for name in ALL if name not in granted]:
+            logger.warning("decode workers are limited in memory and time, but the system cannot keep them from: %s", ", ".join(missing))
 
     async def close(self) -> None:
         await self._pool.close()
@@ -46,21 +54,29 @@ class DecodePool:
     def process_ids(self) -> list[int]:
         return self._pool.process_ids
 
-    async def decode(self, data: bytes) -> SharedArray:
-        """`(height, width, 3)` uint8, the caller's. Raises MediaError: image_decode_failed, image_too_large."""
-        return (await self._call(b"", data)).arrays["pixels"]
+    async def decode(self, data: bytes, *, owner: str = "") -> SharedArray:
+        """`(height, width, 3)` uint8, the caller's. Raises MediaError: image_decode_failed, image_too_large.
 
-    async def measure(self, data: bytes) -> tuple[int, int]:
+        owner: whose others it waits behind, and hardly behind those of others.
+        """
+        return (await self._call(b"", data, owner)).arrays["pixels"]
+
+    async def measure(self, data: bytes, *, owner: str = "") -> tuple[int, int]:
         """(height, width) of the pixels that `decode` would give, from the header alone. Raises as `decode`."""
-        return msgspec.msgpack.decode((await self._call(MEASURE, data)).body, type=tuple[int, int])
+        return msgspec.msgpack.decode((await self._call(MEASURE, data, owner)).body, type=tuple[int, int])
 
-    async def _call(self, job: bytes, data: bytes) -> Frame:
-        source = np.frombuffer(data, np.uint8)
-        is_small = len(data) <= _IN_PLACE_BYTES
-        shared = SharedArray.copy_of(source) if is_small else await asyncio.to_thread(SharedArray.copy_of, source)
+    async def _call(self, job: bytes, data: bytes, owner: str) -> Frame:
         try:
-            return await self._pool.call(Frame(job, {"data": shared}))
+            with await self._places.reserve(1, owner):
+                return await self._pool.call(Frame(job, {"data": await _copy_of(data)}))
         except WorkerTimeoutError:
             raise MediaError("image_decode_failed", f"the picture takes longer than the allowed {self._timeout_s:g} s to decode") from None
+        except WorkerKilledError:
+            raise MediaError("image_decode_failed", "the decoder was killed over and over; try again", status=503) from None
         except WorkerError:
             raise MediaError("image_decode_failed", "the decoder broke down over the picture") from None
+
+
+async def _copy_of(data: bytes) -> SharedArray:
+    source = np.frombuffer(data, np.uint8)
+    return SharedArray.copy_of(source) if len(data) <= _IN_PLACE_BYTES else await asyncio.to_thread(SharedArray.copy_of, source)

@@ -7,12 +7,14 @@ import asyncio
 import random
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import aiohttp
 from yarl import URL
 
 from vision.addresses import AddressPolicy, BlockedAddressError, CheckedResolver, DomainPolicy, LookUp
 from vision.body import CappedBody
+from vision.budget import Budget, Reservation
 from vision.config import VisionConfig
 from vision.host_slots import HostSlots
 from vision.http_cache import HttpCache
@@ -35,12 +37,25 @@ class _PassingError(Exception):
         self.pause_s = pause_s
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """For whom a download runs. tenant: whose cached pictures it may use. owner: whose share of all downloads it takes.
+
+    held: what counts its bytes as they arrive, whatever length was declared.
+    """
+
+    tenant: str
+    owner: str
+    held: Reservation
+
+
 class Downloader:
     """One HTTP client for all pictures. `open()` before use, `close()` after."""
 
-    def __init__(self, config: VisionConfig, *, look_up: LookUp | None = None) -> None:
-        """`look_up`: how host names become addresses; the system's resolver unless given."""
+    def __init__(self, config: VisionConfig, downloads: Budget, *, look_up: LookUp | None = None) -> None:
+        """downloads: how many may run. look_up: how host names become addresses; the system's resolver unless given."""
         self._config = config
+        self._downloads = downloads
         self._policy = AddressPolicy(config.private_networks)
         self._domains = DomainPolicy(config.allowed_media_domains)
         self._resolver = CheckedResolver(self._policy, look_up)
@@ -67,11 +82,11 @@ class Downloader:
             await self._session.close()
             self._session = None
 
-    async def download(self, url: URL, *, tenant: str = "") -> bytes:
-        """The picture's bytes, at most `max_picture_bytes`. Raises MediaError."""
+    async def download(self, url: URL, claim: Claim) -> bytes:
+        """The picture's bytes, at most `max_picture_bytes`. Raises MediaError, and BudgetFullError where others leave no room for it."""
         try:
             async with asyncio.timeout(self._config.fetch_timeout_s):
-                return await self._follow(url, tenant)
+                return await self._follow(url, claim)
         except TimeoutError:  # aiohttp's own timeouts are among these
             raise MediaError("image_fetch_timeout", "the picture's server took too long to send it") from None
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
@@ -79,20 +94,20 @@ class Downloader:
         except (aiohttp.ClientError, OSError, zlib.error) as error:
             raise _unreachable(error) from None
 
-    async def _follow(self, url: URL, tenant: str) -> bytes:
+    async def _follow(self, url: URL, claim: Claim) -> bytes:
         """Follows redirects by hand: each hop is checked as the first one is."""
         for _ in range(self._config.max_redirects + 1):
-            found = await self._patiently(url, tenant)
+            found = await self._patiently(url, claim)
             if isinstance(found, bytes):
                 return found
             url = found
         raise MediaError("image_fetch_failed", f"the picture's URL redirects more than {self._config.max_redirects} times")
 
-    async def _patiently(self, url: URL, tenant: str) -> bytes | URL:
+    async def _patiently(self, url: URL, claim: Claim) -> bytes | URL:
         """One hop, tried again where its failure may pass. The pauses grow, and differ, so that many clients do not come back as one."""
         for attempt in range(self._config.max_download_retries + 1):
             try:
-                return await self._hop(url, tenant)
+                return await self._hop(url, claim)
             except _PassingError as passing:
                 if attempt == self._config.max_download_retries or passing.pause_s > _MAX_PAUSE_S:
                     raise passing.error from None
@@ -100,19 +115,20 @@ class Downloader:
                 await asyncio.sleep(max(passing.pause_s, growing_s))
         raise AssertionError("the last attempt returned or raised")
 
-    async def _hop(self, url: URL, tenant: str) -> bytes | URL:
+    async def _hop(self, url: URL, claim: Claim) -> bytes | URL:
         """The picture at a URL, or where it redirects to."""
         host = url.raw_host or ""
         self._check_host(host)
-        key = tenant, str(url)
+        key = claim.tenant, str(url)
         fresh = self.cache.fresh(key)
         if fresh is not None:
             return fresh
-        async with self._hosts.hold(host):
+        async with self._hosts.hold(host, owner=claim.owner):
             if self._config.media_proxy is not None:
                 await self._check_for_proxy(host)
             try:
-                return await self._ask(url, key)
+                with await self._downloads.reserve(1, claim.owner):
+                    return await self._ask(url, key, claim.held)
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
                 if isinstance(error, TimeoutError):
                     raise
@@ -121,7 +137,7 @@ class Downloader:
                     raise failure from None
                 raise _PassingError(failure) from None
 
-    async def _ask(self, url: URL, key: tuple[str, str]) -> bytes | URL:
+    async def _ask(self, url: URL, key: tuple[str, str], held: Reservation) -> bytes | URL:
         assert self._session is not None, "the downloader is not open"
         stored = self.cache.stored(key)
         conditions = stored.conditions if stored is not None else {}
@@ -131,22 +147,24 @@ class Downloader:
                 return redirected(url, response.headers.get("Location", ""))
             if response.status == 304 and stored is not None and conditions:
                 return self.cache.revalidated(key, stored, response.headers, asked_s=asked_s)
-            data = await self._read(response)
+            data = await self._read(response, held)
             self.cache.put(key, data, response.headers, asked_s=asked_s)
             return data
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse, held: Reservation) -> bytes:
         if response.status != 200:
             error = MediaError("image_fetch_failed", f"the picture's server answered with status {response.status}")
             raise _PassingError(error, _wanted_pause_s(response.headers)) if response.status in _PASSING else error
         config = self._config
         encoding = response.headers.get("Content-Encoding", "").strip().lower()
         body = CappedBody(config.max_picture_bytes, encoding, min_bytes_per_s=config.min_download_bytes_per_s)
+        await held.resize(0)  # what an earlier attempt left
         async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
             if body.is_compressed:
                 await asyncio.to_thread(body.append, chunk)
             else:
                 body.append(chunk)
+            await held.resize(len(body.data))
         if not body.is_complete:
             raise MediaError("image_fetch_failed", "the picture's server broke off")
         return bytes(body.data)

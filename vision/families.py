@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vision.geometry import View, Views, of_crops, of_one_tile, of_patches, of_pinpoints, of_rows_and_columns
 from vision.resolution import FIXED_SIZE, GEMMA3, IDEFICS3, LLAVA_NEXT, QWEN_VL, Resolution
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Rules:
     arrange: Callable[[Settings, Arrays, tuple[int, int]], tuple[Arrays, Layout]]  # from the image processor's outputs and (height, width)
     expand: Callable[[Settings, Layout], str]
     encode: Callable[[Any, TensorBatch], "list[torch.Tensor]"]
+    views: Views  # where in the picture the pixels lie that the encoder is given
     image_token: str | None = None  # the token whose slots take embedding rows; None: the placeholder
     processor_options: Mapping[str, Any] = field(default_factory=dict)  # what the family's processor asks of its image processor
     grid: Callable[[Layout], tuple[int, int]] | None = None  # rows and columns of embeddings, for three-axis positions
@@ -84,6 +86,18 @@ class Family:
     def expand(self, layout: Layout) -> str:
         """The text that takes the placeholder's place, as the reference processor writes it."""
         return self.rules.expand(self.settings, layout)
+
+    def views(self, processor: Settings, layout: Layout, tiles: tuple[int, ...], picture: View) -> list[View]:
+        """What the encoder sees of a picture, the whole first; none where this image processor does not do as the family's own.
+
+        processor: its settings for this picture. tiles: the shape of `pixel_values`. picture: as the image processor was given it.
+        """
+        num_tiles, _, height, width = tiles
+        try:
+            views = self.rules.views(processor, layout, (height, width), picture)
+        except KeyError:  # a setting that the family's own image processor has
+            return []
+        return views if sum(view.width * view.height for view in views) == num_tiles * height * width else []
 
     def num_tokens(self, layout: Layout) -> int:
         return self.expand(layout).count(self.image_token)
@@ -348,6 +362,7 @@ _IDEFICS3 = Rules(
     arrange=_arrange_idefics3,
     expand=_expand_idefics3,
     encode=_encode_idefics3,
+    views=of_rows_and_columns,
     processor_options={"return_row_col_info": True},
     resolution=IDEFICS3,
 )
@@ -357,6 +372,7 @@ _QWEN_VL = Rules(
     arrange=_arrange_qwen_vl,
     expand=_expand_qwen_vl,
     encode=_encode_qwen_vl,
+    views=of_patches,
     grid=_grid_of_qwen_vl,
     resolution=QWEN_VL,
 )
@@ -367,8 +383,15 @@ _PAN_AND_SCAN = {
     "pan_and_scan_min_ratio_to_activate": 1.2,
 }
 FAMILIES: dict[str, Rules] = {
-    "llava": Rules(gap="\n", arrange=_arrange_llava, expand=_expand_repeated, encode=_encode_llava),
-    "llava_next": Rules(gap="\n", arrange=_arrange_llava_next, expand=_expand_repeated, encode=_encode_llava_next, resolution=LLAVA_NEXT),
+    "llava": Rules(gap="\n", arrange=_arrange_llava, expand=_expand_repeated, encode=_encode_llava, views=of_one_tile),
+    "llava_next": Rules(
+        gap="\n",
+        arrange=_arrange_llava_next,
+        expand=_expand_repeated,
+        encode=_encode_llava_next,
+        views=of_pinpoints,
+        resolution=LLAVA_NEXT,
+    ),
     "idefics3": _IDEFICS3,
     "smolvlm": _IDEFICS3,
     "qwen2_vl": _QWEN_VL,
@@ -379,6 +402,7 @@ FAMILIES: dict[str, Rules] = {
         arrange=_arrange_gemma3,
         expand=_expand_gemma3,
         encode=_encode_gemma3,
+        views=of_crops,
         processor_options=_PAN_AND_SCAN,
         is_atomic=True,
         resolution=GEMMA3,

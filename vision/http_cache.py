@@ -42,6 +42,7 @@ class HttpCache:
         self._clock = clock
         self.num_fresh = 0  # used without a request
         self.num_revalidated = 0  # used after a 304
+        self.num_missed = 0  # downloaded whole
 
     @property
     def num_bytes(self) -> int:
@@ -64,6 +65,7 @@ class HttpCache:
 
     def put(self, key: Key, data: bytes, headers: Mapping[str, str], *, asked_s: float) -> None:
         """Keeps a 200's picture where its headers allow that and it will be of use. asked_s: when it was asked for, by `now_s`."""
+        self.num_missed += 1
         stored = _storable(data, headers, asked_s)
         if stored is None:
             self._pictures.discard(key)

@@ -7,14 +7,17 @@ Its first frame holds the settings. Imported by the server for the messages; tor
 import importlib
 import logging
 import os
+import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 
 from vision.frames import WORKER_NICENESS, Failure, Frame, receive_frame, send_frame, serve_frames
+from vision.geometry import View
 from vision.image import ImageOptions, MediaError
 from vision.shared_array import SharedArray
 
@@ -47,6 +50,7 @@ class PreprocessJob(msgspec.Struct, frozen=True):
 class PreprocessResult(msgspec.Struct, frozen=True):
     num_tokens: int
     layout: dict[str, Any]
+    views: tuple[View, ...] = ()  # of a picture that was processed, see `ProcessedImage`
 
 
 class Preprocessor(Protocol):
@@ -57,11 +61,15 @@ class Preprocessor(Protocol):
     def process(self, pixels: Array, options: ImageOptions) -> tuple[dict[str, Array], dict[str, Any], int]:
         """Pixels `(height, width, 3)` uint8 → encoder inputs by name, layout, number of tokens."""
 
+    def views(self, size: tuple[int, int], options: ImageOptions, pixel_values: Array, layout: dict[str, Any]) -> Sequence[View]:
+        """Where in the picture the pixels lie that `process` gave."""
+
     def measure(self, size: tuple[int, int], options: ImageOptions) -> tuple[dict[str, Any], int]:
         """(height, width) → layout and number of tokens."""
 
 
 def main(fd: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before
     connection = socket.socket(fileno=fd)
     settings = msgspec.msgpack.decode(receive_frame(connection).body, type=PreprocessSettings)
     try:
@@ -93,10 +101,12 @@ def _answer(preprocessor: Preprocessor, request: Frame) -> Frame:
         if job.size:
             arrays: dict[str, Array] = {}
             layout, num_tokens = preprocessor.measure(job.size, job.options)
+            result = PreprocessResult(num_tokens, layout)
         else:
             arrays, layout, num_tokens = preprocessor.process(request.arrays["pixels"].numpy(), job.options)
-        body = msgspec.msgpack.encode(PreprocessResult(num_tokens, layout))
-        return Frame(body, {name: SharedArray.copy_of(values) for name, values in arrays.items()})
+            views = preprocessor.views((height, width), job.options, arrays["pixel_values"], layout)
+            result = PreprocessResult(num_tokens, layout, tuple(views))
+        return Frame(msgspec.msgpack.encode(result), {name: SharedArray.copy_of(values) for name, values in arrays.items()})
     except MediaError as error:
         return Frame(failure=Failure(error.code, error.message, error.status))
     except ValueError as error:  # how processors refuse odd shapes; their texts are not for clients

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as transforms
 from transformers import AutoImageProcessor
 
 from vision.families import MEAN_AND_STD, Family, load_family, normalize
+from vision.geometry import View
 from vision.image import ImageOptions
 from vision.resolution import Plan
 
@@ -41,6 +42,7 @@ class ImagePreprocessor:
         self._family: Family = family
         self._processor = AutoImageProcessor.from_pretrained(model_folder, trust_remote_code=trust_remote_code, backend="torchvision")
         self._own = self._processor.to_dict()
+        self._planned: tuple[tuple[int, int], ImageOptions, Plan] | None = None  # the last plan: `views` asks for that of `process`
         self._mean_and_std = self._find_mean_and_std()
         self.fingerprint = self._make_fingerprint()
 
@@ -66,6 +68,12 @@ class ImagePreprocessor:
             arrays = {**arrays, "pixel_values": _as_uint8(arrays["pixel_values"]), MEAN_AND_STD: self._mean_and_std}
         return arrays, layout, self._family.num_tokens(layout)
 
+    def views(self, size: tuple[int, int], options: ImageOptions, pixel_values: np.ndarray, layout: dict[str, Any]) -> list[View]:
+        """Where in a picture of `size` = (height, width) the pixels lie that `process` gave of it; none where that is not known."""
+        plan = self._plan(size, options)
+        picture = View(width=size[1], height=size[0]).resized(plan.size)
+        return self._family.views({**self._own, **plan.settings}, layout, pixel_values.shape, picture)
+
     def measure(self, size: tuple[int, int], options: ImageOptions) -> tuple[dict[str, Any], int]:
         """Layout and rows as `process` gives them for a picture of `size` = (height, width), without its pixels. Raises as it does.
 
@@ -76,6 +84,11 @@ class ImagePreprocessor:
         return layout, self._family.num_tokens(layout)
 
     def _plan(self, size: tuple[int, int], options: ImageOptions) -> Plan:
+        if self._planned is None or self._planned[:2] != (size, options):
+            self._planned = size, options, self._new_plan(size, options)
+        return self._planned[2]
+
+    def _new_plan(self, size: tuple[int, int], options: ImageOptions) -> Plan:
         """For `detail: low` that of `auto` where fewer pixels would be more tokens: rounding may give them a further row of patches."""
         resolution = self._family.rules.resolution
         plan = resolution.plan(size, options, self._own)

@@ -7,22 +7,27 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import msgspec
 
 from vision.addresses import LookUp
+from vision.budget import Budget, BudgetFullError, BudgetStats, Reservation, SharedReservations, places_for
 from vision.cache import ByteBoundedCache
 from vision.config import VisionConfig
 from vision.decode_pool import DecodePool
 from vision.fetcher import Fetcher
-from vision.image import ImageOptions, ImageRef, MeasuredImage, MediaError, ProcessedImage
+from vision.image import ImageOptions, ImageRef, MeasuredImage, MediaError, ProcessedImage, salted_hash
+from vision.media_budgets import BYTES_PER_PIXEL, MediaBudgets, hold_bytes, keep_arrays, owner_or
 from vision.preprocess import DEFAULT_PROCESSOR, PreprocessSettings
 from vision.preprocess_pool import PreprocessPool
+from vision.request_room import RequestRoom
 from vision.shared_array import SharedArray
 from vision.single_flight import SingleFlight
 from vision.workers import WorkerError
@@ -33,6 +38,7 @@ Result = TypeVar("Result")
 
 _IN_PLACE_BYTES = 256 << 10  # hashed in less than a millisecond; more is hashed beside the event loop
 STAGES = ("fetch", "decode", "preprocess")
+STAGE_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # of the buckets of durations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +49,34 @@ class VisionStats:
     num_in_flight: dict[str, int] = field(default_factory=dict)  # stage → pictures
     num_done: dict[str, int] = field(default_factory=dict)  # stage → pictures, failed ones too
     time_s: dict[str, float] = field(default_factory=dict)  # stage → sum
+    durations: dict[str, list[int]] = field(default_factory=dict)  # stage → pictures by time, up to each of STAGE_BOUNDS_S and beyond
+    oldest_in_flight_s: float = 0.0  # how long one picture is in its stage, at most
     num_failed: dict[str, int] = field(default_factory=dict)  # MediaError.code → pictures
     num_pictures: int = 0  # asked for
     num_cache_hits: int = 0
     num_cache_misses: int = 0
     cache_bytes: int = 0
+    num_http_fresh: int = 0  # downloads that were not needed
+    num_http_revalidated: int = 0  # answered with 304
+    num_http_misses: int = 0  # of a whole picture
+    http_cache_bytes: int = 0
+    budgets: dict[str, BudgetStats] = field(default_factory=dict)  # by name
+
+
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    """Of one request's pictures, which wait for each other without a limit. Only for others they wait briefly."""
+
+    workers: asyncio.Semaphore
+    pixels: asyncio.Lock  # one at a time waits for room: its brief wait begins when it is the next
+
+
+@dataclass(frozen=True, slots=True)
+class _Processed:
+    """A picture, and how to let go of the pixels that it counts for."""
+
+    image: ProcessedImage
+    let_go: Callable[[], None]
 
 
 class VisionService:
@@ -61,18 +90,27 @@ class VisionService:
         trust_remote_code: bool = False,
         processor: str = DEFAULT_PROCESSOR,
         look_up: LookUp | None = None,
+        budgets: MediaBudgets | None = None,
     ) -> None:
-        """`processor`: `module:class` in place of the model's own. `look_up`: host name → addresses in place of the system's resolver."""
+        """`processor`: `module:class` in place of the model's own. `look_up`: host name → addresses in place of the system's resolver.
+
+        budgets: of all that this process does; None: of its own.
+        """
+        self._config = config
         settings = PreprocessSettings(model_folder, trust_remote_code, processor)
-        self._fetcher = Fetcher(config, look_up=look_up)
+        self._budgets = budgets or MediaBudgets(config)
+        self._fetcher = Fetcher(config, self._budgets, look_up=look_up)
         self._decode_pool = DecodePool(config)
         self._preprocess_pool = PreprocessPool(config, settings)
         self._cache: ByteBoundedCache[tuple[str, bytes], ProcessedImage] = ByteBoundedCache(
             config.processed_cache_bytes, max_entries=config.processed_cache_pictures
         )
-        self._flights: SingleFlight[tuple[str, bytes], ProcessedImage] = SingleFlight()
-        self._pictures = asyncio.Semaphore(config.max_pictures_in_flight)
-        self._decoded = asyncio.Semaphore(config.num_decode_workers + config.num_preprocess_workers)  # pictures held as pixels
+        self._flights: SingleFlight[tuple[str, bytes], _Processed] = SingleFlight()
+        self._arrays = SharedReservations(self._budgets.pixels)  # of processed pictures that requests hold
+        num_workers = config.num_decode_workers + config.num_preprocess_workers
+        self._decoded = Budget("decoded pictures", places_for(num_workers), wait_s=None)  # held as pixels
+        self._num_processed_at_once = 2 * num_workers  # of one request: those behind wait for their own, and may do so for long
+        self._num_at_once = config.max_pictures_per_request_in_flight
         self._starting: asyncio.Task[str] | None = None  # its result: the processor's fingerprint
         self._clock = StageClock()
         self._num_pictures = 0
@@ -94,21 +132,44 @@ class VisionService:
         await asyncio.gather(self._fetcher.close(), self._decode_pool.close(), self._preprocess_pool.close())
         self._cache.clear()
 
-    async def load(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[ProcessedImage]:
+    def request_room(self) -> RequestRoom:
+        """For a request that loads its pictures in several calls."""
+        return RequestRoom(self._config)
+
+    async def load(
+        self,
+        refs: Sequence[ImageRef],
+        *,
+        tenant: str = "",
+        room: RequestRoom | None = None,
+        on_loaded: Callable[[ProcessedImage], None] | None = None,
+    ) -> list[ProcessedImage | MediaError]:
         """The pictures in the order of `refs`, worked on side by side; their arrays are the caller's to close.
 
-        What one tenant sent is not looked up for another. Raises MediaError with the `param` of the first picture that failed; the others
-        are cancelled, as all are when the caller is.
+        room: of the request that they belong to, where that has others beside them. What one tenant sent is not looked up for another.
+        Raises MediaError with the `param` of the first picture that failed; the others are cancelled, as all are when the caller is. A
+        picture that may fail has its MediaError in its place, where the picture is to blame and not this server. on_loaded: told of each
+        picture as soon as it is there; its arrays are not its own.
         """
         self._num_pictures += len(refs)
-        return await self._side_by_side(refs, lambda ref: self._fetch_and_process(ref, tenant))
+        turns = _Turns(asyncio.Semaphore(self._num_processed_at_once), asyncio.Lock())
+        shared = room or self.request_room()
 
-    async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]:
+        async def load_one(ref: ImageRef) -> ProcessedImage:
+            image = await self._fetch_and_process(ref, tenant, turns, shared)
+            if on_loaded is not None:
+                on_loaded(image)
+            return image
+
+        return await self._side_by_side(refs, load_one)
+
+    async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage | MediaError]:
         """What the pictures take of a prompt, from their headers: nothing is decoded. Raises as `load`, save for damage behind a header."""
         self._num_pictures += len(refs)
-        return await self._side_by_side(refs, lambda ref: self._fetch_and_measure(ref, tenant))
+        room = self.request_room()
+        return await self._side_by_side(refs, lambda ref: self._fetch_and_measure(ref, tenant, room))
 
-    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
+    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes | MediaError]:
         """The pictures' files as they are, for a caller who keeps them and gives them to `load` as `ImageRef.data`.
 
         limit_bytes: of all together. Raises as `load`.
@@ -117,13 +178,31 @@ class VisionService:
 
         async def fetch_within(ref: ImageRef) -> bytes:
             nonlocal room_bytes
-            data = await self._fetch(ref, tenant, {})
-            room_bytes -= len(data)
-            if room_bytes < 0:
-                raise MediaError("image_too_large", f"the pictures together have more than the {limit_bytes} bytes that can be kept")
-            return data
+            async with self._file(ref, tenant, {}) as data:
+                if len(data) > room_bytes:
+                    raise MediaError("image_too_large", f"the pictures together have more than the {limit_bytes} bytes that can be kept")
+                room_bytes -= len(data)
+                await hold_bytes(len(data) if ref.data is None else 0)
+                return data
 
         return await self._side_by_side(refs, fetch_within)
+
+    async def try_out(self, data: bytes, options: ImageOptions, *, on_stage: Callable[[str], None]) -> ProcessedImage:
+        """One picture through the workers, past caches, limits and counters: whether they work. Its arrays are the caller's to close.
+
+        Its content hash is of nothing: what the engine has of it is never another picture's. on_stage: told each stage as it begins.
+        Raises MediaError, WorkerError.
+        """
+        on_stage("decode")
+        await self._fingerprint()
+        clock, timings_s = StageClock(), dict[str, float]()
+        with clock.stage("decode", timings_s):
+            pixels = await self._decode_pool.decode(data)
+        height, width, _ = pixels.shape
+        on_stage("preprocess")
+        with clock.stage("preprocess", timings_s):
+            result, arrays = await self._preprocess_pool.process(pixels, options)
+        return ProcessedImage(os.urandom(32), result.num_tokens, arrays, result.layout, width, height, timings_s)
 
     def stats(self) -> VisionStats:
         return VisionStats(
@@ -131,11 +210,18 @@ class VisionService:
             num_in_flight=dict(self._clock.num_in_flight),
             num_done=dict(self._clock.num_done),
             time_s=dict(self._clock.time_s),
+            durations={stage: list(counts) for stage, counts in self._clock.durations.items()},
+            oldest_in_flight_s=self._clock.oldest_s(),
             num_failed=dict(self._num_failed),
             num_pictures=self._num_pictures,
             num_cache_hits=self._cache.num_hits,
             num_cache_misses=self._cache.num_misses,
             cache_bytes=self._cache.num_bytes,
+            num_http_fresh=self._fetcher.cache.num_fresh,
+            num_http_revalidated=self._fetcher.cache.num_revalidated,
+            num_http_misses=self._fetcher.cache.num_missed,
+            http_cache_bytes=self._fetcher.cache.num_bytes,
+            budgets={budget.name: budget.stats() for budget in self._budgets.all()},
         )
 
     @property
@@ -156,8 +242,12 @@ class VisionService:
         assert self._starting is not None, "the vision service is not open"
         return await asyncio.shield(self._starting)
 
-    async def _side_by_side(self, refs: Sequence[ImageRef], work: Callable[[ImageRef], Coroutine[Any, Any, Result]]) -> list[Result]:
-        tasks = [asyncio.create_task(self._one(ref, work)) for ref in refs]
+    async def _side_by_side(
+        self, refs: Sequence[ImageRef], work: Callable[[ImageRef], Coroutine[Any, Any, Result]]
+    ) -> list[Result | MediaError]:
+        """Some at once: a request with many pictures has no more of them in memory. Nobody waits for another request's slow hosts."""
+        places = asyncio.Semaphore(self._num_at_once)
+        tasks = [asyncio.create_task(self._one(ref, work, places)) for ref in refs]
         try:
             return await asyncio.gather(*tasks)
         except BaseException:
@@ -168,51 +258,88 @@ class VisionService:
                     _close(result)
             raise
 
-    async def _one(self, ref: ImageRef, work: Callable[[ImageRef], Coroutine[Any, Any, Result]]) -> Result:
+    async def _one(
+        self, ref: ImageRef, work: Callable[[ImageRef], Coroutine[Any, Any, Result]], places: asyncio.Semaphore
+    ) -> Result | MediaError:
         """One picture; names its part of the request in the error."""
         try:
-            async with self._pictures:
+            async with places:
                 return await work(ref)
-        except MediaError as error:
-            self._num_failed[error.code] = self._num_failed.get(error.code, 0) + 1
-            raise MediaError(error.code, error.message, param=ref.param, status=error.status) from None
-        except WorkerError:
-            raise MediaError("vision_not_ready", "the server cannot process pictures now; try again", param=ref.param, status=503) from None
+        except (MediaError, WorkerError, BudgetFullError) as error:
+            failure = _as_media_error(error, ref.param)
+            self._num_failed[failure.code] = self._num_failed.get(failure.code, 0) + 1
+            if ref.may_fail and failure.is_of_the_picture:
+                return failure
+            raise failure from None
 
-    async def _fetch(self, ref: ImageRef, tenant: str, timings_s: dict[str, float]) -> bytes:
+    @contextlib.asynccontextmanager
+    async def _file(self, ref: ImageRef, tenant: str, timings_s: dict[str, float]) -> AsyncIterator[bytes]:
+        """The picture's bytes, counted as in flight until the block ends; those that came with the request are counted there."""
         if ref.data is not None:
-            return ref.data
-        with self._clock.stage("fetch", timings_s):
-            return await self._fetcher.fetch(ref.url, tenant=tenant)
+            yield ref.data
+            return
+        async with contextlib.AsyncExitStack() as stack:
+            with self._clock.stage("fetch", timings_s):
+                data = await stack.enter_async_context(self._fetcher.hold(ref.url, tenant=tenant))
+            yield data
 
-    async def _fetch_and_process(self, ref: ImageRef, tenant: str) -> ProcessedImage:
+    async def _fetch_and_process(self, ref: ImageRef, tenant: str, turns: _Turns, room: RequestRoom) -> ProcessedImage:
         timings_s: dict[str, float] = {}
-        data = await self._fetch(ref, tenant, timings_s)
-        fingerprint = await self._fingerprint()
-        key = tenant, await _content_hash(data, ref.options, fingerprint)
-        image = self._cache.get(key)
-        if image is None:
-            image = await self._flights.run(key, lambda: self._process(key, data, ref.options))
-            timings_s |= image.timings_s
+        async with self._file(ref, tenant, timings_s) as data:
+            room.take_bytes(len(data))
+            fingerprint = await self._fingerprint()
+            key = tenant, await _content_hash(data, ref.options, fingerprint)
+            image = self._cache.get(key)
+            if image is not None:
+                return await self._handed_out(key, image, timings_s, room)
+            work = self._flights.hold(
+                key, lambda: self._process(key, data, ref.options, turns.pixels), let_go=lambda processed: processed.let_go()
+            )
+            async with turns.workers, work as processed:
+                return await self._handed_out(key, processed.image, timings_s | processed.image.timings_s, room)
+
+    async def _handed_out(
+        self, key: tuple[str, bytes], image: ProcessedImage, timings_s: dict[str, float], room: RequestRoom
+    ) -> ProcessedImage:
+        """The caller's own; counted in the pixels in flight until the engine has it or the request ends, once for all who hold it."""
+        room.take_pixels(image.width * image.height)
+        engine_hash = salted_hash(image.content_hash, key[0])  # as the prompt will name the picture
+        keep_arrays(engine_hash, await self._arrays.hold(key, _num_pixels(image), owner_or(key[0])))
         return _own_copy(image, timings_s)
 
-    async def _fetch_and_measure(self, ref: ImageRef, tenant: str) -> MeasuredImage:
-        data = await self._fetch(ref, tenant, {})
-        await self._fingerprint()  # the workers are there
-        result = await self._preprocess_pool.measure(await self._decode_pool.measure(data), ref.options)
-        return MeasuredImage(result.num_tokens, result.layout)
+    async def _fetch_and_measure(self, ref: ImageRef, tenant: str, room: RequestRoom) -> MeasuredImage:
+        async with self._file(ref, tenant, {}) as data:
+            room.take_bytes(len(data))
+            await self._fingerprint()  # the workers are there
+            height, width = await self._decode_pool.measure(data, owner=owner_or(tenant))
+            room.take_pixels(width * height)
+            result = await self._preprocess_pool.measure((height, width), ref.options)
+            return MeasuredImage(result.num_tokens, result.layout)
 
-    async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions) -> ProcessedImage:
+    async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions, turn: asyncio.Lock) -> _Processed:
         timings_s: dict[str, float] = {}
-        async with self._decoded:
-            with self._clock.stage("decode", timings_s):
-                pixels = await self._decode_pool.decode(data)
+        async with self._decoded_pixels(data, owner_or(key[0]), turn, timings_s) as (pixels, held):
             height, width, _ = pixels.shape
             with self._clock.stage("preprocess", timings_s):
                 result, arrays = await self._preprocess_pool.process(pixels, options)
-        image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s)
-        self._cache.put(key, image, sum(shared.num_bytes for shared in arrays.values()))
-        return image
+            image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s, result.views)
+            await held.resize(_num_pixels(image))
+            self._cache.put(key, image, sum(shared.num_bytes for shared in arrays.values()))
+            return _Processed(image, self._arrays.adopt(key, held.moved()))
+
+    @contextlib.asynccontextmanager
+    async def _decoded_pixels(
+        self, data: bytes, owner: str, turn: asyncio.Lock, timings_s: dict[str, float]
+    ) -> AsyncIterator[tuple[SharedArray, Reservation]]:
+        """The pixels, and what counts them from before they exist: as many as the header says."""
+        async with contextlib.AsyncExitStack() as stack:
+            with self._clock.stage("decode", timings_s):
+                height, width = await self._decode_pool.measure(data, owner=owner)
+                async with turn:
+                    held = stack.enter_context(await self._budgets.pixels.reserve(height * width, owner))
+                stack.enter_context(await self._decoded.reserve(1, owner))
+                pixels = await self._decode_pool.decode(data, owner=owner)
+            yield pixels, held
 
 
 class StageClock:
@@ -222,15 +349,24 @@ class StageClock:
         self.num_in_flight = dict.fromkeys(STAGES, 0)
         self.num_done = dict.fromkeys(STAGES, 0)
         self.time_s = dict.fromkeys(STAGES, 0.0)
+        self.durations = {stage: [0] * (len(STAGE_BOUNDS_S) + 1) for stage in STAGES}
+        self._began_s: dict[object, float] = {}  # of those in flight, the oldest first
+
+    def oldest_s(self) -> float:
+        """How long the oldest picture is in its stage; 0 without any."""
+        began_s = next(iter(self._began_s.values()), None)
+        return 0.0 if began_s is None else time.perf_counter() - began_s
 
     @contextlib.contextmanager
     def stage(self, name: str, timings_s: dict[str, float]) -> Iterator[None]:
-        started_s = time.perf_counter()
+        run = object()
+        self._began_s[run] = time.perf_counter()
         self.num_in_flight[name] += 1
         try:
             yield
         finally:
-            timings_s[name] = time.perf_counter() - started_s
+            timings_s[name] = time.perf_counter() - self._began_s.pop(run)
+            self.durations[name][bisect_left(STAGE_BOUNDS_S, timings_s[name])] += 1
             self.num_in_flight[name] -= 1
             self.num_done[name] += 1
             self.time_s[name] += timings_s[name]
@@ -251,6 +387,21 @@ def _own_copy(image: ProcessedImage, timings_s: dict[str, float]) -> ProcessedIm
     """Other descriptors of the same memory: the cache and each caller close their own."""
     arrays = {name: SharedArray(os.dup(shared.fd), shared.shape, shared.dtype.name) for name, shared in image.arrays.items()}
     return replace(image, arrays=arrays, layout=dict(image.layout), timings_s=timings_s)
+
+
+def _num_pixels(image: ProcessedImage) -> int:
+    """That its arrays count for."""
+    return math.ceil(sum(shared.num_bytes for shared in image.arrays.values()) / BYTES_PER_PIXEL)
+
+
+def _as_media_error(error: MediaError | WorkerError | BudgetFullError, param: str) -> MediaError:
+    match error:
+        case MediaError():
+            return MediaError(error.code, error.message, param=param, status=error.status, retry_after_s=error.retry_after_s)
+        case BudgetFullError():
+            return MediaError("server_busy", str(error), param=param, status=503, retry_after_s=error.retry_after_s)
+        case WorkerError():
+            return MediaError("vision_not_ready", "the server cannot process pictures now; try again", param=param, status=503)
 
 
 def _close(image: ProcessedImage) -> None:

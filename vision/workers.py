@@ -1,11 +1,14 @@
 """Worker processes that can be killed: a pool that hands frames to them and takes their answers, without ever blocking the event loop.
 
-A worker that hangs or dies costs its own job only and is replaced. Knows nothing of pictures: what workers do is their module's business.
+A worker that hangs or dies costs its own job only and is replaced; where somebody else killed it, the job is done again by another one.
+Knows nothing of pictures: what workers do is their module's business.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,15 +35,20 @@ class WorkerTimeoutError(WorkerError):
     pass
 
 
+class WorkerKilledError(WorkerError):
+    """Somebody else killed it, the kernel for want of memory perhaps: the job may have had no part in that."""
+
+
 class _Worker:
     """One process and our end of its socket. `python -m module FD`, first frame `settings`, then one answer per frame."""
 
     def __init__(self, module: str, environment: Mapping[str, str]) -> None:
-        """Blocks for the moment that starting a process takes."""
+        """Blocks for the moment that starting a process takes. Raises OSError where it cannot be started."""
         self.ending: asyncio.Task[None] | None = None
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.connection.setblocking(False)
-        with theirs:
+        with theirs, contextlib.ExitStack() as ours:
+            ours.enter_context(self.connection)
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -48,6 +56,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # the terminal's interrupt is for the server, which ends its workers itself
             )
+            ours.pop_all()
 
     @property
     def is_alive(self) -> bool:
@@ -157,13 +166,15 @@ class WorkerPool:
         is_idle = False
         try:
             worker = await self._revived(worker)
-            async with asyncio.timeout(self._timeout_s):
-                reply = await worker.exchange(frame)
+            try:
+                reply = await self._exchange(worker, frame)
+            except WorkerKilledError as error:
+                logger.warning("%s; the job is done again", error)
+                worker = (await self._start())[0]
+                reply = await self._exchange(worker, frame)
             is_idle = True
-        except TimeoutError:
-            raise WorkerTimeoutError(f"{self._module} took longer than {self._timeout_s:g} s") from None
-        except (EOFError, OSError, ValueError) as error:
-            raise WorkerError(f"{self._module} ended in the middle of a job: {error}") from None
+        except OSError as error:  # of a process that could not be started
+            raise WorkerError(f"{self._module} could not be started: {error}") from None
         finally:
             frame.close()
             self._give_back(worker, is_idle=is_idle)
@@ -171,6 +182,20 @@ class WorkerPool:
             reply.close()
             raise reply.failure.as_error()
         return reply
+
+    async def _exchange(self, worker: _Worker, frame: Frame) -> Frame:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await worker.exchange(frame)
+        except TimeoutError:
+            raise WorkerTimeoutError(f"{self._module} took longer than {self._timeout_s:g} s") from None
+        except (EOFError, OSError) as error:
+            await self._end(worker)
+            if worker.process.returncode == -signal.SIGKILL:
+                raise WorkerKilledError(f"{self._module} (process {worker.process.pid}) was killed in the middle of a job") from None
+            raise WorkerError(f"{self._module} ended in the middle of a job: {error}") from None
+        except ValueError as error:
+            raise WorkerError(f"{self._module} does not keep to the protocol: {error}") from None
 
     def _give_back(self, worker: _Worker | None, *, is_idle: bool) -> None:
         if is_idle or worker is None or self._is_closed:
@@ -184,8 +209,8 @@ class WorkerPool:
         try:
             await self._end(worker)
             replacement, _ = await self._start()
-        except WorkerError as error:
-            logger.error("%s; the next job tries again", error)
+        except (WorkerError, OSError) as error:
+            logger.error("%s cannot be replaced: %s; the next job tries again", self._module, error)
         finally:
             self._slots.put_nowait(replacement)
 

@@ -12,13 +12,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vlm_server.auth import holder_of
 from vlm_server.errors import to_api_error
 from vlm_server.metering import metered
-from vlm_server.middleware import request_facts
 from vlm_server.quotas import PIXELS, REQUESTS, TOKENS, Quota, QuotaExceededError, Standing, shown
 
 # OpenAI's names for the first two kinds; what a page of another origin may read.
 QUOTA_HEADERS = tuple(f"x-ratelimit-{what}-{kind}" for kind in (REQUESTS, TOKENS, PIXELS) for what in ("limit", "remaining", "reset"))
 
 _NS_PER_MS = 1_000_000
+_UNCOUNTED_PATHS = frozenset({"/status"})  # a page asks for it every second; it is no work for the model
 
 
 class EnforceQuotas:
@@ -29,13 +29,12 @@ class EnforceQuotas:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         holder = holder_of(scope)
-        if holder is None or not holder.quota.is_limited:
+        if holder is None or not holder.quota.is_limited or scope["path"] in _UNCOUNTED_PATHS:
             await self._app(scope, receive, send)
             return
         try:
             holder.quota.admit(REQUESTS)
         except QuotaExceededError as error:
-            request_facts(scope)["error"] = "quota_exceeded"
             await to_api_error(error).response(scope)(scope, receive, _telling(send, holder.quota))
             return
         await self._admitted(scope, receive, send, holder.quota)

@@ -15,6 +15,7 @@ from vlm_server.alpaca import CHAT_DEFAULTS, COMPLETION_DEFAULTS, Turn
 from vlm_server.embedding_protocol import MAX_INPUTS
 from vlm_server.message_schema import TextPart, UnicodeText, one_of_two_names
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
+from vlm_server.response_schema import TIMINGS, RequestTimings
 
 OpenAIRequest = TypeVar("OpenAIRequest", ChatCompletionRequest, CompletionRequest)
 
@@ -136,6 +137,7 @@ class AlpacaChatResponse(BaseModel):
     model: str
     choices: list[AlpacaChatChoice]
     warnings: list[str] = Field(default_factory=list, description="What of the request has no effect; absent without any.")
+    timings: RequestTimings | None = TIMINGS
 
 
 class AlpacaCompletionChoice(BaseModel):
@@ -150,6 +152,7 @@ class AlpacaCompletionResponse(BaseModel):
     model: str
     choices: list[AlpacaCompletionChoice]
     warnings: list[str] = Field(default_factory=list, description="What of the request has no effect; absent without any.")
+    timings: RequestTimings | None = TIMINGS
 
 
 class AlpacaEmbedding(BaseModel):

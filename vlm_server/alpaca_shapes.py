@@ -11,6 +11,8 @@ from typing import Any
 from vlm_server.alpaca import StrippedStream, Turn, answer_text
 from vlm_server.errors import ApiError
 from vlm_server.generation import Delta, FinishedAnswer, Usage
+from vlm_server.shapes import usage_chunks
+from vlm_server.stage_timings import Report
 from vlm_server.streaming import OPENAI_EVENTS
 
 
@@ -19,7 +21,10 @@ class AlpacaChatShape:
 
     events = OPENAI_EVENTS
 
-    def __init__(self, turns: Sequence[Turn], *, model: str, response_id: str, includes_usage: bool, warnings: Sequence[str]) -> None:
+    def __init__(
+        self, turns: Sequence[Turn], *, model: str, response_id: str, includes_usage: bool, warnings: Sequence[str], report: Report
+    ) -> None:
+        self._report = report
         self._turns = turns
         self._head = {"id": response_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
         self._includes_usage = includes_usage
@@ -38,7 +43,7 @@ class AlpacaChatShape:
         return [chunk | self._warnings if delta.finish_reason else chunk]
 
     def last_chunks(self, usage: Usage) -> list[dict[str, Any]]:
-        return _usage_chunks(self._head, usage, self._warnings) if self._includes_usage else []
+        return usage_chunks({**self._head, **self._warnings}, usage if self._includes_usage else None, self._report())
 
     def error_chunk(self, error: ApiError) -> dict[str, Any]:
         return error.body()
@@ -46,7 +51,7 @@ class AlpacaChatShape:
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
         said = [*self._turns, *(Turn("assistant", answer_text(answer.text)) for answer in answers)]
         choices = [{"index": index, "message": {"role": turn.role, "content": turn.text}} for index, turn in enumerate(said)]
-        return {**self._head, "object": "chat.completion", "choices": choices, **self._warnings}
+        return {**self._head, "object": "chat.completion", "choices": choices, **self._warnings, **self._report()}
 
     def _chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
         choice = {"index": len(self._turns) + index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -58,7 +63,8 @@ class AlpacaCompletionShape:
 
     events = OPENAI_EVENTS
 
-    def __init__(self, *, model: str, response_id: str, includes_usage: bool, warnings: Sequence[str]) -> None:
+    def __init__(self, *, model: str, response_id: str, includes_usage: bool, warnings: Sequence[str], report: Report) -> None:
+        self._report = report
         self._head = {"id": response_id, "object": "text_completion", "created": int(time.time()), "model": model}
         self._includes_usage = includes_usage
         self._warnings = {"warnings": list(warnings)} if warnings else {}
@@ -76,16 +82,11 @@ class AlpacaCompletionShape:
         return [chunk | self._warnings if delta.finish_reason else chunk]
 
     def last_chunks(self, usage: Usage) -> list[dict[str, Any]]:
-        return _usage_chunks(self._head, usage, self._warnings) if self._includes_usage else []
+        return usage_chunks({**self._head, **self._warnings}, usage if self._includes_usage else None, self._report())
 
     def error_chunk(self, error: ApiError) -> dict[str, Any]:
         return error.body()
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
         choices = [{"index": index, "text": answer_text(answer.text)} for index, answer in enumerate(answers)]
-        return {**self._head, "choices": choices, **self._warnings}
-
-
-def _usage_chunks(head: dict[str, Any], usage: Usage, warnings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The usage, without choices."""
-    return [{**head, "choices": [], "usage": usage.as_dict(), **warnings}]
+        return {**self._head, "choices": choices, **self._warnings, **self._report()}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vlm_server.api_keys import ApiKey, ApiKeysError, digest_of
@@ -20,7 +21,7 @@ from vlm_server.quotas import Quota
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +100,22 @@ class RequireApiKey:
             request_facts(scope)["key"] = holder.key.name
             await self._app(scope, receive, send)
             return
-        message = "this server needs one of its API keys in the header Authorization: Bearer KEY, or in x-api-key: KEY"
-        error = ApiError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})
-        await error.response(scope)(scope, receive, send)
+        await _key_needed().response(scope)(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
         return scope["method"] == "OPTIONS" or scope["path"] in self._open_paths
+
+
+def check_key(request: Request) -> None:
+    """For what an open path does only for those who bring a key, where keys are needed. Raises ApiError 401."""
+    keys: KeyRing | None = request.app.state.keys
+    if keys is not None and keys.find(given_keys(request.headers)) is None:
+        raise _key_needed()
+
+
+def _key_needed() -> ApiError:
+    message = "this server needs one of its API keys in the header Authorization: Bearer KEY, or in x-api-key: KEY"
+    return ApiError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})
 
 
 def given_keys(headers: Headers) -> list[str]:

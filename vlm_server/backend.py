@@ -11,12 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine.request import EngineInfo, EngineStats, Prompt, SamplingParams, StepOutput
+from vision.config import VisionConfig
 from vision.image import ImageRef
+from vision.media_budgets import MediaBudgets
+from vision.request_room import RequestRoom
 from vision.service import VisionStats
-from vlm_server.config import ServerConfig
+from vlm_server.config import RequestLimits, ServerConfig
 from vlm_server.detokenizer import StopWords, TextDecoder
+from vlm_server.jinja_worker import RenderLimits
+from vlm_server.picture_report import PictureReport
+from vlm_server.readiness import Probe
 from vlm_server.stage_timings import StageTimings
 from vlm_server.transcript import Transcript, TurnPrompt
+
+MAX_TEMPLATE_CHARACTERS = 4 << 20  # that a chat template may write beside the request's own text
 
 
 class Engine(Protocol):
@@ -82,6 +90,7 @@ class PromptPipeline(Protocol):
         continue_final_message: bool = False,
         pictures: Mapping[str, bytes] | None = None,
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> Prompt: ...
 
     async def chat_tokens(
@@ -95,10 +104,20 @@ class PromptPipeline(Protocol):
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         pictures: Mapping[str, bytes] | None = None,
+        report: PictureReport | None = None,
     ) -> list[int]: ...
 
+    def request_room(self) -> RequestRoom | None: ...
+
     async def parts_prompt(
-        self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "", pictures: Mapping[str, bytes] | None = None
+        self,
+        parts: Sequence[dict[str, Any]],
+        *,
+        param: str,
+        tenant: str = "",
+        pictures: Mapping[str, bytes] | None = None,
+        timings: StageTimings | None = None,
+        room: RequestRoom | None = None,
     ) -> Prompt: ...
 
     async def turn_prompt(
@@ -109,9 +128,13 @@ class PromptPipeline(Protocol):
         pictures: Mapping[str, bytes] | None = None,
         names: Mapping[str, str] | None = None,
         tenant: str = "",
+        timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> TurnPrompt: ...
 
-    async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]: ...
+    async def fetch_pictures(
+        self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "", report: PictureReport | None = None
+    ) -> list[bytes | None]: ...
 
     async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None: ...
 
@@ -125,6 +148,7 @@ class PromptPipeline(Protocol):
         params: Sequence[str],
         tenant: str = "",
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> Prompt: ...
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt: ...
@@ -140,6 +164,14 @@ class Backend:
     pipeline: PromptPipeline
     vision_stats: Callable[[], VisionStats] = VisionStats
     stop_words: StopWords = field(default_factory=StopWords)  # the chat template's, for every request
+    media: MediaBudgets = field(default_factory=lambda: MediaBudgets(VisionConfig()))  # of all requests together
+    probe: Probe | None = None  # tries both out; None: they need not be
+    kill_engine: Callable[[], None] = lambda: None  # in the middle of whatever it does, for a server that is to end at once
+
+
+def render_limits(limits: RequestLimits) -> RenderLimits:
+    """A template writes its own words around the messages', and the tools."""
+    return RenderLimits(cpu_s=limits.template_timeout_s, max_characters=2 * limits.max_prompt_characters + MAX_TEMPLATE_CHARACTERS)
 
 
 OpenBackend = Callable[[ServerConfig], AbstractAsyncContextManager[Backend]]
@@ -155,6 +187,7 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
     from vision.service import VisionService
     from vlm_server.jinja_process import JinjaProcess
     from vlm_server.pipeline import Pipeline
+    from vlm_server.probe import PipelineProbe
 
     folder, trusts = config.engine.model_folder, config.engine.trust_remote_code
     async with contextlib.AsyncExitStack() as stack:
@@ -162,9 +195,10 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         stack.push_async_callback(engine.close)
         start = asyncio.create_task(engine.start())
         stack.callback(start.cancel)
-        vision = VisionService(config.vision, model_folder=folder, trust_remote_code=trusts)
+        media = MediaBudgets(config.vision)
+        vision = VisionService(config.vision, model_folder=folder, trust_remote_code=trusts, budgets=media)
         stack.push_async_callback(vision.close)
-        jinja = JinjaProcess()
+        jinja = JinjaProcess(render_limits(config.limits))
         stack.push_async_callback(asyncio.to_thread, jinja.close)
         pipeline = await asyncio.to_thread(
             Pipeline.load,
@@ -177,6 +211,8 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
             trust_remote_code=trusts,
             jinja=jinja,
             max_picture_pixels=config.vision.max_picture_pixels,
+            shares_caches=config.share_caches,
+            announce=engine.announcement,
         )
         stack.callback(pipeline.close)
         if pipeline.family is not None:
@@ -186,4 +222,5 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
             await engine.set_vocabulary(vocabulary)
         if pipeline.family is not None:
             await vision.ready()
-        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words)
+        probe = PipelineProbe(engine, pipeline, vision if pipeline.family is not None else None)
+        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words, media, probe, engine.kill)

@@ -1,7 +1,8 @@
-"""The chat page at `/ui`: its files from this package, under a policy that lets them load and send nothing elsewhere.
+"""The chat page at `/ui` and the status page at `/ui/status`: files of this package, under a policy that lets them load and send nothing
+elsewhere.
 
 All files are read when the app is made, and each has its exact path: no path of a request reaches the file system, and what is open without
-a key is a set of strings. Knows nothing of what the page does; that is in `ui/chat/`.
+a key is a set of strings. Knows nothing of what the pages do; that is in `ui/chat/` and `ui/status/`.
 """
 
 import base64
@@ -20,6 +21,7 @@ from vlm_server.examples import RED_CIRCLE
 
 PATH = "/ui"
 FOLDER = Path(__file__).parent / "ui" / "chat"
+STATUS_FOLDER = FOLDER.parent / "status"
 
 _PAGE = "index.html"
 # Ours, since the system's table of media types differs from machine to machine, and a module of another type does not run.
@@ -48,6 +50,7 @@ _POLICY = "; ".join(
         "trusted-types dompurify",
     )
 )
+_SLASHED = (f"{PATH}/", f"{PATH}/{STATUS_FOLDER.name}/")  # lead to the pages
 _HEADERS = {
     "cache-control": "no-cache",  # kept, and asked about by its ETag: a new version of the server is a new page at once
     "content-security-policy": _POLICY,
@@ -64,18 +67,20 @@ class _File:
 
 
 class ChatPage:
-    """The page at `/ui` and its files below `/ui/`."""
+    """The page at `/ui` and its files below `/ui/`; the status page too, where the numbers that it shows are."""
 
     def __init__(self, config: ServerConfig) -> None:
-        contents = {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in FOLDER.rglob("*") if path.suffix in _MEDIA_TYPES}
+        contents = _contents(FOLDER)
+        if config.enable_metrics:
+            contents |= {f"{STATUS_FOLDER.name}/{name}": content for name, content in _contents(STATUS_FOLDER).items()}
         contents["limits.json"] = json.dumps(_limits(config)).encode()
         contents["example.png"] = base64.b64decode(RED_CIRCLE.partition(",")[2])
-        self._files = {PATH if name == _PAGE else f"{PATH}/{name}": _file(name, content) for name, content in contents.items()}
+        self._files = {f"{PATH}/{name}".removesuffix(f"/{_PAGE}"): _file(name, content) for name, content in contents.items()}
 
     @property
     def paths(self) -> frozenset[str]:
         """Every path that is answered."""
-        return frozenset({*self._files, f"{PATH}/"})
+        return frozenset({*self._files, *(path for path in _SLASHED if path.removesuffix("/") in self._files)})
 
     def add_to(self, app: FastAPI) -> None:
         app.add_route(PATH, self._answer, include_in_schema=False)
@@ -83,8 +88,8 @@ class ChatPage:
 
     async def _answer(self, request: Request) -> Response:
         path = request.scope["path"]
-        if path == f"{PATH}/":
-            return RedirectResponse(f"..{PATH}", 308)  # relative: right behind a prefix too
+        if path in _SLASHED and path in self.paths:
+            return RedirectResponse(f"../{path.split('/')[-2]}", 308)  # relative: right behind a prefix too
         file = self._files.get(path)
         if file is None:
             raise HTTPException(404)
@@ -92,6 +97,11 @@ class ChatPage:
         if file.etag in _tags(request.headers.get("if-none-match", "")):
             return Response(status_code=304, headers=headers)
         return Response(file.content, media_type=file.media_type, headers=headers)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """By their names below the folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.suffix in _MEDIA_TYPES}
 
 
 def _limits(config: ServerConfig) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.request import InvalidRequestError
 from vlm_server import internlm_tools
-from vlm_server.jinja_process import JinjaProcess, RenderError, RenderLimitError
+from vlm_server.jinja_process import JinjaProcess, RendererLostError, RenderError, RenderLimitError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ class ChatTemplate:
         """The prompt's text, special tokens included; with `continue_final_message` up to the last message's text.
 
         Arguments of earlier calls are objects, as templates expect. Raises TemplateError with the template's own complaint, e.g. about
-        the order of roles.
+        the order of roles, or RendererLostError.
         """
         source = self._choose(tools)
         self._refuse_what_is_left_out(messages)
@@ -174,7 +174,7 @@ class ChatTemplate:
             return False
         try:
             text = self._rendered(self._choose(None), [{"role": "user", "content": content}], None, True, {})
-        except RenderLimitError as error:
+        except (RenderLimitError, RendererLostError) as error:
             raise _stopped(error) from error
         except (RenderError, TemplateError):
             return False
@@ -216,7 +216,7 @@ def content_text(parts: Sequence[dict[str, Any]], *, placeholder: str, picture_g
     return text
 
 
-def _stopped(error: RenderLimitError) -> TemplateError:
+def _stopped(error: Exception) -> TemplateError:
     return TemplateError(f"messages: the model's chat template was stopped: {error}")
 
 

@@ -18,6 +18,7 @@ from vlm_server.files import images_in
 from vlm_server.generation import NO_PROMPT, Generation
 from vlm_server.guided import grammar_of
 from vlm_server.middleware import request_timings
+from vlm_server.picture_report import PictureReport
 from vlm_server.protocol import ChatCompletionRequest
 from vlm_server.stage_timings import StageTimings
 from vlm_server.streaming import unless_client_leaves
@@ -33,6 +34,7 @@ class Chat:
     generation: Generation
     warnings: list[str]
     is_plain: bool
+    report: PictureReport  # what became of its pictures
 
 
 async def begin_chat(
@@ -49,7 +51,8 @@ async def begin_chat(
     await check_calls(plan, tokenizer.added_token_id)
     watch = Stopwatch()
     timings = request_timings(request.scope)
-    work = _prompt(context, body, plan, tenant_of(request.scope), timings)
+    report = PictureReport.of(body.on_media_error, body.return_image_sizes)
+    work = _prompt(context, body, plan, tenant_of(request.scope), timings, report)
     prompt = await unless_client_leaves(request, unless_aborted(abort, work, instead=NO_PROMPT))
     context.metrics.prompt_prepared(watch.elapsed_s)
     prompt_end = tokenizer.decode(prompt.token_ids[-_NUM_END_TOKENS:], skip_special_tokens=False)
@@ -63,37 +66,45 @@ async def begin_chat(
         decoder=tokenizer.showing(plan.markers) if plan.markers else None,
         new_parser=lambda: plan.parser(in_reasoning=in_reasoning),
     )
-    return Chat(generation, warnings, plan.is_plain)
+    return Chat(generation, warnings + report.warnings(), plan.is_plain, report)
 
 
-async def count_tokens(request: Request, context: ServerContext, body: ChatCompletionRequest) -> int:
-    """The tokens of the prompt that `begin_chat` makes of a list of messages; pictures are measured by their headers. Raises as it does."""
+async def count_tokens(request: Request, context: ServerContext, body: ChatCompletionRequest) -> tuple[int, list[str]]:
+    """The tokens of the prompt that `begin_chat` makes of a list of messages, with warnings about pictures that are left out.
+
+    Pictures are measured by their headers. Raises as that does.
+    """
     context.accept(request, body)
-    return len(await unless_client_leaves(request, _tokens(context, body, plan_answer(body, context.formats), tenant_of(request.scope))))
+    plan, report = plan_answer(body, context.formats), PictureReport.of(body.on_media_error)
+    tokens = await unless_client_leaves(request, _tokens(context, body, plan, tenant_of(request.scope), report))
+    return len(tokens), report.warnings()
 
 
-async def _tokens(context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str) -> list[int]:
-    chat = await _written(context, body, plan, tenant, StageTimings())
+async def _tokens(context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str, report: PictureReport) -> list[int]:
+    chat = await _written(context, body, plan, tenant, StageTimings(), report)
     return await context.backend.pipeline.chat_tokens(**chat)
 
 
-async def _prompt(context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str, timings: StageTimings) -> Prompt:
+async def _prompt(
+    context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str, timings: StageTimings, report: PictureReport
+) -> Prompt:
     if isinstance(body.messages, str):
         with timings.stage("tokenize"):
             return await context.text_prompt(body.messages, tenant=tenant)
-    chat = await _written(context, body, plan, tenant, timings)
+    chat = await _written(context, body, plan, tenant, timings, report)
     return await context.backend.pipeline.chat_prompt(**chat, timings=timings)
 
 
 async def _written(
-    context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str, timings: StageTimings
+    context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan, tenant: str, timings: StageTimings, report: PictureReport
 ) -> dict[str, Any]:
     """What the pipeline writes into the prompt, uploaded pictures among it."""
     assert not isinstance(body.messages, str)
     messages = [message.as_dict() for message in body.messages]
     return {
         "messages": messages,
-        "pictures": await _uploaded(context, messages, tenant, timings),
+        "pictures": await _uploaded(context, messages, tenant, timings, report),
+        "report": report,
         "tools": plan.template_tools(),
         "template_kwargs": body.template_kwargs() or None,
         "image_settings": body.image_settings(),
@@ -103,13 +114,15 @@ async def _written(
     }
 
 
-async def _uploaded(context: ServerContext, messages: list[dict[str, Any]], tenant: str, timings: StageTimings) -> dict[str, bytes]:
+async def _uploaded(
+    context: ServerContext, messages: list[dict[str, Any]], tenant: str, timings: StageTimings, report: PictureReport
+) -> dict[str, bytes]:
     """The files that the messages name by their ids; in the messages their URLs stand afterwards."""
     images = list(images_in(messages))
     if not images:
         return {}
     with timings.stage("files"):
-        return await context.files.take(images, tenant=tenant)
+        return await context.files.take(images, tenant=tenant, lost=report.lost if report.may_fail else None)
 
 
 def _without_effect(context: ServerContext, body: ChatCompletionRequest) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlm_server import __version__
-from vlm_server.config import DEFAULT_PORT, ConnectionLimits, ServerConfig
+from vlm_server.config import DEFAULT_PORT, ConnectionLimits, RequestLimits, ServerConfig
 from vlm_server.flags import add_serve_flags, compat_defaults, device_values, normalized, values_for
 
 if TYPE_CHECKING:
@@ -47,8 +47,11 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
     from vision.config import VisionConfig
     from vlm_server.checkpoint import find_adapter, find_checkpoint, find_tokenizer
     from vlm_server.template_choice import read_chosen
+    from vlm_server.tracing import check_installed
 
     secrets = _secrets(parsed)  # a mistake is known before a download
+    if parsed.otlp_endpoint:
+        check_installed()
     read_chosen(parsed.chat_template, parsed.chat_template_args, parsed.meta_instruction)
     checkpoint = find_checkpoint(
         _model(parsed), revision=parsed.revision, download_dir=parsed.download_dir, trust_remote_code=parsed.trust_remote_code
@@ -66,6 +69,7 @@ def server_config(parsed: argparse.Namespace) -> ServerConfig:
         model_root=checkpoint.root,
         tokenizer_folder=find_tokenizer(parsed.tokenizer_path, adapter=adapter),
         connections=ConnectionLimits(**values_for("connections", parsed)),
+        limits=RequestLimits(**values_for("limits", parsed)),
         **values_for("server", parsed),
         **secrets,
     )
@@ -148,7 +152,7 @@ _DISABLING_SWITCHES = {"--disable-metrics": "--no-metrics", "--disable-fastapi-d
 
 def _serve(parsed: argparse.Namespace) -> int:
     """Serve a model over HTTP. Flags take - and _ alike."""
-    _set_up_logging(parsed.log_level)
+    _set_up_logging(parsed.log_level, parsed.log_format)
     from vlm_server.checkpoint import CheckpointError
     from vlm_server.serving import ServingError, serve
 
@@ -220,8 +224,10 @@ def _server_of(parsed: argparse.Namespace) -> "ChatServer":
     return ChatServer(parsed.url, key, ca_file=parsed.cafile or os.environ.get(CA_FILE_VARIABLE))
 
 
-def _set_up_logging(level: str) -> None:
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+def _set_up_logging(level: str, log_format: str) -> None:
+    from engine.log_lines import set_up_logging
+
+    set_up_logging(level, log_format)
     # At debug they log every answer's text, each file of a download, each start, and every piece of a form.
     for name in ("sse_starlette", "httpx2", "uvicorn", "python_multipart"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

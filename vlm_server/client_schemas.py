@@ -92,7 +92,7 @@ MEANINGS = {
     "type": "What kind of thing this is.",
     "url": "An http, https or data: URL.",
     "usage": "How many tokens were read and written.",
-    "warnings": "Fields of the request that have no effect; absent without any.",
+    "warnings": "Fields of the request that have no effect, and pictures that were left out; absent without any.",
 }
 _INT32, _INT64 = 2**31 - 1, 2**63 - 1
 _TIMES = ("created", "_at")  # endings of the names of seconds since 1970, of which 32 bits hold those before 2038

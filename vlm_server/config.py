@@ -1,6 +1,6 @@
 """The server's settings: the HTTP side's own, and the engine's and the vision package's inside. Never changes after start."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from engine.config import EngineConfig
 from vision.config import VisionConfig
@@ -25,6 +25,41 @@ class ConnectionLimits:
         for name in ("head_s", "body_pause_s", "body_s", "keep_alive_s", "send_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed, only above 0 seconds")
+
+
+# The most that the flags of these names may allow: routes know no more.
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 64
+MAX_SCHEMA_CHARACTERS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLimits:
+    """What one request may hold and ask for. A limit is never switched off, only set. Pictures' bytes and pixels: see `VisionConfig`."""
+
+    max_pictures: int = 128  # in all its messages, also in those that the server kept
+    max_messages: int = 4096  # those that the server kept included
+    max_choices: int = MAX_CHOICES  # n, best_of
+    max_answers: int = 1024  # prompts × answers to each
+    max_stop_strings: int = MAX_STOP_STRINGS
+    max_stop_characters: int = 16384  # of all stop strings together
+    max_schema_characters: int = MAX_SCHEMA_CHARACTERS  # of a schema or grammar, or of all tools, as JSON
+    max_json_depth: int = 128  # levels of lists and objects in a body
+    max_json_values: int = 2_000_000  # in a body; each takes about a hundred bytes of memory, however short it was written
+    max_prompt_characters: int = 1 << 20  # of one prompt's text
+    template_timeout_s: float = 3.0  # processor time of the chat template for one prompt
+
+    def __post_init__(self) -> None:
+        for name in (limit.name for limit in fields(self)):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed, only above 0")
+        for name, most in (
+            ("max_choices", MAX_CHOICES),
+            ("max_stop_strings", MAX_STOP_STRINGS),
+            ("max_schema_characters", MAX_SCHEMA_CHARACTERS),
+        ):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed, only 1 to {most}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +89,9 @@ class ServerConfig:
     generation_config: str = "auto"  # auto | lmdeploy | a folder
     compat: str = "none"  # whose chats, completions and embeddings; alpaca: Chinese-LLaMA-Alpaca's
     strict_fields: bool = False  # refuse fields that no API documents
+    share_caches: bool = False  # between API keys; else each has pictures, embeddings and prefixes of its own
     max_body_bytes: int = 128 << 20
+    max_queued_tokens: int = 512 << 10  # prompt tokens of requests that wait in the engine; over it requests wait, then are refused
     session_store: str = "auto"  # a file, a Redis URL, memory, or auto: a file in the user's state folder
     session_ttl_s: float = 86400.0  # after a session's last turn
     max_sessions: int = 1000  # per API key
@@ -68,11 +105,13 @@ class ServerConfig:
     sse_ping_s: float = 0.0  # seconds between the comment lines of a silent stream; 0: none
     drain_timeout_s: float = 30.0  # for running requests, when the server is told to stop
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
+    limits: RequestLimits = field(default_factory=RequestLimits)
     allow_terminate_by_client: bool = False
     enable_abort_handling: bool = False
     enable_metrics: bool = True
     enable_docs: bool = True
     enable_ui: bool = True
+    otlp_endpoint: str | None = None  # an OpenTelemetry collector's; None: no traces
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
@@ -83,6 +122,7 @@ class ServerConfig:
             ("root_path", self.root_path == "" or self.root_path[0] == "/" != self.root_path[-1], "/a/path or nothing"),
             ("allow_credentials", not (self.allow_credentials and "*" in self.allow_origins), "with --allow-origins that are named, not *"),
             ("max_body_bytes", self.max_body_bytes >= 1, "at least 1"),
+            ("max_queued_tokens", self.max_queued_tokens >= 1, "at least 1"),
             ("session_store", bool(self.session_store), "a file, redis://…, memory or auto"),
             ("session_ttl_s", self.session_ttl_s > 0, "above 0 seconds"),
             ("max_sessions", self.max_sessions >= 1, "at least 1"),
@@ -98,6 +138,11 @@ class ServerConfig:
             ("max_file_bytes_per_key", self.max_file_bytes_per_key >= 0, "at least 0"),
             ("response_ttl_s", self.response_ttl_s > 0, "above 0 seconds"),
             ("max_responses", self.max_responses >= 1, "at least 1"),
+            (
+                "otlp_endpoint",
+                self.otlp_endpoint is None or self.otlp_endpoint.startswith(("http://", "https://")),
+                "http://… or https://…",
+            ),
             ("sse_ping_s", self.sse_ping_s >= 0, "at least 0"),
         ):
             if not is_valid:

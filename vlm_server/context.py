@@ -24,6 +24,7 @@ from vlm_server.metrics import Metrics
 from vlm_server.middleware import request_facts
 from vlm_server.parsing.answer import AnswerParser
 from vlm_server.protocol import GenerationFields
+from vlm_server.request_limits import check_limits
 from vlm_server.responses.records import ResponseRecords
 from vlm_server.responses.request import CreateResponse
 from vlm_server.sampling import SamplingDefaults, sampling_params
@@ -60,6 +61,7 @@ class ServerContext:
         if name != self.config.model_name:
             message = f"the model {name!r} does not exist; this server has {self.config.model_name!r}"
             raise ApiError(404, "model_not_found", message, param="model")
+        check_limits(body, self.config.limits)
         warnings = check_fields(body, strict=self.config.strict_fields)
         if isinstance(body, GenerationFields) and body.session_id not in (None, NO_SESSION) and self.running is None:
             warnings.append("session_id: it has no effect without --enable-abort-handling")

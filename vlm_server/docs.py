@@ -15,6 +15,7 @@ from starlette.staticfiles import StaticFiles
 
 from vlm_server import __version__
 from vlm_server.anthropic.response_schema import AnthropicErrorResponse, MessageStreamEvent
+from vlm_server.auth import OPEN_PATHS
 from vlm_server.client_schemas import fit_for_clients
 from vlm_server.config import ALPACA, ServerConfig
 from vlm_server.examples import alpaca_examples, request_examples
@@ -67,6 +68,9 @@ _MESSAGES = "/v1/messages"
 _ABORT = "/abort_request"
 _NEVER_ANSWERED = "/pooling"  # no model here has what it takes
 _MAY_BE_OFF = "/terminate"
+_READY = "/health/ready"
+_STATUS = "/status"
+_HEALTH = {"/health": "HealthResponse", _READY: "ReadyResponse"}  # those whose 503 has the shape of their 200
 _ERRORS = {
     "400": "The request is wrong, or not allowed here; `param` names the field.",
     "401": "The API key is missing or unknown.",
@@ -153,6 +157,7 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
         event_stream = {"schema": {"type": "string", "description": description}, "x-event-schema": _ref(MessageStreamEvent.__name__)}
         responses["200"]["content"]["text/event-stream"] = event_stream
     if path == _INTERACTIVE:
+        responses["200"]["headers"] = {"Server-Timing": _SERVER_TIMING}
         description = "With `stream: true`, the answer in pieces: one InteractiveResponse per line, nothing before or after it."
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string", "description": description}}
     if "requestBody" in operation and (examples := _examples(config).get(path)):
@@ -162,9 +167,10 @@ def _complete(path: str, method: str, operation: dict[str, Any], config: ServerC
             parameter["example"] = config.model_name
     if path == "/metrics":
         responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
-    if path == "/health":
-        operation["security"] = []
-        responses["503"]["content"] = _content("HealthResponse")
+    if path in OPEN_PATHS:
+        operation["security"] = [{}, {"ApiKey": []}] if path == _READY and config.needs_key else []  # {}: without one, too
+    if path in _HEALTH:
+        responses["503"]["content"] = _content(_HEALTH[path])
 
 
 def _examples(config: ServerConfig) -> dict[str, dict[str, dict[str, Any]]]:
@@ -172,7 +178,11 @@ def _examples(config: ServerConfig) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
-    keyed = ["401", "429"] if config.needs_key and path != "/health" else []
+    keyed = ["401", "429"] if config.needs_key and path not in OPEN_PATHS else []
+    if path == _STATUS:
+        return ["400", *keyed[:1]]
+    if path == _READY:
+        return ["400", *(["401"] if config.needs_key else []), "503"]
     if path.startswith(_FILES):
         return [*(["404"] if "{" in path else ["400"]), *keyed, *(["413"] if method == "post" else []), "503"]
     if path == _ABORT:
@@ -181,7 +191,7 @@ def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
         return ["400", *keyed[:1], "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
     if path.startswith(_RESPONSES):
         return ["400", *keyed, "404", "503"]
-    return [*(["400"] if path == _MAY_BE_OFF else []), *keyed, *(["404"] if "{" in path else []), *(["503"] if path == "/health" else [])]
+    return [*(["400"] if path == _MAY_BE_OFF else []), *keyed, *(["404"] if "{" in path else []), *(["503"] if path in _HEALTH else [])]
 
 
 def _error_model(path: str, status: str, *, has_body: bool) -> type[BaseModel]:

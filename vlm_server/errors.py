@@ -8,19 +8,25 @@ import http
 import re
 from collections.abc import Mapping, Sequence
 
+import fastapi
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
 from engine.request import EngineDeadError, InvalidRequestError, PromptTooLongError, QueueFullError, UnreadError
+from vision.budget import BudgetFullError
 from vision.image import MediaError
+from vlm_server.error_codes import ERROR_CODES
+from vlm_server.jinja_process import RendererLostError
 from vlm_server.quotas import QuotaExceededError
 from vlm_server.sessions.history import SessionBusyError
-from vlm_server.sessions.store import StoreError
+from vlm_server.sessions.store import StoreError, StoreFullError
 
 MAX_DETAILS = 32
 RETRY_AFTER_S = 2  # an engine that died is back after about as long
+_PASSING = (429, 503)  # the same request may succeed later
+FULL_RETRY_AFTER_S = 60  # somebody has to make room
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {
@@ -32,11 +38,11 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_media_type", 503: "server_busy"}
 
 
 class ApiError(Exception):
-    """An answer other than success. `code` is a stable string, `param` the field's path in the request."""
+    """An answer other than success. `code` is one of `error_codes`, `param` the field's path in the request."""
 
     def __init__(
         self,
@@ -48,12 +54,13 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
         detail: Sequence[Mapping[str, object]] = (),
     ) -> None:
+        assert code in ERROR_CODES, f"{code} is not in vlm_server/error_codes.py"
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.param = param
-        self.headers = dict(headers or {})
+        self.headers = ({"retry-after": str(RETRY_AFTER_S)} if status in _PASSING else {}) | dict(headers or {})
         self.detail = detail  # all that is wrong with a body's shape, as FastAPI's clients read it
 
     @property
@@ -74,7 +81,9 @@ class ApiError(Exception):
 
     def response(self, scope: Scope) -> Response:
         """In the words of the API that the request of `scope` speaks."""
-        body = self.anthropic_body(scope.get("request_facts", {}).get("id")) if speaks_anthropic(scope) else self.body()
+        facts = scope.setdefault("request_facts", {})
+        facts["error"] = self.code  # for the log and the metrics
+        body = self.anthropic_body(facts.get("id")) if speaks_anthropic(scope) else self.body()
         return Response(msgspec.json.encode(body), self.status, self.headers, media_type="application/json")
 
 
@@ -82,6 +91,14 @@ def speaks_anthropic(scope: Scope) -> bool:
     """Whether a request came to one of Anthropic's routes, or with the header that its clients send to all routes."""
     is_route = scope["path"] == "/v1/messages" or scope["path"].startswith(("/v1/messages/", "/anthropic/"))
     return is_route or any(name == b"anthropic-version" for name, _ in scope["headers"])
+
+
+class RefusedBodyError(fastapi.HTTPException):
+    """An ApiError that is found while a body is read, as the one kind that FastAPI lets through then."""
+
+    def __init__(self, refusal: ApiError) -> None:
+        super().__init__(refusal.status, refusal.message)
+        self.refusal = refusal
 
 
 def bad_request(code: str, message: str, *, param: str | None = None) -> ApiError:
@@ -96,9 +113,14 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
     match error:
         case ApiError():
             return error
+        case RefusedBodyError():
+            return error.refusal
         case MediaError():
             message = f"{error.param}: {error.message}" if error.param else error.message
-            return ApiError(error.status, error.code, message, param=error.param)
+            headers = {"retry-after": str(error.retry_after_s or RETRY_AFTER_S)} if error.status == 503 else {}
+            return ApiError(error.status, error.code, message, param=error.param, headers=headers)
+        case BudgetFullError():
+            return ApiError(503, "server_busy", str(error), headers={"retry-after": str(error.retry_after_s)})
         case PromptTooLongError():
             return bad_request("context_length_exceeded", str(error), param=param)
         case InvalidRequestError():
@@ -109,6 +131,11 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
             return ApiError(429, "quota_exceeded", str(error), headers={"retry-after": str(error.retry_after_s)})
         case SessionBusyError():
             return ApiError(409, "session_busy", str(error), param="session_id", headers={"retry-after": str(RETRY_AFTER_S)})
+        case RendererLostError():
+            message = f"the chat template cannot be rendered now: {error}; try again"
+            return ApiError(503, "template_unavailable", message, headers={"retry-after": str(RETRY_AFTER_S)})
+        case StoreFullError():
+            return ApiError(507, "session_store_full", str(error), headers={"retry-after": str(FULL_RETRY_AFTER_S)})
         case StoreError():
             return ApiError(503, "session_store_unavailable", str(error), headers={"retry-after": str(RETRY_AFTER_S)})
         case UnreadError():

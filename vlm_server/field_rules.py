@@ -26,6 +26,7 @@ from vlm_server.tool_schema import AllowedTools, AllowedToolsChoice, FunctionDef
 NO_OPS = frozenset({"kwargs", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 
 # Field → the values, beside null, that ask for nothing.
+_OF_PICTURES: dict[str, tuple[object, ...]] = {"on_media_error": ("fail",), "return_image_sizes": (False,)}  # where answers have none
 _UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
     "spaces_between_special_tokens": (True,),
     "repetition_ngram_size": (0,),
@@ -45,6 +46,7 @@ _UNSUPPORTED_ANYWHERE: dict[str, tuple[object, ...]] = {
     "return_logprob": (False,),
     "return_token_ids": (False,),
     "return_routed_experts": (False,),
+    **_OF_PICTURES,
 }
 _UNSUPPORTED_IN_CHAT: dict[str, tuple[object, ...]] = {
     "functions": ([],),
@@ -128,11 +130,11 @@ _RULES: dict[type[BaseModel], dict[str, tuple[object, ...]]] = {
     AlpacaEmbeddingsRequest: {"encoding_format": ("float",), "dimensions": ()},
     **_UNSUPPORTED_IN_RESPONSES,
     CreateResponse: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_RESPONSES[CreateResponse],
-    EmbeddingsRequest: {"truncate_prompt_tokens": (), "normalize": (True,), "add_special_tokens": (True,), "messages": ()},
+    EmbeddingsRequest: {"truncate_prompt_tokens": (), "normalize": (True,), "add_special_tokens": (True,), "messages": (), **_OF_PICTURES},
     EncodeRequest: {},
     PerplexityRequest: {},
     PoolingRequest: {"encoding_format": ("float",), "dimensions": ()},
-    TokenizeRequest: {},
+    TokenizeRequest: {"return_image_sizes": (False,)},
     DetokenizeRequest: {},
     GenerateReqInput: _UNSUPPORTED_ANYWHERE | _UNSUPPORTED_IN_GENERATE,
     AbortRequest: {"finished_reason": (), "abort_message": ()},

@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 
+from vision.image import MediaError
+from vision.media_budgets import hold_bytes
 from vlm_server.errors import ApiError, bad_request
 from vlm_server.sessions.store import Quota, QuotaError, RecordId, RecordStore
 
@@ -85,22 +87,33 @@ class Files:
         await self.get(tenant, file_id)
         await self.store.delete(_record_id(tenant, file_id))
 
-    async def take(self, images: Iterable[tuple[str, Image]], *, tenant: str) -> dict[str, bytes]:
+    async def take(
+        self, images: Iterable[tuple[str, Image]], *, tenant: str, lost: dict[str, MediaError] | None = None
+    ) -> dict[str, bytes]:
         """The bytes of the files that `images` name, by the URL that is put into each image in its file id's place.
 
         images: those with a file id, each with its path in the request. Raises ApiError 404 for the first id that the tenant does not
-        have, and 400 where the files together have too many bytes.
+        have, and 400 where the files together have too many bytes; BudgetFullError where all requests together do. lost: is given the
+        error of each such id instead, by the URL.
         """
         pictures: dict[str, bytes] = {}
         room_bytes = self.max_request_bytes
         for path, image in images:
             file_id = image.pop("file_id")
             image["url"] = url = URL_SCHEME + file_id
-            if url not in pictures:
-                param = f"{path}.file_id"
-                room_bytes -= (await self.get(tenant, file_id, param=param)).num_bytes
+            if url in pictures or url in (lost or {}):
+                continue
+            param = f"{path}.file_id"
+            try:
+                num_bytes = (await self.get(tenant, file_id, param=param)).num_bytes
+                room_bytes -= num_bytes
                 self._require_room(room_bytes, param)
+                await hold_bytes(num_bytes)
                 pictures[url] = await self.content(tenant, file_id, param=param)
+            except ApiError as error:
+                if lost is None or error.status != 404:
+                    raise
+                lost[url] = MediaError(error.code, error.message.removeprefix(f"{param}: "), status=error.status)
         return pictures
 
     async def _write(self, tenant: str, file: StoredFile, data: bytes, ttl_s: float) -> None:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from engine.config import AUTO_ALPHA, DEVICES, DTYPES, LOAD_FORMATS, EngineConfig
+from engine.log_lines import LOG_FORMATS
 from vision.config import VisionConfig
 from vlm_server import alpaca
 from vlm_server.answer_formats import reasoning_parser_name, tool_parser_name
-from vlm_server.config import ALPACA, COMPATS, ConnectionLimits, ServerConfig
+from vlm_server.config import ALPACA, COMPATS, ConnectionLimits, RequestLimits, ServerConfig
 from vlm_server.parsing.reasoning import REASONING_FORMATS
 from vlm_server.parsing.tool_formats import TOOL_FORMATS
 
@@ -21,7 +22,13 @@ LOG_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 # What flags that are not given mean under --compat.
 _COMPAT_DEFAULTS = {ALPACA: {"server_port": alpaca.PORT, "model_name": alpaca.MODEL_NAME, "chat_template": "alpaca"}}
 
-_CONFIGS = {"engine": EngineConfig, "vision": VisionConfig, "server": ServerConfig, "connections": ConnectionLimits}
+_CONFIGS = {
+    "engine": EngineConfig,
+    "vision": VisionConfig,
+    "server": ServerConfig,
+    "connections": ConnectionLimits,
+    "limits": RequestLimits,
+}
 
 
 Value = TypeVar("Value")
@@ -32,7 +39,7 @@ class Flag:
     """`--name` sets `field` of `config`; `kind` is a type, a tuple of choices, bool for on and off, or list for several strings."""
 
     name: str
-    config: str  # engine | vision | server | connections; checkpoint, start: of no config, read where the server starts
+    config: str  # engine | vision | server | connections | limits; checkpoint, start: of no config, read where the server starts
     help: str
     kind: Callable[[str], Any] | tuple[str, ...] = str
     field: str = ""  # where it is not the name
@@ -114,6 +121,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("allow-headers", "server", "CORS: headers", list),
         Flag("allow-credentials", "server", "CORS: credentials", bool),
         Flag("strict-fields", "server", "refuse request fields that no API documents, instead of a warning", bool),
+        Flag("share-caches", "server", "let API keys use what others' pictures and prompts left in the caches", bool),
         Flag("max-body-bytes", "server", "largest request body", int),
         Flag(
             "session-store",
@@ -136,12 +144,19 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("keep-alive-timeout-s", "connections", "seconds that a connection is kept between requests", float, "keep_alive_s"),
         Flag("head-timeout-s", "connections", "seconds for a request's line and headers", float, "head_s"),
         Flag("body-timeout-s", "connections", "seconds for a request's body", float, "body_s"),
+        Flag("body-pause-timeout-s", "connections", "seconds between two pieces of a request's body", float, "body_pause_s"),
         Flag("allow-terminate-by-client", "server", "let GET /terminate end the server", bool),
         Flag("enable-abort-handling", "server", "let POST /abort_request end requests of the same API key", bool),
-        Flag("metrics", "server", "GET /metrics", bool, "enable_metrics"),
+        Flag("metrics", "server", "GET /metrics and /status, and the status page", bool, "enable_metrics"),
         Flag("fastapi-docs", "server", "GET / and /openapi.json", bool, "enable_docs"),
-        Flag("ui", "server", "the chat page, GET /ui", bool, "enable_ui"),
+        Flag("ui", "server", "the chat page, GET /ui, and the status page, GET /ui/status", bool, "enable_ui"),
+        Flag(
+            "otlp-endpoint",
+            "server",
+            "OpenTelemetry collector that gets traces of requests, e.g. http://127.0.0.1:4318 (default: none; needs vlm-server[tracing])",
+        ),
         Flag("log-level", "server", "what is logged", LOG_LEVELS),
+        Flag("log-format", "engine", "text for people, or json: one object per line, requests with fields of their own", LOG_FORMATS),
     ),
     "engine": (
         Flag("device", "engine", "where the model runs", DEVICES),
@@ -161,9 +176,10 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("enable-prefix-caching", "engine", "keep the KV of prompts for later ones that begin alike", bool),
         Flag("max-prefill-token-num", "engine", "prompt tokens computed in one step", int),
         Flag("max-waiting", "engine", "requests whose answer may wait to begin; more are refused with 429", int),
+        Flag("max-queued-tokens", "server", "prompt tokens that may wait; over it a request waits --budget-wait-s, then 429", int),
         Flag("num-threads", "engine", "CPU threads of the engine (default: all cores)", int),
         Flag("embedding-cache-bytes", "engine", "memory for the embeddings of pictures seen before", int),
-        Flag("encoder-share", "engine", "share of the time that encoding pictures may take from running answers", float),
+        Flag("encoder-share", "engine", "share of the time that new pictures and prompts may take from running answers", float),
         Flag("seed", "engine", "of requests without their own, and of dummy weights", int),
     ),
     "pictures": (
@@ -173,12 +189,49 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("allowed-local-media-path", "vision", "folder that file: URLs may name (default: none)"),
         Flag("max-picture-bytes", "vision", "largest picture as sent", int),
         Flag("max-picture-pixels", "vision", "largest picture, width × height", int),
+        Flag(
+            "max-media-bytes-in-flight",
+            "vision",
+            "memory for request bodies and pictures' files of all requests; over it one waits --budget-wait-s, then 503",
+            int,
+        ),
+        Flag(
+            "max-pixels-in-flight",
+            "vision",
+            "pixels (3 bytes each) of all requests, decoded and not taken over by the engine; over it as above",
+            int,
+        ),
+        Flag("budget-wait-s", "vision", "seconds that a request waits for a part of these, and for --max-queued-tokens", float),
         Flag("max-redirects", "vision", "redirects followed for one picture", int),
+        Flag("connect-timeout-s", "vision", "seconds for a picture's server to be found and reached", float),
+        Flag("first-byte-timeout-s", "vision", "seconds for a picture's first byte, and between two", float),
         Flag("fetch-timeout-s", "vision", "seconds for one picture's download", float),
+        Flag("min-download-bytes-per-s", "vision", "slower downloads are given up after a few seconds", float),
+        Flag("max-downloads-per-host", "vision", "downloads from one host at once; more wait", int),
+        Flag("max-download-retries", "vision", "times that a download whose failure may pass is tried again", int),
         Flag("download-cache-bytes", "vision", "memory for downloaded pictures that HTTP lets us use again", int),
-        Flag("processed-cache-bytes", "vision", "memory for pictures as the vision encoder takes them", int),
         Flag("num-decode-workers", "vision", "processes that decode pictures", int),
+        Flag("decode-memory-bytes", "vision", "memory of one of them, beyond what it holds when idle", int),
+        Flag("decode-timeout-s", "vision", "seconds for one picture to be decoded", float),
         Flag("num-preprocess-workers", "vision", "processes that resize and tile pictures", int),
+        Flag("preprocess-timeout-s", "vision", "seconds for one picture to be resized and tiled", float),
+        Flag("processed-cache-bytes", "vision", "memory for processed pictures that may come again", int),
+        Flag("processed-cache-pictures", "vision", "most pictures in it", int),
+    ),
+    "limits of one request": (
+        Flag("max-pictures", "limits", "pictures in all its messages", int),
+        Flag("max-request-picture-bytes", "vision", "bytes of all its pictures together, as sent", int),
+        Flag("max-request-pixels", "vision", "pixels of all its pictures together", int),
+        Flag("max-messages", "limits", "messages, those that the server kept included", int),
+        Flag("max-n", "limits", "most that n and best_of may be", int, "max_choices"),
+        Flag("max-answers", "limits", "answers, to all its prompts together", int),
+        Flag("max-stop-strings", "limits", "stop strings", int),
+        Flag("max-stop-characters", "limits", "characters of all its stop strings together", int),
+        Flag("max-schema-characters", "limits", "characters of a schema or grammar, or of all tools", int),
+        Flag("max-json-depth", "limits", "levels of lists and objects in its body", int),
+        Flag("max-json-values", "limits", "values in its body", int),
+        Flag("max-prompt-characters", "limits", "characters of a prompt's text", int),
+        Flag("template-timeout-s", "limits", "seconds of processor time of the chat template", float),
     ),
 }
 

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import PydanticCustomError
 
 from vlm_server.aborting import NO_SESSION
+from vlm_server.image_protocol import OnMediaError, ReturnImageSizes
 from vlm_server.message_schema import ImageUrl, UnicodeText
 from vlm_server.protocol import GenerationFields, TokenIds
 
@@ -46,6 +47,8 @@ class GenerateReqInput(GenerationFields):
         description="A picture's URL, an object with its url, or a list of these. They stand at the model's picture placeholders in the "
         "prompt or the input_ids where there are as many, else before the text.",
     )
+    on_media_error: OnMediaError = None
+    return_image_sizes: ReturnImageSizes = None
     return_logprob: bool | None = Field(None, description="Return each new token's log probability and id.")
 
     @field_validator("input_ids")

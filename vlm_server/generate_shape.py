@@ -1,11 +1,12 @@
 """How `/generate` looks on the wire: LMDeploy's object, whole or in pieces that each hold what is new."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_server.errors import ApiError
 from vlm_server.generation import Delta, FinishedAnswer, Usage
+from vlm_server.stage_timings import Report, no_report
 from vlm_server.streaming import OPENAI_EVENTS
 
 _LOWEST = -9999.0  # for a probability of 0; JSON has no infinity
@@ -16,10 +17,20 @@ class GenerateShape:
 
     events = OPENAI_EVENTS
 
-    def __init__(self, *, num_prompt_tokens: int, returns_logprob: bool, warnings: Sequence[str]) -> None:
+    def __init__(
+        self,
+        *,
+        num_prompt_tokens: int,
+        returns_logprob: bool,
+        warnings: Sequence[str],
+        extras: Mapping[str, Any] | None = None,
+        report: Report = no_report,
+    ) -> None:
+        """extras: what else stands beside the warnings. report: the request's timings, where they are asked for."""
         self._num_prompt_tokens = num_prompt_tokens
         self._returns_logprob = returns_logprob
-        self._warnings = {"warnings": list(warnings)} if warnings else {}
+        self._warnings = {**({"warnings": list(warnings)} if warnings else {}), **(extras or {})}
+        self._report = report
         self._num_tokens = 0  # of the pieces so far
 
     def first_chunks(self, num_answers: int, usage: Usage) -> list[dict[str, Any]]:
@@ -40,13 +51,15 @@ class GenerateShape:
 
     def _piece(self, piece: Delta | FinishedAnswer) -> dict[str, Any]:
         self._num_tokens += len(piece.token_ids)
-        meta = {
+        meta: dict[str, Any] = {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": self._num_tokens,
             "finish_reason": {"type": piece.finish_reason} if piece.finish_reason else None,
             "output_token_logprobs": self._logprobs(piece),
             "routed_experts": None,
         }
+        if piece.finish_reason:
+            meta |= self._report()
         warnings = self._warnings if piece.finish_reason else {}
         return {"text": piece.text, "output_ids": piece.token_ids, "meta_info": meta, **warnings}
 

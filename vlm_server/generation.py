@@ -21,6 +21,7 @@ from vlm_server.parsing.answer import AnswerParser
 from vlm_server.parsing.events import Event, merged
 from vlm_server.protocol import GenerationFields
 from vlm_server.sampling import for_choice
+from vlm_server.stage_timings import StageTimings
 
 TOOL_CALLS = "tool_calls"  # the finish reason of an answer that ended with calls
 
@@ -143,7 +144,7 @@ class Answer:
     def _delta(self, text: str, events: list[Event], released: list[_PendingLogprobs]) -> Delta:
         """With the tokens that were generated since the last one."""
         logprobs = [pending.token for pending in released] if self.params.logprobs is not None else None
-        delta = Delta(self.index, text, logprobs, self._reported_reason, merged(events), [pending.start for pending in released])
+        delta = Delta(self.index, text, logprobs, self.reported_reason, merged(events), [pending.start for pending in released])
         delta.stop_string = self._detokenizer.stop_string
         delta.token_ids = self.token_ids[self._num_given :]
         if self.params.logprobs is not None:
@@ -158,7 +159,8 @@ class Answer:
         return self._detokenizer.is_stopped or (self._parser is not None and self._parser.is_done)
 
     @property
-    def _reported_reason(self) -> str | None:
+    def reported_reason(self) -> str | None:
+        """As clients are told it."""
         has_calls = self._parser is not None and self._parser.has_calls
         return TOOL_CALLS if has_calls and self.finish_reason is FinishReason.STOP else self.finish_reason
 
@@ -281,7 +283,9 @@ class Generation:
         self._request_id = request_id
         self._metrics = metrics
         self._abort = abort
-        self.timings_s: dict[str, float] = {}  # of the answer that began first: queue, encode, prefill; once collected also generate
+        self.timings_s: dict[str, float] = {}  # of the answer that began first: queue, encode, prefill
+        self.first_s: float | None = None  # when the first piece of any answer was there, and the last one so far, on time.monotonic
+        self.last_s: float | None = None
         includes_stop = bool(request.include_stop_str_in_output)
         self._answers = [
             Answer(
@@ -306,34 +310,44 @@ class Generation:
         return len(self._answers)
 
     @property
+    def finish_reasons(self) -> list[str]:
+        """Why answers ended, each reason once."""
+        return sorted({str(answer.reported_reason) for answer in self._answers if answer.finish_reason is not None})
+
+    @property
     def token_ids(self) -> list[int]:
         """Of the first answer so far, its end token included."""
         return self._answers[0].token_ids
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Every answer's pieces as they come. Closing it aborts what is still running."""
-        last_s = [0.0] * len(self._answers)
+        """Every answer's pieces as they come, once. Closing it aborts what still runs; at its end the prompts' pictures are let go."""
+        first_s, last_s = [0.0] * len(self._answers), [0.0] * len(self._answers)
         started_s = time.monotonic()
         is_simple = len(self._answers) == 1 and self._abort is None
-        async with aclosing(self._run(self._answers[0]) if is_simple else self._merged()) as deltas:
-            async for delta in deltas:
-                now_s = time.monotonic()
-                if last_s[delta.index]:
-                    self._metrics.next_token(now_s - last_s[delta.index])
-                else:
-                    self._metrics.first_token(now_s - started_s)
-                last_s[delta.index] = now_s
-                yield delta
+        try:
+            async with aclosing(self._run(self._answers[0]) if is_simple else self._merged()) as deltas:
+                async for delta in deltas:
+                    now_s = self.last_s = time.monotonic()
+                    self.first_s = self.first_s or now_s
+                    if last_s[delta.index]:
+                        self._metrics.next_token(now_s - last_s[delta.index])
+                    else:
+                        self._metrics.first_token(now_s - started_s)
+                        first_s[delta.index] = now_s
+                    last_s[delta.index] = now_s
+                    if delta.finish_reason is not None:
+                        self._metrics.stages_measured({"generate": now_s - first_s[delta.index]})
+                    yield delta
+        finally:
+            for prompt in self._prompts:
+                prompt.close()
 
     async def collect(self) -> list[FinishedAnswer]:
         """The finished answers, by index."""
         finished = [FinishedAnswer() for _ in self._answers]
-        first_s: float | None = None
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
-                first_s = first_s or time.monotonic()
                 finished[delta.index].add(delta)
-        self.timings_s["generate"] = time.monotonic() - first_s if first_s else 0.0
         return finished
 
     def usage(self) -> Usage:
@@ -346,6 +360,15 @@ class Generation:
             image_tokens=sum(span.num_tokens for prompt in self._prompts for span in prompt.spans),
             reasoning_tokens=_sum_known([answer.num_reasoning_tokens for answer in self._answers]),
         )
+
+    def tell(self, timings: StageTimings) -> None:
+        """Adds the stages from the engine's queue on, as far as they are known; `generate` once an answer has ended."""
+        if self.first_s is None or self.last_s is None:
+            return
+        timings.add_until(self.first_s, self.timings_s)
+        timings.first_token(self.first_s)
+        if self.finish_reasons:
+            timings.add_until(self.last_s, {"generate": self.last_s - self.first_s})
 
     async def _run(self, answer: Answer) -> AsyncGenerator[Delta, None]:
         prompt = self._prompts[answer.index // self._num_candidates]
@@ -360,7 +383,9 @@ class Generation:
                     if scores is not None and step.prompt_logprobs is not None:
                         scores.logprobs = step.prompt_logprobs
                         scores.is_read.set()
-                    self.timings_s = self.timings_s or step.timings_s or {}
+                    if step.timings_s is not None:
+                        self._metrics.stages_measured(step.timings_s)
+                        self.timings_s = self.timings_s or step.timings_s
                     delta = answer.take(step)
                     if delta is not None:
                         yield delta

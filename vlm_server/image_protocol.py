@@ -3,7 +3,7 @@
 Checks shapes only. Which settings the served model has, and how many pixels the server allows, `picture_parts` knows.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,17 @@ _AT_MOST = "Reduce the picture to as many pixels, its aspect kept; fewer are few
 Pixels = Annotated[int, Field(ge=1)]
 MinPixels = Annotated[Pixels | None, Field(description=_AT_LEAST)]
 MaxPixels = Annotated[Annotated[int, Field(ge=LEAST_BUDGET_PIXELS)] | None, Field(description=_AT_MOST)]
+
+OnMediaError = Annotated[
+    Literal["fail", "skip"] | None,
+    Field(
+        description="skip: answer as if a picture that cannot be had or read were not in the request, with a warning that names it; "
+        "fail, the default: refuse the request."
+    ),
+]
+ReturnImageSizes = Annotated[
+    bool | None, Field(description="Return image_sizes: of each picture its size, the size that the model saw, and the way back.")
+]
 
 
 class PictureSize(BaseModel):

@@ -10,8 +10,9 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from vlm_server.image_protocol import OnMediaError, ReturnImageSizes
 from vlm_server.message_schema import ChatMessage, UnicodeText
-from vlm_server.protocol import GenerationFields, StopStrings
+from vlm_server.protocol import RETURN_TIMINGS, GenerationFields, StopStrings
 
 NO_SESSION = -1
 
@@ -51,6 +52,8 @@ class GenerateRequest(BaseModel):
         description="Pictures that come with a prompt that is a string: http, https or data: URLs; under --allowed-local-media-path also "
         "file: URLs and paths.",
     )
+    on_media_error: OnMediaError = None
+    return_image_sizes: ReturnImageSizes = None
     session_id: int = Field(
         NO_SESSION, ge=-(2**63), lt=2**63, description="Which conversation this turn belongs to, of those of the API key; -1: none."
     )
@@ -76,6 +79,7 @@ class GenerateRequest(BaseModel):
         None, ge=-(2**63), lt=2**63, description="The same request with the same seed gives the same answer. 0, as null: none."
     )
     min_new_tokens: int | None = Field(None, ge=0, lt=2**31, description="No end before as many new tokens.")
+    return_timings: bool = Field(False, description=RETURN_TIMINGS)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 Knows nothing of tokenizers or of what messages mean. Its calls block; they belong in a thread.
 """
 
+import contextlib
 import json
 import logging
 import signal
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 WAIT_LIMIT_S = 20.0  # for one rendering, on however busy a machine; its processor time is limited by the worker
 START_LIMIT_S = 60.0
+_MAX_TRIES = 2  # of a prompt whose renderer is killed from outside
 
 _MODULE = "vlm_server.jinja_worker"
 
@@ -34,6 +36,14 @@ class RenderError(Exception):
 
 class RenderLimitError(RenderError):
     """The template took more time or memory than it is given."""
+
+
+class RendererLostError(Exception):
+    """There is no process to render with, or none is free: not the template's fault, and it may pass."""
+
+
+class _KilledError(Exception):
+    """Somebody else killed the worker; the template may have had no part in that."""
 
 
 class JinjaProcess:
@@ -58,7 +68,7 @@ class JinjaProcess:
         continue_final_message: bool = False,
         variables: dict[str, Any],
     ) -> str:
-        """The text that the template `source` writes, as the reference library renders it. Raises RenderError."""
+        """The text that the template `source` writes, as the reference library renders it. Raises RenderError or RendererLostError."""
         request = {
             "source": source,
             "messages": messages,
@@ -73,7 +83,7 @@ class JinjaProcess:
         return answer[len(RENDERED) :].decode()
 
     def close(self) -> None:
-        """Kills the worker; a rendering under way and later ones end with RenderLimitError."""
+        """Kills the worker; a rendering under way and later ones end with RendererLostError."""
         self._is_closed = True
         worker = self._worker
         if worker is not None:
@@ -81,7 +91,16 @@ class JinjaProcess:
 
     def _answer(self, request: bytes) -> bytes:
         if not self._turn.acquire(timeout=WAIT_LIMIT_S):
-            raise RenderLimitError(f"others took longer than {WAIT_LIMIT_S:g} s")
+            raise RendererLostError(f"other prompts took longer than {WAIT_LIMIT_S:g} s")
+        try:
+            for _ in range(_MAX_TRIES):
+                with contextlib.suppress(_KilledError):
+                    return self._exchanged(request)
+            raise RendererLostError("its process is killed over and over")
+        finally:
+            self._turn.release()
+
+    def _exchanged(self, request: bytes) -> bytes:
         try:
             if not self._is_closed and (self._worker is None or not self._worker.is_alive):
                 self._worker = _Worker(self._limits)
@@ -89,29 +108,27 @@ class JinjaProcess:
                 raise EOFError  # after the worker was kept: `close()` kills the one that it finds
             return self._worker.exchange(request)
         except (OSError, EOFError) as error:
-            raise RenderLimitError(self._why(error)) from None
-        finally:
-            self._turn.release()
+            raise self._ended(error) from None
 
-    def _why(self, error: Exception) -> str:
+    def _ended(self, error: Exception) -> Exception:
         """Ends the worker, and says what ended the rendering."""
         worker, self._worker = self._worker, None
         if self._is_closed:
             if worker is not None:
                 worker.end()
-            return "the server is ending"
+            return RendererLostError("the server is ending")
         if worker is None:
-            return f"its process could not start: {error!r}"
+            return RendererLostError(f"its process could not start: {error!r}")
         if isinstance(error, TimeoutError):
             worker.end()
-            return f"it took longer than {WAIT_LIMIT_S:g} s"
+            return RenderLimitError(f"it took longer than {WAIT_LIMIT_S:g} s")
         status = worker.end()
         if status == -signal.SIGPROF:
-            return f"it took longer than {self._limits.cpu_s:g} s of processor time"
+            return RenderLimitError(f"it took longer than {self._limits.cpu_s:g} s of processor time (--template-timeout-s)")
         if status == EXIT_MEMORY:
-            return f"it needs more than {self._limits.memory_bytes >> 20} MiB"
+            return RenderLimitError(f"it needs more than {self._limits.memory_bytes >> 20} MiB")
         logger.warning("%s ended with status %s", _MODULE, status)
-        return f"its process ended with status {status}"
+        return _KilledError() if status == -signal.SIGKILL else RenderLimitError(f"its process ended with status {status}")
 
 
 class _Worker:

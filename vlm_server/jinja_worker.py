@@ -1,7 +1,8 @@
 """The template worker: `python -m vlm_server.jinja_worker FD` renders one Jinja chat template after the other until the socket FD closes.
 
-A process of its own because a template is a program that came with a checkpoint: however it is written, it ends within its processor time
-and its memory, or this process does. It renders with the reference library's own sandbox and knows no tokenizer, no model and no network.
+A process of its own because a template is a program that came with a checkpoint: however it is written, it ends within its processor
+time and its memory, or this process does; were it to leave the reference library's sandbox, it would find no file and no network. Knows
+no tokenizer and no model.
 """
 
 import contextlib
@@ -17,12 +18,20 @@ from typing import Any
 
 import msgspec
 
+from vision.confinement import confine
+
 LENGTH = struct.Struct(">Q")
 RENDERED, REFUSED = b"+", b"-"  # an answer's first byte; after it the text, or what the template complained about
 EXIT_MEMORY = 3
 
 _MAX_COMPLAINT_CHARACTERS = 1000
 _NUM_DESCRIPTORS = 64
+_WARM_UP = (
+    "{% macro f(x) %}{{ x | tojson }}{% endmacro %}{{ f(messages) }}{{ strftime_now('%c %Z') }}{% generation %}{% endgeneration %}",
+    "{{ raise_exception('no') }}",
+    "{{ messages.missing.missing }}",
+    "{% for",
+)
 
 
 class RenderLimits(msgspec.Struct, frozen=True):
@@ -34,9 +43,12 @@ class RenderLimits(msgspec.Struct, frozen=True):
 def main(fd: int) -> None:
     import transformers.utils.chat_template_utils  # noqa: F401  (before memory is limited)
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before
     connection = socket.socket(fileno=fd)
     limits = msgspec.json.decode(receive(connection), type=RenderLimits)
     _limit_process(limits)
+    _load_all()
+    confine()
     send(connection, b"")  # ready
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
@@ -86,6 +98,13 @@ def _render(source: str, messages: list[Any], variables: dict[str, Any], **optio
 
     texts, _ = render_jinja_template([messages], chat_template=source, **options, **variables)
     return str(texts[0])
+
+
+def _load_all() -> None:
+    """What rendering reads from files: modules that Jinja imports when they are needed, those of errors among them, and the time zone."""
+    for source in _WARM_UP:
+        with contextlib.suppress(Exception):
+            _render(source, [{"role": "user", "content": "x"}], {}, tools=None)
 
 
 def _limit_process(limits: RenderLimits) -> None:

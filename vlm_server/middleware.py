@@ -4,43 +4,46 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlm_server.errors import ApiError, speaks_anthropic, to_api_error
+from vlm_server.errors import ApiError, RefusedBodyError, speaks_anthropic, to_api_error
 from vlm_server.metrics import Metrics
 from vlm_server.stage_timings import StageTimings
+from vlm_server.tracing import RequestSpan, Tracing
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_QUIET_PATHS = frozenset({"/health", "/metrics"})  # asked for every few seconds; logged at debug
+# Asked for every few seconds; logged at debug.
+_QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics", "/status"})
 
 
 class RequestLog:
-    """Gives each request its `X-Request-Id`, logs it in one line when it ends, and answers what nobody else caught.
+    """Gives each request its `X-Request-Id`, counts, logs and traces it when it ends, and answers what nobody else caught.
 
     Routes may put numbers for the line into `request_facts(scope)`; never a prompt, a picture or a key. What they measured into
     `request_timings(scope)` before the answer begins becomes its `Server-Timing`.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope).get("x-request-id"))
-        scope["request_facts"] = facts = {"id": request_id}
-        scope["request_timings"] = timings = StageTimings()
+        facts: dict[str, Any] = {"id": request_id}
+        scope["request_facts"] = facts
+        scope["request_timings"] = timings = StageTimings(observer=self._metrics)
+        span = self._tracing.begin(scope, timings) if self._tracing is not None and scope["path"] not in _QUIET_PATHS else None
         status = 0
-        started_s = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -62,9 +65,17 @@ class RequestLog:
             if not status:
                 await to_api_error(error).response(scope)(scope, receive, send_with_id)
         finally:
-            duration_s = time.monotonic() - started_s
-            self._metrics.request_ended(_route(scope), status, duration_s)
-            _log(scope, status, duration_s, facts)
+            self._ended(scope, status, facts, timings, span)
+
+    def _ended(self, scope: Scope, status: int, facts: dict[str, Any], timings: StageTimings, span: RequestSpan | None) -> None:
+        duration_s = time.monotonic() - timings.began_s
+        if timings.pictures:
+            facts["pictures"] = len(timings.pictures)
+        self._metrics.request_ended(_route(scope), status, duration_s, facts.get("error"))
+        if span is not None:
+            facts["trace_id"] = span.trace_id
+            span.end(_route(scope), status, facts)
+        _log(scope, status, duration_s, facts, timings)
 
 
 def request_facts(scope: Scope) -> MutableMapping[str, Any]:
@@ -88,11 +99,22 @@ def _route(scope: Scope) -> str:
     return getattr(scope.get("route"), "path", "other")
 
 
-def _log(scope: Scope, status: int, duration_s: float, facts: MutableMapping[str, Any]) -> None:
+def _log(scope: Scope, status: int, duration_s: float, facts: Mapping[str, Any], timings: StageTimings) -> None:
+    """For people with the path as it came; for machines with the route, whose values are few."""
     level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
     if logger.isEnabledFor(level):
         words = " ".join(f"{name}={value}" for name, value in facts.items())
-        logger.log(level, "%s %r %d %.3fs %s", scope["method"], scope["path"], status, duration_s, words)
+        request = {"method": scope["method"], "route": _route(scope), "status": status, "duration_ms": _ms(duration_s)}
+        if timings.first_token_s is not None:
+            request["first_token_ms"] = _ms(timings.first_token_s)
+        stages = {name: _ms(seconds) for name, seconds in timings.seconds.items()}
+        fields = {"message": "request", **request, **facts, **({"stages_ms": stages} if stages else {})}
+        line = "%s %r %d %.3fs %s"
+        logger.log(level, line, scope["method"], scope["path"], status, duration_s, words, extra={"fields": fields})
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)
 
 
 class RootPath:
@@ -130,8 +152,7 @@ class BodyLimit:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._limit_bytes:
-                refusal = self._refusal()
-                raise HTTPException(refusal.status, refusal.message)  # the one kind that FastAPI lets through while it reads a body
+                raise RefusedBodyError(self._refusal())
             return message
 
         await self._app(scope, limited_receive, send)

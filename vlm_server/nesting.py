@@ -3,14 +3,14 @@
 MAX_DEPTH = 64
 
 
-def is_too_deep(value: object) -> bool:
-    """Whether `value` has more than MAX_DEPTH levels of lists and objects."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [item for container in level for item in _items(container)]
+def is_too_deep(value: object, limit: int = MAX_DEPTH) -> bool:
+    """Whether `value` has more than `limit` levels of lists and objects."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(limit):
+        level = [item for container in level for item in _items(container) if isinstance(item, dict | list)]
         if not level:
             return False
-    return True
+    return bool(level)
 
 
 def _items(value: object) -> list[object]:

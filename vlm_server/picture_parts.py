@@ -4,7 +4,8 @@ Per picture: `detail`, `min_pixels` and `max_pixels`, inside `image_url` or besi
 picture's own fields go before. Every refusal names the field. Knows nothing of templates and of how pictures are loaded.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,19 @@ class PictureParts:
                 content = [self.plain(part, names.get(path, path), refs, defaults) for part, path in zip(content, paths, strict=True)]
             plain.append({**message, "content": content})
         return refs, plain
+
+    @staticmethod
+    def without(messages: Sequence[Message], left_out: Collection[int]) -> list[Message]:
+        """The messages of `split` without the pictures of these numbers. A message that has nothing else keeps an empty text."""
+        numbers = itertools.count()
+        kept: list[Message] = []
+        for message in messages:
+            content = message["content"]
+            if isinstance(content, list):
+                parts = [part for part in content if part["type"] == "text" or next(numbers) not in left_out]
+                content = parts or (content and [{"type": "text", "text": ""}])
+            kept.append({**message, "content": content})
+        return kept
 
     def plain(self, part: dict[str, Any], param: str, refs: list[ImageRef], defaults: ImageOptions) -> dict[str, Any]:
         """The part as a template takes it. A picture is added to `refs`; `param` is its field."""

@@ -3,22 +3,59 @@
 Works on texts and on token ids; knows nothing of how pictures are loaded or of requests.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from engine.request import InvalidRequestError
 from vision.families import Family, Layout
 from vlm_server.tokenizer import TextTokenizer
 
 
-def text_with_placeholders(text: str, num_pictures: int, family: Family, *, guarded: Callable[[str], str]) -> str:
+def text_with_placeholders(
+    text: str, num_pictures: int, family: Family, *, guarded: Callable[[str], str], left_out: Collection[int] = ()
+) -> str:
     """The text with a placeholder per picture: its own where it has as many, else all of them before it.
 
-    guarded: what makes of a text one that means no picture.
+    guarded: what makes of a text one that means no picture. left_out: numbers of pictures that have none, nor what stands around it.
     """
     pieces = text.split(family.placeholder)
-    if len(pieces) - 1 == num_pictures:
-        return family.placeholder.join(map(guarded, pieces))
-    return (family.framed_placeholder + family.rules.gap) * num_pictures + guarded(text)
+    if len(pieces) - 1 != num_pictures:
+        return (family.framed_placeholder + family.rules.gap) * (num_pictures - len(left_out)) + guarded(text)
+    kept = pieces[:1]
+    for number, piece in enumerate(pieces[1:]):
+        if number in left_out:
+            kept[-1] = _joined(kept[-1], piece, family.rules.frame)
+        else:
+            kept.append(piece)
+    return family.placeholder.join(map(guarded, kept))
+
+
+def _joined(before: str, after: str, frame: tuple[str, str]) -> str:
+    """The text without a placeholder, and without its frame where that is around it."""
+    begin, end = frame
+    if before.endswith(begin) and after.startswith(end):
+        return before[: len(before) - len(begin)] + after[len(end) :]
+    return before + after
+
+
+def ids_without(
+    token_ids: Sequence[int], num_pictures: int, left_out: Collection[int], family: Family, tokenizer: TextTokenizer
+) -> list[int] | None:
+    """The token ids without the placeholders of these pictures; None where it cannot be told which tokens are theirs."""
+    placeholder_id = tokenizer.token_id(family.placeholder)
+    places = [place for place, token_id in enumerate(token_ids) if token_id == placeholder_id]
+    is_written_out = placeholder_id != family.image_token_id and family.image_token_id in token_ids
+    if not left_out or not (places or is_written_out):
+        return list(token_ids)
+    if is_written_out or len(places) != num_pictures:
+        return None
+    begin, end = (tokenizer.encode(text) if text else [] for text in family.rules.frame)
+    kept = list(token_ids)
+    for number in sorted(left_out, reverse=True):
+        first, last = places[number], places[number] + 1
+        if kept[first - len(begin) : first] == begin and kept[last : last + len(end)] == end:
+            first, last = first - len(begin), last + len(end)
+        del kept[first:last]
+    return kept
 
 
 def ids_with_pictures(token_ids: Sequence[int], layouts: Sequence[Layout], family: Family, tokenizer: TextTokenizer) -> list[int]:

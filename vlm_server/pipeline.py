@@ -7,22 +7,26 @@ does, and says which slots take which rows of which picture. Knows nothing of HT
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys
 from vision.config import MAX_PICTURE_PIXELS
 from vision.families import Family, load_family
-from vision.image import ImageRef, MeasuredImage, ProcessedImage
+from vision.image import ImageRef, MeasuredImage, MediaError, ProcessedImage, salted_hash
+from vision.request_room import RequestRoom
+from vlm_server.announcing import OpenAnnouncement, announcing
 from vlm_server.chat_template import Message, TemplateError
 from vlm_server.detokenizer import StopWords
 from vlm_server.jinja_process import JinjaProcess
 from vlm_server.metering import admit_pictures, charge_pixels
 from vlm_server.picture_parts import PictureParts
-from vlm_server.picture_places import ids_with_pictures, text_with_placeholders
+from vlm_server.picture_places import ids_with_pictures, ids_without, text_with_placeholders
+from vlm_server.picture_report import PictureReport
 from vlm_server.stage_timings import StageTimings
 from vlm_server.template_choice import PromptTemplate, load_chat_template
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
@@ -44,11 +48,20 @@ class ImagesNotSupportedError(InvalidRequestError):
 class ImageLoader(Protocol):
     """What the pipeline asks of the vision service."""
 
-    async def load(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[ProcessedImage]: ...
+    def request_room(self) -> RequestRoom: ...
 
-    async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage]: ...
+    async def load(
+        self,
+        refs: Sequence[ImageRef],
+        *,
+        tenant: str = "",
+        room: RequestRoom | None = None,
+        on_loaded: Callable[[ProcessedImage], None] | None = None,
+    ) -> list[ProcessedImage | MediaError]: ...
 
-    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]: ...
+    async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage | MediaError]: ...
+
+    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes | MediaError]: ...
 
 
 _NOTHING_KNOWN = Transcript()
@@ -68,13 +81,21 @@ class Pipeline:
         family: Family | None = None,
         images: ImageLoader | None = None,
         max_picture_pixels: int = MAX_PICTURE_PIXELS,
+        shares_caches: bool = False,
+        announce: OpenAnnouncement | None = None,
     ) -> None:
+        """shares_caches: what one tenant's requests left in the caches is used for another's.
+
+        announce: for pictures that are loaded before others of their prompt; None: nobody hears of them before the prompt is made.
+        """
         if family is not None and tokenizer.token_id(family.image_token) != family.image_token_id:
             raise ValueError(f"the tokenizer's {family.image_token} is not token {family.image_token_id}, as config.json says")
         self.tokenizer = tokenizer
         self.template = template
         self.family = family
         self._images = images
+        self._shares_caches = shares_caches
+        self._announce = announce
         self._pictures = PictureParts(family, max_picture_pixels)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenize")
 
@@ -91,6 +112,8 @@ class Pipeline:
         trust_remote_code: bool = False,
         jinja: JinjaProcess | None = None,
         max_picture_pixels: int = MAX_PICTURE_PIXELS,
+        shares_caches: bool = False,
+        announce: OpenAnnouncement | None = None,
     ) -> "Pipeline":
         """The pipeline of the checkpoint in `model_folder`; blocks while its tokenizer is read.
 
@@ -109,7 +132,15 @@ class Pipeline:
             meta_instruction=meta_instruction,
             process=jinja,
         )
-        return cls(TextTokenizer(tokenizer), template, family=family, images=images, max_picture_pixels=max_picture_pixels)
+        return cls(
+            TextTokenizer(tokenizer),
+            template,
+            family=family,
+            images=images,
+            max_picture_pixels=max_picture_pixels,
+            shares_caches=shares_caches,
+            announce=announce,
+        )
 
     @property
     def stop_words(self) -> StopWords:
@@ -132,28 +163,37 @@ class Pipeline:
         continue_final_message: bool = False,
         pictures: Mapping[str, bytes] | None = None,
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> Prompt:
         """The prompt for a conversation whose shape is already checked.
 
         pictures: files that are here already, by the URL that the messages name them with.
+        report: is told what became of the pictures, and says whether one that fails is left out: the prompt is then that of the
+        conversation without it.
         image_settings: the request's `mm_processor_kwargs`.
         timings: is given the stages template, pictures (and within it picture-fetch, -decode, -preprocess) and tokenize.
         Raises TemplateError, ImagesNotSupportedError, or the vision service's MediaError, each naming the field.
         """
-        marker = _new_marker()
+        marker, report = _new_marker(), report or PictureReport()
         timings = timings or StageTimings()
-        with timings.stage("template"):
-            refs, text = await self._rendered(
-                messages,
-                marker,
-                tools=tools,
-                template_kwargs=template_kwargs,
-                image_settings=image_settings,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                pictures=pictures,
-            )
-        return (await self._loaded_prompt(refs, text, marker, tenant, timings)).prompt
+        refs, plain = self._split(messages, report, image_settings=image_settings, pictures=pictures)
+        render = partial(
+            self._rendered,
+            plain,
+            marker,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            timings=timings,
+        )
+        return (await self._loaded_prompt(refs, render, marker, tenant, timings, report)).prompt
+
+    def with_images(self, images: ImageLoader | None) -> "Pipeline":
+        """The same tokenizer and template over other pictures; to be closed by itself."""
+        return Pipeline(
+            self.tokenizer, self.template, family=self.family, images=images, max_picture_pixels=self._pictures.max_picture_pixels
+        )
 
     async def turn_prompt(
         self,
@@ -163,33 +203,42 @@ class Pipeline:
         pictures: Mapping[str, bytes] | None = None,
         names: Mapping[str, str] | None = None,
         tenant: str = "",
+        timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> TurnPrompt:
         """The prompt for a further turn: begins with the tokens of `known`, as far as the template still writes their text.
 
-        pictures: as for `chat_prompt`. names: `messages[0].content[1].image_url` to the field that the client knows. Raises as
+        pictures, report: as for `chat_prompt`. names: `messages[0].content[1].image_url` to the field that the client knows. Raises as
         `chat_prompt`.
         """
-        marker = _new_marker()
-        refs, text = await self._rendered(messages, marker, names=names, pictures=pictures)
+        marker, report = _new_marker(), report or PictureReport()
+        refs, plain = self._split(messages, report, names=names, pictures=pictures)
         fingerprint = await self._in_thread(lambda: self.tokenizer.fingerprint)
         segments = known.segments if known.tokenizer == fingerprint else ()
-        turn = await self._loaded_prompt(refs, text, marker, tenant, StageTimings(), segments)
+        timings = timings or StageTimings()
+        write = partial(self._rendered, plain, marker, timings=timings)
+        turn = await self._loaded_prompt(refs, write, marker, tenant, timings, report, segments)
         return replace(turn, transcript=Transcript(turn.transcript.segments, fingerprint))
 
-    async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
-        """The files of pictures that are to be kept, at most `limit_bytes` together. Raises ImagesNotSupportedError or MediaError."""
+    async def fetch_pictures(
+        self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "", report: PictureReport | None = None
+    ) -> list[bytes | None]:
+        """The files of pictures that are to be kept, at most `limit_bytes` together. Raises ImagesNotSupportedError or MediaError.
+
+        None: one that may fail; the report knows it as lost from now on, so that no prompt has it.
+        """
         if not refs:
             return []
-        if self.family is None or self._images is None:
-            raise ImagesNotSupportedError(refs[0].param)
+        images = self._loader(refs)
         admit_pictures()
-        return await self._images.fetch(refs, limit_bytes=limit_bytes, tenant=tenant)
+        report, salt = report or PictureReport(), self._salt(tenant)
+        files = await report.gather(_held(refs, None, report), lambda wanted: images.fetch(wanted, limit_bytes=limit_bytes, tenant=salt))
+        report.lost |= {ref.url: file for ref, file in zip(refs, files, strict=True) if isinstance(file, MediaError)}
+        return [None if isinstance(file, MediaError) else file for file in files]
 
     async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None:
         """Raises ImagesNotSupportedError or MediaError where the picture cannot be used, as far as its header tells."""
-        if self.family is None or self._images is None:
-            raise ImagesNotSupportedError(ref.param)
-        await self._images.measure([ref], tenant=tenant)
+        await self._loader([ref]).measure([ref], tenant=self._salt(tenant))
 
     def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
         """The transcript with the answer that followed, for a later `turn_prompt`; without it where its tokens are no whole text."""
@@ -206,38 +255,60 @@ class Pipeline:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         pictures: Mapping[str, bytes] | None = None,
+        report: PictureReport | None = None,
     ) -> list[int]:
         """The tokens of the prompt that `chat_prompt` makes, its pictures measured by their headers and not loaded. Raises as it does."""
-        marker = _new_marker()
-        refs, text = await self._rendered(
-            messages,
+        marker, report = _new_marker(), report or PictureReport()
+        refs, plain = self._split(messages, report, image_settings=image_settings, pictures=pictures)
+        render = partial(
+            self._rendered,
+            plain,
             marker,
             tools=tools,
             template_kwargs=template_kwargs,
-            image_settings=image_settings,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            pictures=pictures,
         )
-        measured = await self._images.measure(refs, tenant=tenant) if refs and self._images is not None else []
+        text = await render()
+        measured: list[MeasuredImage] = []
+        if refs:
+            images, salt = self._loader(refs), self._salt(tenant)
+            results = await report.gather(refs, lambda wanted: images.measure(wanted, tenant=salt))
+            measured = report.take(refs, results)
+            text = await render(_failed(results)) if len(measured) < len(refs) else text
         return await self._in_thread(lambda: self._chat_tokens(text, measured, marker))
 
+    def request_room(self) -> RequestRoom | None:
+        """What the pictures of several `parts_prompt` of one request share; None where there are no pictures."""
+        return self._images.request_room() if self._images is not None else None
+
     async def parts_prompt(
-        self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "", pictures: Mapping[str, bytes] | None = None
+        self,
+        parts: Sequence[dict[str, Any]],
+        *,
+        param: str,
+        tenant: str = "",
+        pictures: Mapping[str, bytes] | None = None,
+        timings: StageTimings | None = None,
+        room: RequestRoom | None = None,
     ) -> Prompt:
         """The prompt for texts and pictures one after the other, without a template. `param` names their list.
 
-        pictures: as for `chat_prompt`. Raises as it does.
+        pictures: as for `chat_prompt`. room: None where the request has no other pictures. Raises as `chat_prompt` does.
         """
-        marker = _new_marker()
+        marker, report = _new_marker(), PictureReport()
         refs: list[ImageRef] = []
         defaults = self._pictures.defaults(None)
         plain = [self._pictures.plain(part, f"{param}[{index}]", refs, defaults) for index, part in enumerate(parts)]
-        if refs and (self.family is None or self._images is None):
-            raise ImagesNotSupportedError(refs[0].param)
+        if refs:
+            self._loader(refs)
         placeholder = self.family.placeholder if self.family else ""
-        text = "".join(self._guarded(part["text"], marker) if part["type"] == "text" else placeholder for part in plain)
-        return (await self._loaded_prompt(_held(refs, pictures), text, marker, tenant, StageTimings())).prompt
+
+        async def write(left_out: Collection[int]) -> str:
+            return "".join(self._guarded(part["text"], marker) if part["type"] == "text" else placeholder for part in plain)
+
+        held, timings = _held(refs, pictures, report), timings or StageTimings()
+        return (await self._loaded_prompt(held, write, marker, tenant, timings, report, room=room)).prompt
 
     async def picture_prompt(
         self,
@@ -247,12 +318,14 @@ class Pipeline:
         params: Sequence[str],
         tenant: str = "",
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> Prompt:
         """The prompt for a text or token ids with pictures, without a template; where they stand, `picture_places` says.
 
-        pictures: objects as `image_url` of a part, named by `params`. Raises as `chat_prompt`, and InvalidRequestError.
+        pictures: objects as `image_url` of a part, named by `params`. report: as for `chat_prompt`. Raises as that does, and
+        InvalidRequestError.
         """
-        marker = _new_marker()
+        marker, report = _new_marker(), report or PictureReport()
         timings = timings or StageTimings()
         refs: list[ImageRef] = []
         defaults = self._pictures.defaults(None)
@@ -260,18 +333,15 @@ class Pipeline:
             self._pictures.plain({"type": "image_url", "image_url": image}, param, refs, defaults)
         if self.family is None or self._images is None:
             raise ImagesNotSupportedError(params[0])
-        family = self.family
-        if isinstance(text_or_ids, str):
-            text = text_with_placeholders(text_or_ids, len(refs), family, guarded=lambda piece: str(self._guarded(piece, marker)))
-            return (await self._loaded_prompt(refs, text, marker, tenant, timings)).prompt
-        loaded = await self._loaded(refs, tenant, timings)
+        family, refs = self.family, _held(refs, None, report)
+        if not isinstance(text_or_ids, str):
+            return await self._ids_prompt(text_or_ids, refs, family, tenant, timings, report)
+        text = text_or_ids
 
-        def prompt() -> Prompt:
-            token_ids = ids_with_pictures(text_or_ids, [image.layout for image in loaded], family, self.tokenizer)
-            return self._prompt_of(tuple(token_ids), loaded, tenant)
+        async def write(left_out: Collection[int]) -> str:
+            return text_with_placeholders(text, len(refs), family, guarded=partial(self._guarded, marker=marker), left_out=left_out)
 
-        with timings.stage("tokenize"), _closing_on_error(loaded):
-            return await self._in_thread(prompt)
+        return (await self._loaded_prompt(refs, write, marker, tenant, timings, report)).prompt
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
         """The prompt for a text, or for token ids, without a template. Blocks while a text is tokenized; may be called in any thread.
@@ -292,52 +362,105 @@ class Pipeline:
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def _rendered(
+    def _loader(self, refs: Sequence[ImageRef]) -> ImageLoader:
+        """What loads these pictures. Raises ImagesNotSupportedError."""
+        if self.family is None or self._images is None:
+            raise ImagesNotSupportedError(refs[0].param)
+        return self._images
+
+    def _split(
         self,
         messages: Sequence[Message],
+        report: PictureReport,
+        *,
+        image_settings: Mapping[str, Any] | None = None,
+        names: Mapping[str, str] | None = None,
+        pictures: Mapping[str, bytes] | None = None,
+    ) -> tuple[list[ImageRef], list[Message]]:
+        """The pictures in order, and the messages as a template takes them."""
+        refs, plain = self._pictures.split(messages, names or {}, self._pictures.defaults(image_settings))
+        if refs:
+            self._loader(refs)
+        return _held(refs, pictures, report), plain
+
+    async def _rendered(
+        self,
+        plain: Sequence[Message],
         marker: str,
+        left_out: Collection[int] = (),
         *,
         tools: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
-        image_settings: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        names: Mapping[str, str] | None = None,
-        pictures: Mapping[str, bytes] | None = None,
-    ) -> tuple[list[ImageRef], str]:
-        """The pictures in order, and the template's text with a placeholder for each."""
-        refs, plain = self._pictures.split(messages, names or {}, self._pictures.defaults(image_settings))
-        if refs and (self.family is None or self._images is None):
-            raise ImagesNotSupportedError(refs[0].param)
-        text = await self._in_thread(
-            lambda: self.template.render(
-                self._guarded(plain, marker),
-                tools=self._guarded(tools, marker),
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                template_kwargs=self._guarded(template_kwargs, marker),
+        timings: StageTimings | None = None,
+    ) -> str:
+        """The template's text with a placeholder for each picture but those of the numbers in `left_out`."""
+        kept = self._pictures.without(plain, left_out) if left_out else plain
+        with (timings or StageTimings()).stage("template"):
+            return await self._in_thread(
+                lambda: self.template.render(
+                    self._guarded(kept, marker),
+                    tools=self._guarded(tools, marker),
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    template_kwargs=self._guarded(template_kwargs, marker),
+                )
             )
-        )
-        return _held(refs, pictures), text
 
     async def _loaded_prompt(
-        self, refs: Sequence[ImageRef], text: str, marker: str, tenant: str, timings: StageTimings, known: Sequence[Segment] = ()
+        self,
+        refs: Sequence[ImageRef],
+        write: Callable[[Collection[int]], Awaitable[str]],
+        marker: str,
+        tenant: str,
+        timings: StageTimings,
+        report: PictureReport,
+        known: Sequence[Segment] = (),
+        room: RequestRoom | None = None,
     ) -> TurnPrompt:
-        """The prompt for a text with a placeholder for each picture."""
-        loaded = await self._loaded(refs, tenant, timings)
-        with timings.stage("tokenize"), _closing_on_error(loaded):
-            return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant, known))
+        """The prompt for a text with a placeholder for each picture. write: gives it, without the pictures of some numbers."""
+        text = await write(())
+        results = await self._loaded(refs, tenant, timings, report, room)
+        loaded = report.take(refs, results)
+        with _closing_on_error(loaded):
+            if len(loaded) < len(refs):
+                text = await write(_failed(results))
+            with timings.stage("tokenize"):
+                return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant, known))
 
-    async def _loaded(self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings) -> list[ProcessedImage]:
-        if not refs or self._images is None:
+    async def _ids_prompt(
+        self, token_ids: Sequence[int], refs: Sequence[ImageRef], family: Family, tenant: str, timings: StageTimings, report: PictureReport
+    ) -> Prompt:
+        """The prompt for token ids, with the pictures' tokens in them or not yet."""
+        results = await self._loaded(refs, tenant, timings, report)
+        loaded = report.take(refs, results)
+
+        def prompt() -> Prompt:
+            kept_ids = ids_without(token_ids, len(refs), _failed(results), family, self.tokenizer)
+            if kept_ids is None:  # nobody knows which tokens are the picture's
+                raise report.left_out[0]
+            written = ids_with_pictures(kept_ids, [image.layout for image in loaded], family, self.tokenizer)
+            return self._prompt_of(tuple(written), loaded, tenant)
+
+        with timings.stage("tokenize"), _closing_on_error(loaded):
+            return await self._in_thread(prompt)
+
+    async def _loaded(
+        self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings, report: PictureReport, room: RequestRoom | None = None
+    ) -> list[ProcessedImage | MediaError]:
+        if not refs:
             return []
+        images = self._loader(refs)
         admit_pictures()
-        with timings.stage("pictures"):
-            loaded = await self._images.load(refs, tenant=tenant)
+        salt = self._salt(tenant)
+        with timings.stage("pictures"), announcing(self._announce, len(refs), lambda image: self._input(image, tenant)) as on_loaded:
+            results = await report.gather(refs, lambda wanted: images.load(wanted, tenant=salt, room=room, on_loaded=on_loaded))
+        loaded = [result for result in results if isinstance(result, ProcessedImage)]
         charge_pixels(sum(image.width * image.height for image in loaded))
         for image in loaded:
             timings.add_slowest("picture", image.timings_s)
-        return loaded
+        return results
 
     def _token_prompt(self, token_ids: tuple[int, ...], tenant: str) -> Prompt:
         if not token_ids:
@@ -346,7 +469,7 @@ class Pipeline:
             raise InvalidRequestError(
                 f"prompt: token {self.family.image_token_id} stands for a picture; send pictures as chat messages or image_data"
             )
-        return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
+        return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), (), salt=self._salt(tenant)), tenant=tenant)
 
     def _guarded(self, value: Any, marker: str) -> Any:
         """Every string within, cut by `marker` inside each word that means a picture: no user's text becomes one."""
@@ -368,11 +491,20 @@ class Pipeline:
 
     def _prompt_of(self, token_ids: tuple[int, ...], images: Sequence[ProcessedImage], tenant: str) -> Prompt:
         """Tokens that have all of the pictures' slots, as the engine takes them."""
-        inputs = tuple(ImageInput(image.content_hash, image.num_tokens, image.arrays) for image in images)
+        inputs = tuple(self._input(image, tenant) for image in images)
         spans = self._spans(token_ids, inputs)
         positions, delta = self._positions(len(token_ids), spans, images)
-        keys = make_cache_keys(token_ids, inputs, spans, salt=tenant)
-        return Prompt(token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta)
+        keys = make_cache_keys(token_ids, inputs, spans, salt=self._salt(tenant))
+        return Prompt(
+            token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta, tenant=tenant
+        )
+
+    def _input(self, image: ProcessedImage, tenant: str) -> ImageInput:
+        return ImageInput(salted_hash(image.content_hash, self._salt(tenant)), image.num_tokens, image.arrays)
+
+    def _salt(self, tenant: str) -> str:
+        """Keeps a tenant's entries in every cache apart from the others'; nothing where all share them."""
+        return "" if self._shares_caches else tenant
 
     def _segments(
         self, text: str, images: Sequence[ProcessedImage], marker: str, known: Sequence[Segment]
@@ -465,9 +597,15 @@ def _closing_on_error(images: Sequence[ProcessedImage]) -> Iterator[None]:
         raise
 
 
-def _held(refs: Sequence[ImageRef], pictures: Mapping[str, bytes] | None) -> list[ImageRef]:
-    """With the files that are here already."""
-    return [replace(ref, data=(pictures or {}).get(ref.url)) for ref in refs]
+def _held(refs: Sequence[ImageRef], pictures: Mapping[str, bytes] | None, report: PictureReport) -> list[ImageRef]:
+    """With the files that are here already, and whether the others go on without them."""
+    files = pictures or {}
+    return [replace(ref, data=files.get(ref.url, ref.data), may_fail=report.may_fail and report.covers(ref)) for ref in refs]
+
+
+def _failed(results: Sequence[object]) -> frozenset[int]:
+    """The numbers of the pictures that are left out."""
+    return frozenset(number for number, result in enumerate(results) if isinstance(result, MediaError))
 
 
 def _runs(slots: Sequence[int], image: int, is_atomic: bool) -> list[ImageSpan]:

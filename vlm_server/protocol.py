@@ -20,14 +20,15 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from vlm_server.config import MAX_CHOICES, MAX_STOP_STRINGS
 from vlm_server.format_protocol import ResponseFormat, StructuredOutputs, TextFormat
-from vlm_server.image_protocol import ProcessorSettings
+from vlm_server.image_protocol import OnMediaError, ProcessorSettings, ReturnImageSizes
 from vlm_server.message_schema import ChatMessage, TextPart, UnicodeText, check_ending
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
 from vlm_server.tool_schema import NamedTool, Tool, ToolChoice, Tools, forces_a_call, may_be_called, names_in
 
-MAX_CHOICES = 128
 MAX_BEAMS = 32
+RETURN_TIMINGS = "Say in timings how many milliseconds each stage took, beside the usage; streamed, in the last chunk."
 _MAX_INT64 = 2**63 - 1
 
 
@@ -39,7 +40,7 @@ def _stop_list(value: object) -> object:
 
 
 StopStrings = Annotated[
-    Annotated[list[Annotated[UnicodeText, Field(min_length=1)]], Field(max_length=64)] | None,
+    Annotated[list[Annotated[UnicodeText, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)] | None,
     BeforeValidator(_stop_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
 ]
@@ -100,6 +101,7 @@ class GenerationFields(BaseModel):
     session_id: int | None = Field(
         None, ge=-_MAX_INT64 - 1, le=_MAX_INT64, description="The number by which POST /abort_request ends this request; -1: none."
     )
+    return_timings: bool | None = Field(None, description=RETURN_TIMINGS)
     user: str | None = Field(None, description="Accepted, without effect.")
 
     @property
@@ -183,6 +185,8 @@ class ChatCompletionRequest(GenerationFields):
         None, description="Short for chat_template_kwargs.reasoning_effort, which wins."
     )
     mm_processor_kwargs: ProcessorSettings | None = Field(None, description="Settings of the model's image processor, for all pictures.")
+    on_media_error: OnMediaError = None
+    return_image_sizes: ReturnImageSizes = None
     tools: Tools = Field(None, description="Functions that the model may call.")
     tool_choice: ToolChoice | None = Field(
         None, description="auto (default), none, required, one function, or OpenAI's allowed_tools: some of them."

@@ -1,12 +1,15 @@
 """The shapes of the answers, for `openapi.json` alone: what is sent is built by `shapes` and is not validated again."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
+
+from vlm_server import error_codes
 
 # OpenAI's field, with the type that it has there: generators of clients know none that is null alone.
 _ALWAYS_NULL = Field(None, description="Always null.")
 
+WARNINGS = "Fields of the request that have no effect, and pictures that were left out; absent without any."
 _UNCHECKED = Field(description="As LMDeploy sends it; nothing in it is checked.")
 
 
@@ -30,6 +33,33 @@ class UsageInfo(BaseModel):
     completion_tokens_details: CompletionTokensDetails | None = Field(
         None, description="Null where the model's reasoning is not told apart."
     )
+
+
+class PictureTimings(BaseModel):
+    """One picture's stages, in milliseconds; absent where they were not needed."""
+
+    fetch_ms: float | None = Field(None, description="Downloaded, or its data: URL decoded.")
+    decode_ms: float | None = Field(None, description="The file to pixels.")
+    preprocess_ms: float | None = Field(None, description="Resized and tiled for the model.")
+
+
+class RequestTimings(BaseModel):
+    """Milliseconds by stage; stages that were not needed are absent."""
+
+    files_ms: float | None = Field(None, description="Uploaded pictures, read from the store.")
+    template_ms: float | None = Field(None, description="The chat template, rendered.")
+    pictures_ms: float | None = Field(None, description="All pictures, worked on side by side.")
+    tokenize_ms: float | None = Field(None, description="The text to token ids.")
+    queue_ms: float | None = Field(None, description="Waiting in the engine; as the next two, of the answer that began first.")
+    encode_ms: float | None = Field(None, description="Pictures in the vision encoder.")
+    prefill_ms: float | None = Field(None, description="The prompt, until its first token.")
+    generate_ms: float | None = Field(None, description="From the first piece of the answers to the last.")
+    first_token_ms: float | None = Field(None, description="From the request's arrival to the first piece of an answer.")
+    total_ms: float = Field(description="From the request's arrival to the end of its answers.")
+    per_picture: list[PictureTimings] = Field(default_factory=list, description="Each picture's own stages, in the request's order.")
+
+
+TIMINGS = Field(None, description="With return_timings, streamed in the last chunk; absent otherwise.")
 
 
 class TopLogprob(BaseModel):
@@ -77,6 +107,32 @@ class ChatCompletionResponseChoice(BaseModel):
     finish_reason: ChatFinishReasonName
 
 
+class SeenPixels(BaseModel):
+    """A rectangle that the model sees: its point (x, y) is ((x + offset_x) * scale_x, (y + offset_y) * scale_y) of the original."""
+
+    width: int = Field(description="In pixels, counted from the left, as all here.")
+    height: int = Field(description="Counted from above.")
+    offset_x: float = Field(description="Above 0: so much was cut off on the left. Below 0: a border was added.")
+    offset_y: float = Field(description="The same above.")
+    scale_x: float = Field(description="Pixels of the original for one of these.")
+    scale_y: float = Field(description="The same downwards.")
+
+
+class ImageSize(BaseModel):
+    """One picture of the request."""
+
+    param: str = Field(description="The picture's field, by its path in the request.")
+    width: int = Field(description="Of the original, upright, in pixels.")
+    height: int = Field(description="Of the original, upright, in pixels.")
+    seen: SeenPixels | None = Field(description="The whole picture as the model sees it. Null where the image processor is unknown.")
+    tiles: list[SeenPixels] = Field(description="What the model sees beside it: tiles or crops, in their order; empty without.")
+
+
+ImageSizes = Annotated[
+    list[ImageSize], Field(default_factory=list, description="With return_image_sizes: of each picture, in their order.")
+]
+
+
 class ChatCompletionResponse(BaseModel):
     id: str
     object: Literal["chat.completion"]
@@ -85,7 +141,9 @@ class ChatCompletionResponse(BaseModel):
     choices: list[ChatCompletionResponseChoice]
     usage: UsageInfo
     service_tier: str | None = _ALWAYS_NULL
-    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS)
+    image_sizes: ImageSizes
+    timings: RequestTimings | None = TIMINGS
 
 
 class FunctionOfCallDelta(BaseModel):
@@ -126,6 +184,8 @@ class ChatCompletionStreamResponse(BaseModel):
     choices: list[ChatCompletionResponseStreamChoice]
     usage: UsageInfo | None
     warnings: list[str] = Field(default_factory=list)
+    image_sizes: ImageSizes
+    timings: RequestTimings | None = TIMINGS
 
 
 class CompletionLogprobs(BaseModel):
@@ -152,6 +212,7 @@ class CompletionResponse(BaseModel):
     choices: list[CompletionResponseChoice]
     usage: UsageInfo
     warnings: list[str] = Field(default_factory=list)
+    timings: RequestTimings | None = TIMINGS
 
 
 class CompletionResponseStreamChoice(CompletionResponseChoice):
@@ -168,6 +229,7 @@ class CompletionStreamResponse(BaseModel):
     choices: list[CompletionResponseStreamChoice]
     usage: UsageInfo | None
     warnings: list[str] = Field(default_factory=list)
+    timings: RequestTimings | None = TIMINGS
 
 
 class GenerateFinishReason(BaseModel):
@@ -180,6 +242,7 @@ class GenerateMeta(BaseModel):
     finish_reason: GenerateFinishReason | None = Field(description="Streamed, null but in the last piece.")
     output_token_logprobs: list[list[float]] | None = Field(description="Log probability and id of each of output_ids.")
     routed_experts: list[int] | None = _ALWAYS_NULL
+    timings: RequestTimings | None = TIMINGS
 
 
 class GenerateReqOutput(BaseModel):
@@ -188,14 +251,15 @@ class GenerateReqOutput(BaseModel):
     text: str
     output_ids: list[int] = Field(description="All generated tokens, the end token and those of a stop string too.")
     meta_info: GenerateMeta
-    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS)
+    image_sizes: ImageSizes
 
 
 class ErrorDetail(BaseModel):
     message: str = Field(description="What was wrong, and what is allowed.")
     type: str = Field(description="The kind of error, as OpenAI calls it.")
     param: str | None = Field(description="The field, by its path in the request.")
-    code: str = Field(description="A stable string.")
+    code: str = Field(description=error_codes.DESCRIPTION)
 
 
 class InteractiveResponse(BaseModel):
@@ -209,7 +273,9 @@ class InteractiveResponse(BaseModel):
         description="length: the window or request_output_len is full; abort: the turn was cancelled. Streamed, null but in the last piece."
     )
     error: ErrorDetail | None = Field(None, description="With finish_reason error, which only a stream has; absent otherwise.")
-    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS)
+    image_sizes: ImageSizes
+    timings: RequestTimings | None = TIMINGS
 
 
 class ModelPermission(BaseModel):
@@ -246,6 +312,58 @@ class ModelList(BaseModel):
 class HealthResponse(BaseModel):
     status: Literal["healthy", "initializing", "unhealthy"] = Field(description="healthy: it takes requests.")
     message: str = Field(description="The engine's state in words.")
+
+
+class LiveResponse(BaseModel):
+    status: Literal["live"] = Field(description="The server answers.")
+
+
+class ProbeStages(BaseModel):
+    age_s: float = Field(description="Seconds since the probe ended.")
+    stages_ms: dict[str, float] = Field(description="Milliseconds by stage, as in `Server-Timing`.")
+
+
+class ReadyResponse(BaseModel):
+    status: Literal["ready", "not_ready"] = Field(description="ready: it takes requests, and what it was tried with went through.")
+    message: str = Field(description="Why, in words.")
+    stage: str | None = Field(
+        description="What is missing: draining, engine, first_probe, queue, or the probe's stage that failed: template, decode, "
+        "preprocess, tokenize, encode, prefill. Null where it is ready."
+    )
+    probe: ProbeStages | None = Field(description="The last probe, where one has ended.")
+
+
+class EngineStatus(BaseModel):
+    state: str = Field(description="starting, ready, restarting, failed or closed.")
+    failure: str | None = Field(description="Why it failed.")
+    num_restarts: int = Field(description="Times that it was started again.")
+    silence_s: float = Field(description="Seconds since it told its numbers.")
+    info: dict[str, Any] | None = Field(description="What it settled on at its start. Null before.")
+
+
+class StageTotalResponse(BaseModel):
+    num: int = Field(description="Requests that went through the stage; tokens, of the stage decode.")
+    time_s: float = Field(description="Seconds in the stage, in sum.")
+
+
+class StatusSample(BaseModel):
+    at_s: float = Field(description="Seconds since the server was started.")
+    engine: dict[str, Any] | None = Field(description="The engine's gauges and counters. Null where it did not answer.")
+    vision: dict[str, Any] = Field(description="Those of the pictures' stages before the engine.")
+    stages: dict[str, StageTotalResponse] = Field(description="The engine's stages: queue, encode, prefill and decode.")
+
+
+class StatusResponse(BaseModel):
+    model: str = Field(description="The model's id.")
+    version: str = Field(description="The server's.")
+    started_at: int = Field(description="Unix time of the server's start.")
+    uptime_s: float = Field(description="Seconds since the server was started.")
+    readiness: ReadyResponse = Field(description="As `GET /health/ready` answers.")
+    engine: EngineStatus = Field(description="The engine's process.")
+    num_turns: int = Field(description="Turns of interactive sessions under way.")
+    limits: dict[str, int] = Field(description="What the gauges can come to.")
+    sample: StatusSample = Field(description="The numbers of this moment.")
+    history: list[StatusSample] = Field(description="Earlier ones, the oldest first, if asked for.")
 
 
 class IsSleepingResponse(BaseModel):

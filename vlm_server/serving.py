@@ -4,16 +4,19 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
+import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from engine.log_lines import JSON
 from engine.request import EngineError
 from vlm_server.api_keys import is_open_to_others
 from vlm_server.app import create_app
@@ -21,11 +24,15 @@ from vlm_server.auth import KeyRing
 from vlm_server.backend import Backend, open_backend
 from vlm_server.config import ServerConfig
 from vlm_server.connections import limited_protocol
+from vlm_server.readiness import Readiness
 from vlm_server.sessions.opening import open_store
 from vlm_server.sessions.store import RecordStore, StoreError
 from vlm_server.tls import OLDEST_VERSION
 
 logger = logging.getLogger(__name__)
+
+_MAX_DESCRIPTORS = 65536
+_HEARING_S = 0.2  # for requests that were on their way when the server stopped listening
 
 _ANYWHERE = ("0.0.0.0", "::", "")
 
@@ -44,13 +51,22 @@ def serve(config: ServerConfig) -> None:
         )
     for file in filter(is_open_to_others, config.api_key_files):
         logger.warning("%s, the file of the API keys, can be read or changed by every user of this machine: chmod 600", file)
+    _allow_descriptors()
     with _listener(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_run(config, listener))
 
 
+def _allow_descriptors() -> None:
+    """Connections and pictures in memory take one each; many systems begin with 1024, for programs that use `select`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 async def _run(config: ServerConfig, listener: socket.socket) -> None:
     started_s = time.monotonic()
-    progress = ProgressLine(f"Loading {config.model_root}")
+    progress = ProgressLine(f"Loading {config.model_root}", is_logged=config.engine.log_format == JSON)
     try:
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -64,7 +80,13 @@ async def _run(config: ServerConfig, listener: socket.socket) -> None:
                 progress.close()
             url = _url(listener, "https" if config.tls else "http")
             ready = f"Ready in {time.monotonic() - started_s:.0f} s: {config.model_name} at {url} ({_places(config, url)})"
-            await _Server(config, backend, store, ready).serve(sockets=[listener])
+            server = _Server(config, backend, store, ready)
+            await server.serve(sockets=[listener])
+            if server.force_exit:
+                backend.kill_engine()  # which would finish its step
+        if server.force_exit:
+            sys.stderr.flush()
+            os._exit(0)  # all is closed; a thread that looks up a name somewhere would be waited for otherwise
     finally:
         progress.close()
 
@@ -91,6 +113,8 @@ class _Server(uvicorn.Server):
         app = create_app(config, open_backend=opened, open_store=opened_store)
         super().__init__(_uvicorn_config(app, config))
         self._ready = ready
+        self._is_logged = config.engine.log_format == JSON  # what else is a line of text on stderr
+        self._readiness: Readiness = app.state.readiness
         self._keys: KeyRing | None = app.state.keys if config.api_key_files else None
         self._reloads: set[asyncio.Task[None]] = set()
 
@@ -107,16 +131,48 @@ class _Server(uvicorn.Server):
             self.force_exit = True
             return
         self.should_exit = True
+        self._readiness.drain()
         num_requests = len(self.server_state.tasks)
         if num_requests:
             limit_s = self.config.timeout_graceful_shutdown
             message = f"Stopping: {num_requests} running requests have {limit_s} s to finish; a second signal ends them"
-            print(message, file=sys.stderr, flush=True)
+            if self._is_logged:
+                logger.warning(message)
+            else:
+                print(message, file=sys.stderr, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Whoever has connected by now is heard: uvicorn's own end closes connections whose request is not read yet."""
+        loop = asyncio.get_running_loop()
+        waiting = [connection for listener in sockets or [] for connection in _accepted(listener)]
+        for server in self.servers:
+            server.close()
+        ssl = self.config.ssl
+        taken = [asyncio.create_task(loop.connect_accepted_socket(self._protocol, connection, ssl=ssl)) for connection in waiting]
+        await asyncio.sleep(_HEARING_S)
+        for task in taken:
+            task.cancel()  # where a handshake is not over
+        await asyncio.gather(*taken, return_exceptions=True)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        kind = self.config.http_protocol_class
+        return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)  # type: ignore[call-arg]
 
     def _reload_keys(self, keys: KeyRing) -> None:
         task = asyncio.create_task(keys.reload())
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
+
+
+def _accepted(listener: socket.socket) -> Iterator[socket.socket]:
+    """The connections in the kernel's queue, which it would reset when the listener is closed."""
+    listener.setblocking(False)
+    with contextlib.suppress(OSError):  # BlockingIOError: no more are there
+        while True:
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            yield connection
 
 
 def _uvicorn_config(app: FastAPI, server: ServerConfig) -> uvicorn.Config:
@@ -140,12 +196,13 @@ def _uvicorn_config(app: FastAPI, server: ServerConfig) -> uvicorn.Config:
 
 
 class ProgressLine:
-    """One line on stderr: redrawn on a terminal, a line per quarter elsewhere."""
+    """One line on stderr: redrawn on a terminal, a line per quarter elsewhere. is_logged: as lines of the log, which has its own form."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, is_logged: bool = False) -> None:
         self._text = text
         self._last = -1.0
-        self._is_terminal = sys.stderr.isatty()
+        self._is_logged = is_logged
+        self._is_terminal = sys.stderr.isatty() and not is_logged
 
     def show(self, fraction: float) -> None:
         """`fraction` of the weights is loaded, 0 to 1."""
@@ -153,6 +210,9 @@ class ProgressLine:
         if fraction < 1 and fraction - self._last < step:
             return
         self._last = fraction
+        if self._is_logged:
+            logger.info("%s: %.0f %%", self._text, 100 * fraction)
+            return
         bar = ("#" * round(20 * fraction)).ljust(20, ".")
         line = f"{self._text} [{bar}] {fraction:4.0%}"
         print(f"\r{line}" if self._is_terminal else line, end="" if self._is_terminal else "\n", file=sys.stderr, flush=True)

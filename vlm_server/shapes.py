@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_server.backend import Tokenizer
@@ -13,26 +13,37 @@ from vlm_server.generation import Delta, FinishedAnswer, Usage
 from vlm_server.logprobs import chat_logprobs, completion_logprobs
 from vlm_server.parsing.events import ArgumentPiece, CallBegun, CallEnded, Content, Event, Reasoning
 from vlm_server.protocol import CompletionRequest, GenerationFields
+from vlm_server.stage_timings import Report, no_report
 from vlm_server.streaming import OPENAI_EVENTS
 
 
 class ChatShape:
     """`chat.completion` and `chat.completion.chunk`, from the events of each answer.
 
-    is_plain: answers are content alone, which is then never null.
+    is_plain: answers are content alone, which is then never null. extras: what else stands beside the usage and at an answer's end.
+    report: the request's timings, where they are asked for.
     """
 
     events = OPENAI_EVENTS
 
     def __init__(
-        self, request: GenerationFields, tokenizer: Tokenizer, *, response_id: str, warnings: Sequence[str], is_plain: bool = True
+        self,
+        request: GenerationFields,
+        tokenizer: Tokenizer,
+        *,
+        response_id: str,
+        warnings: Sequence[str],
+        is_plain: bool = True,
+        extras: Mapping[str, Any] | None = None,
+        report: Report = no_report,
     ) -> None:
         self._tokenizer = tokenizer
         self._nothing = "" if is_plain else None
         self._num_calls: Counter[int] = Counter()  # by the answer's index
         self._head = {"id": response_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": request.model}
-        self._warnings = {"warnings": list(warnings)} if warnings else {}
+        self._warnings = {**({"warnings": list(warnings)} if warnings else {}), **(extras or {})}
         self._includes_usage = request.includes_usage
+        self._report = report
 
     def first_chunks(self, num_answers: int, usage: Usage) -> list[dict[str, Any]]:
         """The role alone, per answer, as OpenAI."""
@@ -52,8 +63,7 @@ class ChatShape:
         return chunks
 
     def last_chunks(self, usage: Usage) -> list[dict[str, Any]]:
-        """The usage, without choices, where it is asked for."""
-        return [{**self._head, "choices": [], "usage": usage.as_dict(), **self._warnings}] if self._includes_usage else []
+        return usage_chunks({**self._head, **self._warnings}, usage if self._includes_usage else None, self._report())
 
     def error_chunk(self, error: ApiError) -> dict[str, Any]:
         return error.body()
@@ -61,7 +71,7 @@ class ChatShape:
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         head = {**self._head, "object": "chat.completion"}
-        return {**head, "choices": choices, "usage": usage.as_dict(), "service_tier": None, **self._warnings}
+        return {**head, "choices": choices, "usage": usage.as_dict(), "service_tier": None, **self._warnings, **self._report()}
 
     def _delta(self, index: int, event: Event) -> list[dict[str, Any]]:
         match event:
@@ -116,7 +126,14 @@ class CompletionShape:
     events = OPENAI_EVENTS
 
     def __init__(
-        self, request: CompletionRequest, tokenizer: Tokenizer, *, response_id: str, warnings: Sequence[str], echoes: Sequence[Echo] = ()
+        self,
+        request: CompletionRequest,
+        tokenizer: Tokenizer,
+        *,
+        response_id: str,
+        warnings: Sequence[str],
+        echoes: Sequence[Echo] = (),
+        report: Report = no_report,
     ) -> None:
         self._tokenizer = tokenizer
         self._head = {"id": response_id, "object": "text_completion", "created": int(time.time()), "model": request.model}
@@ -125,6 +142,7 @@ class CompletionShape:
         self._shows_logprobs = request.logprobs is not None
         self._num_candidates, self._num_choices = request.num_candidates, request.num_choices
         self._echoes = echoes
+        self._report = report
         self._begun: set[int] = set()  # answers that have a chunk
 
     def first_chunks(self, num_answers: int, usage: Usage) -> list[dict[str, Any]]:
@@ -137,8 +155,7 @@ class CompletionShape:
         return [chunk | self._warnings if delta.finish_reason else chunk]
 
     def last_chunks(self, usage: Usage) -> list[dict[str, Any]]:
-        """The usage, without choices, where it is asked for."""
-        return [{**self._head, "choices": [], "usage": usage.as_dict(), **self._warnings}] if self._includes_usage else []
+        return usage_chunks({**self._head, **self._warnings}, usage if self._includes_usage else None, self._report())
 
     def error_chunk(self, error: ApiError) -> dict[str, Any]:
         return error.body()
@@ -146,7 +163,7 @@ class CompletionShape:
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
         chosen = self._chosen(answers)
         choices = [self._choice(place, index, answers[index], begins=True) for place, index in enumerate(chosen)]
-        return {**self._head, "choices": choices, "usage": usage.as_dict(), **self._warnings}
+        return {**self._head, "choices": choices, "usage": usage.as_dict(), **self._warnings, **self._report()}
 
     def _chosen(self, answers: list[FinishedAnswer]) -> list[int]:
         """The answers that are shown, in order: all, or of each prompt's candidates the best ones, the best one first."""
@@ -171,6 +188,13 @@ class CompletionShape:
 
 
 _NO_ECHO = Echo("", ())
+
+
+def usage_chunks(head: dict[str, Any], usage: Usage | None, more: dict[str, Any]) -> list[dict[str, Any]]:
+    """A stream's last chunk, without choices: the usage, and what else is asked for beside it; none without either."""
+    if usage is None and not more:
+        return []
+    return [{**head, "choices": [], "usage": None if usage is None else usage.as_dict(), **more}]
 
 
 def new_id(prefix: str) -> str:

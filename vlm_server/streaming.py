@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _encode = msgspec.json.Encoder().encode
 
+UNFINISHED = "unfinished"  # in the log: answers that failed, or that nobody waited for
+
 _UNTIL_THE_SERVER_ENDS_IT = 86400.0  # seconds: sse-starlette's own end at a signal; how long requests may finish is the server's to say
 
 Result = TypeVar("Result")
@@ -89,7 +91,7 @@ async def respond(request: Request, generation: Generation, shape: Shape, *, bef
         answers = await unless_client_leaves(request, generation.collect())
     finally:
         _note_usage(request, generation)
-    request_timings(request.scope).seconds.update(generation.timings_s)
+    generation.tell(request_timings(request.scope))
     response = shape.response(answers, generation.usage())
     if before_end is not None:
         await before_end()
@@ -105,7 +107,7 @@ async def stream(request: Request, generation: Generation, shape: Shape, *, ping
         await deltas.aclose()
         _note_usage(request, generation)
         raise
-    request_timings(request.scope).seconds.update(generation.timings_s)
+    generation.tell(request_timings(request.scope))
     events = _events(request, generation, shape, first, deltas, before_end)
     return EventStream(events, deltas, ping_s=ping_s)
 
@@ -140,6 +142,8 @@ async def _events(
             beginning = shape.first_chunks(generation.num_answers, generation.usage())
             yield b"".join(event(chunk) for chunk in [*beginning, *shape.chunks(first)])
             async for delta in deltas:
+                if delta.finish_reason is not None:
+                    generation.tell(request_timings(request.scope))
                 if chunks := shape.chunks(delta):
                     yield b"".join(event(chunk) for chunk in chunks)
         ending = shape.last_chunks(generation.usage())
@@ -158,6 +162,7 @@ async def _events(
 
 def _note_usage(request: Request, generation: Generation) -> None:
     note_usage(request, generation.usage())
+    request_facts(request.scope)["finish_reason"] = ",".join(generation.finish_reasons) or UNFINISHED
 
 
 def note_usage(request: Request, usage: Usage) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
-from vlm_server.image_protocol import ProcessorSettings
+from vlm_server.image_protocol import OnMediaError, ProcessorSettings
 from vlm_server.message_schema import ChatMessage, UnicodeText, check_ending
 from vlm_server.protocol import TemplateVariables, TokenIds
 from vlm_server.tool_schema import Tools
@@ -41,6 +41,7 @@ class TokenizeRequest(TokenRequest):
     chat_template_kwargs: TemplateVariables = Field(None, description="Of messages: variables for the chat template.")
     tools: Tools = Field(None, description="Of messages: functions that the model may call.")
     mm_processor_kwargs: ProcessorSettings | None = Field(None, description="Of messages: settings for all pictures.")
+    on_media_error: OnMediaError = None
     return_token_strs: bool = Field(False, description="Return each token's text, too.")
 
     @field_validator("messages")

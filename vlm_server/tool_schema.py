@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from vlm_server.config import MAX_SCHEMA_CHARACTERS
 from vlm_server.message_schema import UnicodeText
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
 
 MAX_TOOLS = 128
-MAX_TOOLS_CHARACTERS = 1 << 18  # of all tools together, as JSON
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -75,9 +75,9 @@ def _check_tools(tools: list[Tool] | None) -> list[Tool] | None:
     if duplicates := [name for name in names if names.count(name) > 1]:
         raise PydanticCustomError("api:invalid_value", "two functions are called {name}", {"name": duplicates[0]})
     size = sum(len(json.dumps(tool.as_dict())) for tool in tools or ())
-    if size > MAX_TOOLS_CHARACTERS:
+    if size > MAX_SCHEMA_CHARACTERS:
         message = "{size} characters of JSON, at most {limit} are allowed"
-        raise PydanticCustomError("api:invalid_value", message, {"size": size, "limit": MAX_TOOLS_CHARACTERS})
+        raise PydanticCustomError("api:invalid_value", message, {"size": size, "limit": MAX_SCHEMA_CHARACTERS})
     return tools
 
 

@@ -6,7 +6,7 @@ or left. What is saved is a whole turn or nothing. Knows nothing of HTTP.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -14,11 +14,16 @@ from typing import Any
 
 from engine.request import Prompt
 from vision.image import ImageRef
+from vision.media_budgets import hold_bytes
 from vlm_server.backend import PromptPipeline
+from vlm_server.config import RequestLimits
 from vlm_server.errors import ApiError
 from vlm_server.generation import Generation, Usage
+from vlm_server.picture_report import PictureReport
+from vlm_server.request_limits import check_conversation
 from vlm_server.sessions.history import History, OpenSession, SessionBusyError, Sessions, picture_url
 from vlm_server.sessions.store import LeaseLostError, RecordId
+from vlm_server.stage_timings import StageTimings
 
 WAIT_FOR_END_S = 30.0  # of a running turn, when its session is to be ended
 WAIT_FOR_CANCEL_S = 5.0
@@ -47,7 +52,9 @@ class TurnRequest:
     pictures: Sequence[tuple[int, int, str]] = ()  # (message, part, the field's path in the request)
     files: Mapping[str, bytes] = field(default_factory=dict)  # of those pictures that are here already, by the URL in their message
     generation: Callable[[Prompt], Generation]
+    report: PictureReport = field(default_factory=PictureReport)  # of the turn's own pictures
     prompt_prepared: Callable[[float], None] = lambda duration_s: None
+    timings: StageTimings = field(default_factory=StageTimings)  # of the client's request
 
 
 @dataclass(slots=True, eq=False)
@@ -81,8 +88,9 @@ class _Turn:
 class Turns:
     """All turns of one server. `aclose()` ends those that run."""
 
-    def __init__(self, sessions: Sessions, pipeline: PromptPipeline) -> None:
+    def __init__(self, sessions: Sessions, pipeline: PromptPipeline, *, limits: RequestLimits | None = None) -> None:
         self._sessions = sessions
+        self._limits = limits or RequestLimits()
         self._pipeline = pipeline
         self._turns: set[_Turn] = set()
         self._running: dict[RecordId, _Turn] = {}  # those that have their session
@@ -166,13 +174,14 @@ class Turns:
         async with self._sessions.open(session_id, on_lost=turn.abort) as session:
             self._running[session_id] = turn
             try:
+                await hold_bytes(session.num_picture_bytes)
                 messages, pictures = await self._with_kept_pictures(turn.request, session)
                 reply, history = await self._answer(turn, session.history, messages, pictures)
                 turn.is_final = True
                 if not turn.request.keeps:
                     await session.end()
                 elif history is not None:
-                    await session.save(history, pictures)
+                    await session.save(history, {url: pictures[url] for url in history.picture_urls})
             finally:
                 if self._running.get(session_id) is turn:
                     del self._running[session_id]
@@ -187,21 +196,32 @@ class Turns:
         paths = [path for _, _, path in request.pictures]
         refs = [ImageRef(image["url"], path, data=request.files.get(image["url"])) for image, path in zip(images, paths, strict=True)]
         limit_bytes = max(0, self._sessions.max_bytes - session.num_picture_bytes)
-        files = await self._pipeline.fetch_pictures(refs, limit_bytes=limit_bytes, tenant=request.tenant)
-        urls = await asyncio.to_thread(lambda: [picture_url(data) for data in files])
-        for image, url in zip(images, urls, strict=True):
+        with request.timings.stage("pictures"):
+            files = await self._pipeline.fetch_pictures(refs, limit_bytes=limit_bytes, tenant=request.tenant, report=request.report)
+        had = [(image, data) for image, data in zip(images, files, strict=True) if data is not None]
+        urls = await asyncio.to_thread(lambda: [picture_url(data) for _, data in had])
+        for (image, _), url in zip(had, urls, strict=True):
             image["url"] = url
-        return messages, session.pictures | dict(zip(urls, files, strict=True))
+        return messages, session.pictures | {url: data for url, (_, data) in zip(urls, had, strict=True)}
 
     async def _answer(
         self, turn: _Turn, history: History, new: list[dict[str, Any]], pictures: dict[str, bytes]
     ) -> tuple[Reply, History | None]:
         """The turn's last reply, and the history with the turn; None where the window was too small for it."""
         request, messages = turn.request, [*history.messages, *new]
+        check_conversation(messages, self._limits, param="session_id")
         started_s = time.monotonic()
         first = len(history.messages)
         names = {f"messages[{first + number}].content[{index}].image_url": path for number, index, path in request.pictures}
-        prompt = await self._pipeline.turn_prompt(messages, known=history.transcript, pictures=pictures, names=names, tenant=request.tenant)
+        prompt = await self._pipeline.turn_prompt(
+            messages,
+            known=history.transcript,
+            pictures=pictures,
+            names=names,
+            tenant=request.tenant,
+            timings=request.timings,
+            report=request.report,
+        )
         request.prompt_prepared(time.monotonic() - started_s)
         turn.generation = request.generation(prompt.prompt)
         turn.num_known_tokens = prompt.num_known_tokens
@@ -212,7 +232,10 @@ class Turns:
                 raise
             return turn.reply(finish_reason="length"), None
         transcript = await asyncio.to_thread(self._pipeline.with_answer, prompt.transcript, turn.generation.token_ids)
-        return reply, History([*messages, {"role": "assistant", "content": text}], transcript, list(pictures))
+        failed = {error.param for error in request.report.left_out}
+        kept = _without(messages, {(first + number, index) for number, index, path in request.pictures if path in failed})
+        urls = [url for url in pictures if not failed or url in _picture_urls(kept)]
+        return reply, History([*kept, {"role": "assistant", "content": text}], transcript, urls)
 
     async def _generate(self, turn: _Turn, generation: Generation) -> tuple[str, Reply]:
         """The whole text, and the last reply, which is not given to the client yet."""
@@ -220,8 +243,27 @@ class Turns:
         async with aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
                 pieces.append(delta.text)
+                if len(pieces) == 1 or delta.finish_reason is not None:
+                    generation.tell(turn.request.timings)
                 if delta.finish_reason is not None:
                     return "".join(pieces), turn.reply(delta.text, delta.finish_reason)
                 turn.replies.put_nowait(turn.reply(delta.text))
                 await turn.room.acquire()
         raise AssertionError("the generation ended without a finish reason")
+
+
+def _without(messages: list[dict[str, Any]], places: Collection[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The messages without some (message, part), as the prompt was made: a message that has nothing else keeps an empty text."""
+    kept = []
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list) and any(place[0] == number for place in places):
+            parts = [part for index, part in enumerate(content) if (number, index) not in places]
+            message = {**message, "content": parts or [{"type": "text", "text": ""}]}
+        kept.append(message)
+    return kept
+
+
+def _picture_urls(messages: list[dict[str, Any]]) -> set[str]:
+    parts = (part for message in messages if isinstance(message.get("content"), list) for part in message["content"])
+    return {part["image_url"]["url"] for part in parts if part["type"] == "image_url"}

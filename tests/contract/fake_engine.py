@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +26,15 @@ from engine.request import (
     make_cache_keys,
 )
 from tests.vlm_server.byte_tokenizer import BOS, EOS, IMAGE, VOCAB_SIZE, ByteTokenizer
+from vision.config import VisionConfig
 from vision.image import ImageRef, MediaError
+from vision.media_budgets import MediaBudgets
+from vision.request_room import RequestRoom
 from vlm_server.backend import Backend
 from vlm_server.config import ServerConfig
 from vlm_server.detokenizer import StopWords
+from vlm_server.picture_report import PictureReport
+from vlm_server.readiness import Probe
 from vlm_server.stage_timings import StageTimings
 from vlm_server.transcript import Segment, Transcript, TurnPrompt
 
@@ -202,6 +208,7 @@ class FakePipeline:
         self.template = FakeTemplate()
         self.template_kwargs: dict[str, Any] | None = None
         self.image_settings: Mapping[str, Any] | None = None
+        self.rooms: list[RequestRoom | None] = []  # of every `parts_prompt`
         self.turns: list[tuple[list[dict[str, Any]], dict[str, bytes]]] = []  # messages and files of every `turn_prompt`
 
     async def chat_prompt(
@@ -216,6 +223,7 @@ class FakePipeline:
         continue_final_message: bool = False,
         pictures: Mapping[str, bytes] | None = None,
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> Prompt:
         self.template_kwargs = template_kwargs
         self.image_settings = image_settings
@@ -231,14 +239,16 @@ class FakePipeline:
                     token_ids += part["text"].encode()
                     continue
                 url = part["image_url"]["url"]
-                await self._load(url, f"messages[{number}].content[{index}].image_url", pictures)
+                if not await self._is_loaded(url, f"messages[{number}].content[{index}].image_url", pictures, report):
+                    continue
                 spans.append(ImageSpan(len(token_ids), TOKENS_PER_IMAGE, len(images)))
                 images.append(ImageInput(_content(url, pictures), TOKENS_PER_IMAGE, {}))
                 token_ids += [IMAGE] * TOKENS_PER_IMAGE
             token_ids += b"\n" if message is not messages[-1] or not continue_final_message else b""
         token_ids += self.template.generation_prompt.encode() if add_generation_prompt else b""
         if timings is not None:
-            timings.seconds.update(PREPARATION_S | ({"pictures": 0.25} if images else {}))
+            timings.add_until(time.monotonic(), PREPARATION_S | ({"pictures": 0.25} if images else {}))
+            timings.pictures += [{"fetch": 0.25}] * len(images)
         keys = make_cache_keys(token_ids, images, spans, salt=tenant)
         return Prompt(token_ids=tuple(token_ids), cache_keys=keys, images=tuple(images), spans=tuple(spans))
 
@@ -253,6 +263,7 @@ class FakePipeline:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         pictures: Mapping[str, bytes] | None = None,
+        report: PictureReport | None = None,
     ) -> list[int]:
         prompt = await self.chat_prompt(
             messages,
@@ -263,12 +274,24 @@ class FakePipeline:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             pictures=pictures,
+            report=report,
         )
         return list(prompt.token_ids)
 
+    def request_room(self) -> RequestRoom | None:
+        return RequestRoom(VisionConfig())
+
     async def parts_prompt(
-        self, parts: Sequence[dict[str, Any]], *, param: str, tenant: str = "", pictures: Mapping[str, bytes] | None = None
+        self,
+        parts: Sequence[dict[str, Any]],
+        *,
+        param: str,
+        tenant: str = "",
+        pictures: Mapping[str, bytes] | None = None,
+        timings: StageTimings | None = None,
+        room: RequestRoom | None = None,
     ) -> Prompt:
+        self.rooms.append(room)
         token_ids: list[int] = []
         for index, part in enumerate(parts):
             if part["type"] == "image_url":
@@ -284,10 +307,11 @@ class FakePipeline:
         params: Sequence[str],
         tenant: str = "",
         timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> Prompt:
         """The pictures first."""
-        for picture, param in zip(pictures, params, strict=True):
-            await self._load(picture["url"], param)
+        named = zip(pictures, params, strict=True)
+        pictures = [picture for picture, param in named if await self._is_loaded(picture["url"], param, None, report)]
         token_ids = [IMAGE] * TOKENS_PER_IMAGE * len(pictures)
         token_ids += self.tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else list(text_or_ids)
         images = tuple(ImageInput(picture["url"].encode(), TOKENS_PER_IMAGE, {}) for picture in pictures)
@@ -304,11 +328,17 @@ class FakePipeline:
         pictures: Mapping[str, bytes],
         names: Mapping[str, str],
         tenant: str = "",
+        timings: StageTimings | None = None,
+        report: PictureReport | None = None,
     ) -> TurnPrompt:
         """The known tokens, and the last messages behind them: those since the last answer."""
         self.turns.append((messages, dict(pictures)))
+        inner = PictureReport(may_fail=report.may_fail, lost=report.lost) if report else None
         try:
-            whole = await self.chat_prompt(messages, tenant=tenant, pictures=pictures)
+            whole = await self.chat_prompt(messages, tenant=tenant, pictures=pictures, timings=timings, report=inner)
+            if report and inner:
+                report.left_out += [MediaError(e.code, e.message, param=names.get(str(e.param), e.param)) for e in inner.left_out]
+                report.seen += [(names[param], size) for param, size in inner.seen if param in names]
         except MediaError as error:
             raise MediaError(error.code, "not a picture", param=names.get(str(error.param), error.param)) from None
         if not known.segments:
@@ -319,11 +349,20 @@ class FakePipeline:
         keys = make_cache_keys(transcript.token_ids, (), (), salt=tenant)
         return TurnPrompt(Prompt(token_ids=transcript.token_ids, cache_keys=keys), transcript, len(known.token_ids))
 
-    async def fetch_pictures(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
+    async def fetch_pictures(
+        self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "", report: PictureReport | None = None
+    ) -> list[bytes | None]:
+        files: list[bytes | None] = []
         for ref in refs:
-            await self._load(ref.url, ref.param, {ref.url: ref.data} if ref.data is not None else None)
-        files = [ref.url.encode() if ref.data is None else ref.data for ref in refs]
-        if sum(map(len, files)) > limit_bytes:
+            files.append(ref.url.encode() if ref.data is None else ref.data)
+            try:
+                await self._load(ref.url, ref.param, {ref.url: ref.data} if ref.data is not None else None)
+            except MediaError as error:
+                if report is None or not report.may_fail:
+                    raise
+                report.lost[ref.url] = error
+                files[-1] = None
+        if sum(len(data) for data in files if data is not None) > limit_bytes:
             raise MediaError("image_too_large", f"more than the {limit_bytes} bytes", param=refs[0].param)
         return files
 
@@ -343,11 +382,26 @@ class FakePipeline:
             raise InvalidRequestError("prompt: it has no tokens; at least one is needed")
         return Prompt(token_ids=tuple(token_ids), cache_keys=make_cache_keys(token_ids, (), (), salt=tenant))
 
+    async def _is_loaded(self, url: str, param: str, pictures: Mapping[str, bytes] | None, report: PictureReport | None) -> bool:
+        report = report or PictureReport()
+        try:
+            if url in report.lost:
+                raise report.lost[url]
+            await self._load(url, param, pictures)
+        except MediaError as error:
+            if not report.may_fail:
+                raise
+            report.left_out.append(MediaError(error.code, "not a picture", param=param))
+            return False
+        report.seen.append((param, {"width": 8, "height": 6, "seen": None, "tiles": []}))
+        return True
+
     async def _load(self, url: str, param: str, pictures: Mapping[str, bytes] | None = None) -> None:
         """Also finds that a picture is named by an id which the server should have looked up."""
-        if url.startswith("uploaded-file:") and url not in (pictures or {}):
+        is_upload = url.startswith("uploaded-file:")  # whose id may hold these letters by chance
+        if is_upload and url not in (pictures or {}):
             raise MediaError("url_invalid", f"{param}: no file is at hand", param=param)
-        if "bad" in url:
+        if "bad" in url and not is_upload:
             raise MediaError("image_decode_failed", f"{param}: not a picture", param=param)
         if "slow" in url:
             with self.activity.during(url):
@@ -368,6 +422,7 @@ class FakeBackend:
         self.engine = FakeEngine(self.activity)
         self.pipeline = FakePipeline(self.activity)
         self.stop_words = StopWords()
+        self.probe: Probe | None = None
 
     def reset(self) -> None:
         """As new, for the next test on the same server."""
@@ -378,4 +433,5 @@ class FakeBackend:
 
     @contextlib.asynccontextmanager
     async def open(self, config: ServerConfig) -> AsyncIterator[Backend]:
-        yield Backend(self.engine, self.pipeline, stop_words=self.stop_words)
+        media = MediaBudgets(config.vision)
+        yield Backend(self.engine, self.pipeline, stop_words=self.stop_words, media=media, probe=self.probe)

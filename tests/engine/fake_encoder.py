@@ -35,6 +35,17 @@ class FakeEncoder:
         return [arrays["pixel_values"].flatten()[0].float().expand(NUM_TOKENS, HIDDEN_SIZE) for arrays in batch]
 
 
+class SteppingClock:
+    """Each reading is a second after the one before: every layer of the fake encoder takes one."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 1.0
+        return self.now_s
+
+
 def fake_image(value: int, *, side: int = 2, num_tokens: int = NUM_TOKENS) -> ImageInput:
     pixels = np.full((1, 3, side, side), value, dtype=np.uint8)
     return ImageInput(bytes([value, side]), num_tokens, {"pixel_values": SharedArray.copy_of(pixels)})

@@ -144,3 +144,39 @@ async def test_an_event_loop_reads_the_frames_of_a_blocking_end():
     with pytest.raises(asyncio.IncompleteReadError):
         await read_frame(reader)
     writer.close()
+
+
+async def test_closing_fails_what_is_still_being_sent():
+    """A loop forgets a closed socket: without this its senders would wait for ever."""
+    left, right = socket.socketpair()
+    sender = AsyncSender(left)
+    sendings = [asyncio.create_task(sender.send(Note("x" * 10_000_000))) for _ in range(2)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    sender.close()
+
+    results = await asyncio.wait_for(asyncio.gather(*sendings, return_exceptions=True), 10)
+    assert [isinstance(result, OSError) for result in results] == [True, True]
+    right.close()
+
+
+async def test_descriptors_that_are_closed_while_their_frame_waits_arrive_nonetheless():
+    """A number that is free again may be another file's by the time it is sent."""
+    left, right = socket.socketpair()
+    sender, receiver = AsyncSender(left), Channel(right, Note)
+    first = asyncio.create_task(sender.send(Note("x" * 10_000_000)))
+    picture = array(7)
+    second = asyncio.create_task(sender.send(Note("picture", {"pixels": picture})))
+    for _ in range(3):  # both are begun, and the second one waits
+        await asyncio.sleep(0)
+
+    picture.close()
+    usurper = array(9)
+    received = [await asyncio.to_thread(receiver.receive, 10.0) for _ in range(2)]
+
+    await asyncio.gather(first, second)
+    assert received[1].arrays["pixels"].numpy().tolist() == [[7, 7, 7], [7, 7, 7]]
+    usurper.close()
+    sender.close()
+    receiver.close()

@@ -6,8 +6,10 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from llguidance import LLMatcher
 
@@ -144,6 +146,120 @@ async def test_an_engine_that_does_not_answer_is_killed_and_started_again(client
     assert watched.process_id != hanging
     assert await ask(watched, "again")
     await watched.close()
+
+
+async def test_an_engine_that_hangs_with_full_sockets_is_told_from_a_busy_one_by_its_processor_time(client, monkeypatch):
+    """Its requests get an error, those too that it has not read; it need not be waited for as long as a busy one."""
+    monkeypatch.setattr(engine.client, "PING_INTERVAL_S", 0.01)
+    monkeypatch.setattr(engine.client, "PULSE_INTERVAL_S", 0.05)
+    monkeypatch.setattr(engine.client, "STALL_TIMEOUT_S", 0.2)
+    watched = EngineClient(client.config)
+    await watched.start()
+
+    os.kill(watched.process_id, signal.SIGSTOP)
+    long = tuple(range(3, 400)) * 500  # fills the socket
+    requests = [asyncio.create_task(ask_long(watched, f"request {number}", long)) for number in range(3)]
+    results = await asyncio.wait_for(asyncio.gather(*requests, return_exceptions=True), WAIT_S)
+
+    assert [type(result) for result in results] == [EngineDeadError] * 3
+    assert watched.state is EngineState.RESTARTING
+    await watched.close()
+
+
+async def ask_long(client: EngineClient, name: str, token_ids: tuple[int, ...]) -> None:
+    async for _ in client.generate(Prompt(token_ids=token_ids, cache_keys=token_ids), SamplingParams(), request_id=name):
+        pass
+
+
+async def test_a_process_that_cannot_be_started_again_is_tried_until_it_can(client, monkeypatch):
+    failures = iter([OSError("no more processes"), OSError("no more memory")])
+    spawn = engine.client._spawn
+
+    async def fails_twice(config: EngineConfig):
+        for failure in failures:
+            raise failure
+        return await spawn(config)
+
+    monkeypatch.setattr(engine.client, "_spawn", fails_twice)
+
+    os.kill(client.process_id, signal.SIGKILL)
+    await until(lambda: client.num_restarts == 3 and client.state is EngineState.READY)
+
+    assert await ask(client, "at last")
+
+
+async def test_signals_for_the_whole_group_leave_the_engine_to_its_server(client):
+    """A terminal's Ctrl-C, or a service manager that stops all processes at once: running requests may finish."""
+    running = asyncio.create_task(ask(client, "running", num_tokens=100))
+    await until_running(client, 1)
+
+    os.kill(client.process_id, signal.SIGTERM)
+
+    assert len(await running) == 100
+    assert os.getpgid(client.process_id) != os.getpgid(0)
+
+
+async def test_a_killed_engine_is_waited_for_by_nobody(config):
+    client = EngineClient(config)
+    await client.start()
+    process_id = client.process_id
+    os.kill(process_id, signal.SIGSTOP)
+
+    client.kill()
+    async with asyncio.timeout(engine.client.EXIT_TIMEOUT_S / 2):
+        await client.close()
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(process_id, 0)
+
+
+@pytest.mark.parametrize(
+    ("backoff_s", "served_s", "expected_s"), [(0.5, None, 1.0), (20.0, None, 30.0), (0.5, 1.0, 1.0), (8.0, 1.0, 8.0), (8.0, 11.0, 0.5)]
+)
+async def test_the_pause_grows_with_engines_that_served_for_a_moment_or_not_at_all(config, monkeypatch, backoff_s, served_s, expected_s):
+    client = EngineClient(config)
+    client._ready_since_s = None if served_s is None else asyncio.get_running_loop().time() - served_s
+
+    assert client._next_backoff_s(backoff_s) == expected_s
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("is_busy", [False, True])
+async def test_a_killed_rank_ends_the_engine_which_starts_again_whole(config, monkeypatch, is_busy):
+    monkeypatch.setattr(engine.client, "PING_INTERVAL_S", 0.1)
+    client = EngineClient(replace(config, tp=2))
+    await client.start()
+    expected = await ask(client, "before")
+    rank = psutil.Process(client.process_id).children()[0]
+    running = asyncio.create_task(ask(client, "running", num_tokens=500)) if is_busy else None
+    await until_running(client, int(is_busy))
+
+    rank.kill()
+    if running is not None:
+        with pytest.raises(EngineDeadError):
+            await running
+    await until(lambda: client.num_restarts == 1 and client.state is EngineState.READY)
+
+    assert await ask(client, "after") == expected
+    await client.close()
+
+
+@pytest.mark.full
+async def test_a_stopped_rank_is_ended_with_the_engine_that_waits_for_it(config, monkeypatch):
+    monkeypatch.setattr(engine.client, "PING_INTERVAL_S", 0.1)
+    monkeypatch.setattr(engine.client, "STALL_TIMEOUT_S", 2.0)
+    client = EngineClient(replace(config, tp=2))
+    await client.start()
+    rank = psutil.Process(client.process_id).children()[0]
+    rank.suspend()
+
+    with pytest.raises(EngineDeadError):
+        await ask(client, "hangs")
+    await until(lambda: not rank.is_running())
+    await until(lambda: client.state is EngineState.READY)
+
+    assert await ask(client, "after")
+    await client.close()
 
 
 async def test_a_checkpoint_that_cannot_be_served_is_a_final_failure(config, tmp_path: Path):

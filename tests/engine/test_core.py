@@ -3,14 +3,16 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from engine.config import EngineConfig
 from engine.core import Engine
+from engine.encoding import Encoding
 from engine.request import FinishReason, ImageSpan, InvalidRequestError, Prompt, PromptTooLongError, SamplingParams, make_cache_keys
-from tests.engine.fake_encoder import NUM_TOKENS, FakeEncoder, fake_image
+from tests.engine.fake_encoder import NUM_TOKENS, FakeEncoder, SteppingClock, fake_image
 from tests.tiny_models import write_tiny
 
 HIDDEN_SIZE = 64
@@ -185,10 +187,10 @@ def seeing(engine) -> Engine:
 
 @pytest.fixture
 def slow(seeing, monkeypatch) -> Engine:
-    """It encodes one layer per step."""
-    monkeypatch.setattr("engine.core.MIN_ENCODE_S", 0.0)
-    monkeypatch.setattr("engine.core.IDLE_ENCODE_S", 0.0)
-    seeing.config = replace(seeing.config, encoder_share=1e-9)
+    """It encodes at most one layer per step: each takes a second of its clock, and each step has one."""
+    monkeypatch.setattr("engine.core.Encoding", partial(Encoding, now_s=SteppingClock()))
+    monkeypatch.setattr("engine.core.IDLE_ENCODE_S", 1.0)
+    monkeypatch.setattr(seeing.pace, "encode_s", lambda **load: 1.0)
     return seeing
 
 
@@ -205,13 +207,44 @@ def test_rows_decode_on_while_a_picture_is_encoded(slow):
     assert len(run(slow)["image"]) == 2
 
 
+def test_a_prompt_comes_in_at_the_pace_that_is_set(engine):
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    loads: list[dict[str, int]] = []
+
+    def seven(**load: int) -> int:
+        loads.append(load)
+        return 7
+
+    engine.pace.prefill_tokens = seven
+    engine.add("beside", text_prompt(1, 2), replace(params, max_tokens=40))
+    engine.step()
+    engine.add("in pieces", text_prompt(3, *range(21, 90)), params)
+    num_steps = 0
+    while engine.scheduler.requests["in pieces"].num_output_tokens == 0:
+        engine.step()
+        num_steps += 1
+
+    assert num_steps == 70 / 7
+    assert loads[1:2] == [{"num_decoding": 1, "num_prefilling": 1}]
+
+
 def test_a_picture_seen_before_is_not_encoded_again(seeing):
     for name in ("first", "second"):
         seeing.add(name, image_prompt(50), SamplingParams(max_tokens=1, temperature=0))
         run(seeing)
 
     assert seeing.runner.encoder.batch_sizes == [1]
-    assert seeing.stats().num_embedding_cache_hits == 1
+    assert (seeing.stats().num_embedding_cache_hits, seeing.stats().num_embedding_cache_misses) == (1, 1)
+
+
+def test_the_statistics_say_how_long_a_request_and_a_picture_wait(seeing):
+    seeing.add("image", image_prompt(52), SamplingParams(max_tokens=1, temperature=0))
+    before = seeing.stats()
+    run(seeing)
+    after = seeing.stats()
+
+    assert min(before.oldest_waiting_s, before.oldest_image_waiting_s) > 0
+    assert (after.oldest_waiting_s, after.oldest_image_waiting_s) == (0, 0)
 
 
 def test_the_first_output_says_where_the_time_went_and_no_later_one_does(seeing):
@@ -280,3 +313,102 @@ def test_aborting_the_only_request_of_a_picture_stops_its_encoding(slow):
 
     assert slow.encoding is None
     assert slow.runner.encoder.num_layers_done < len(slow.runner.encoder.layers)
+
+
+def encode_what_is_announced(engine: Engine) -> None:
+    while engine.has_work:
+        assert engine.step() == []
+
+
+def test_an_announced_picture_is_encoded_before_its_request_comes_and_not_again(seeing):
+    seeing.announce("prompt", fake_image(1))
+    encode_what_is_announced(seeing)
+    assert seeing.stats().num_images_encoded == 1
+
+    seeing.withdraw("prompt", request_follows=True)
+    seeing.add("image", image_prompt(1), SamplingParams(max_tokens=1, temperature=0))
+    first = run(seeing)["image"][0]
+
+    assert seeing.runner.encoder.batch_sizes == [1]
+    assert list(first.timings_s) == ["queue", "prefill"]
+
+
+def test_an_answer_is_the_same_with_and_without_an_announcement(folder):
+    answers = []
+    for is_announced in (False, True):
+        engine = make_engine(folder)
+        engine.runner.encoder = WideEncoder()
+        if is_announced:
+            engine.announce("prompt", fake_image(200))
+            encode_what_is_announced(engine)
+        engine.add("image", image_prompt(200), SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+        answers.append(tokens(run(engine)["image"]))
+        assert engine.runner.encoder.batch_sizes == [1]
+        engine.close()
+
+    assert answers[0] == answers[1]
+
+
+def test_pictures_that_requests_need_come_before_announced_ones(slow):
+    slow.announce("prompt", fake_image(1, side=3))  # not of the same batch
+    slow.add("image", image_prompt(2), SamplingParams(max_tokens=1, temperature=0))
+
+    slow.step()
+
+    assert [image.content_hash for image in slow.encoding.images] == [fake_image(2).content_hash]
+
+
+def test_a_request_that_finds_its_picture_being_encoded_ahead_waits_for_that(slow):
+    slow.announce("prompt", fake_image(1))
+    slow.step()
+    slow.step()
+    slow.withdraw("prompt", request_follows=True)
+
+    slow.add("image", image_prompt(1), SamplingParams(max_tokens=1, temperature=0))
+    first = run(slow)["image"][0]
+
+    assert slow.runner.encoder.batch_sizes == [1]
+    assert all(seconds >= 0 for seconds in first.timings_s.values())
+    assert list(first.timings_s) == ["queue", "encode", "prefill"]
+
+
+def test_pictures_that_nobody_will_ask_for_are_not_encoded_to_their_end(slow):
+    for value in (1, 2):
+        slow.announce("prompt", fake_image(value, side=1 + value))
+    slow.step()
+    slow.step()
+    assert slow.encoding is not None
+
+    slow.withdraw("prompt", request_follows=False)
+
+    assert slow.encoding is None
+    assert not slow.has_work
+    assert slow.stats().num_images_encoded == 0
+
+
+def test_what_the_prefix_cache_has_is_not_encoded_ahead_though_its_embedding_is_gone(seeing):
+    seeing.embeddings.limit_bytes = 0
+    seeing.add("first", image_prompt(50), SamplingParams(max_tokens=1, temperature=0))
+    run(seeing)
+    assert seeing.stats().embedding_cache_bytes == 0
+
+    seeing.announce("prompt", fake_image(50))
+    seeing.add("second", image_prompt(50), SamplingParams(max_tokens=1, temperature=0))
+    run(seeing)
+
+    assert seeing.runner.encoder.batch_sizes == [1]
+
+
+def test_an_announced_picture_that_cannot_be_encoded_is_not_tried_for_ever(seeing, caplog):
+    seeing.runner.encoder.failure = RuntimeError("broken")
+    seeing.announce("prompt", fake_image(1))
+
+    encode_what_is_announced(seeing)
+
+    assert seeing.runner.encoder.batch_sizes == [1]
+
+
+def test_a_model_without_eyes_ignores_announcements(engine):
+    engine.announce("prompt", fake_image(1))
+
+    assert not engine.has_work

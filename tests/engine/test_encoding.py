@@ -1,24 +1,39 @@
 import pytest
 import torch
+from torch import nn
 
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
-from tests.engine.fake_encoder import HIDDEN_SIZE, NUM_TOKENS, FakeEncoder, fake_image
+from tests.engine.fake_encoder import HIDDEN_SIZE, NUM_TOKENS, FakeEncoder, SteppingClock, fake_image
 
 CPU = torch.device("cpu")
 FOREVER_S = 1e9
 
 
-def test_a_budget_of_nothing_computes_one_layer_at_a_time():
-    encoder = FakeEncoder(num_layers=3)
-    encoding = Encoding(encoder, [fake_image(7)], CPU)
+def test_a_small_budget_computes_some_layers_at_a_time():
+    encoder = FakeEncoder(num_layers=5)
+    encoding = Encoding(encoder, [fake_image(7)], CPU, now_s=SteppingClock())
 
     progress = []
     while not encoding.is_done:
-        encoding.run(0.0)
+        encoding.run(3.0)
         progress.append(encoder.num_layers_done)
 
-    assert progress == [0, 1, 2, 3]
+    assert progress == sorted(progress)
+    assert len(set(progress)) > 2
     assert torch.equal(encoding.result[0], torch.full((NUM_TOKENS, HIDDEN_SIZE), 7.0))
+
+
+def test_pauses_are_at_the_operators_of_a_layer():
+    encoder = FakeEncoder()
+    encoder.layers = [nn.Sequential(nn.Identity(), nn.Identity(), nn.Identity()) for _ in range(2)]
+    encoding = Encoding(encoder, [fake_image(7)], CPU, now_s=SteppingClock())
+
+    num_slices = 0
+    while not encoding.is_done:
+        encoding.run(2.0)
+        num_slices += 1
+
+    assert num_slices > 2 * 2  # more than layers
 
 
 def test_a_large_budget_computes_all_at_once():
@@ -31,13 +46,14 @@ def test_a_large_budget_computes_all_at_once():
 
 def test_a_cancelled_encoding_computes_no_further_layer():
     encoder = FakeEncoder()
-    encoding = Encoding(encoder, [fake_image(1)], CPU)
-    encoding.run(0.0)
-    encoding.run(0.0)
+    encoding = Encoding(encoder, [fake_image(1)], CPU, now_s=SteppingClock())
+    encoding.run(2.0)
+    encoding.run(2.0)
+    num_done = encoder.num_layers_done
 
     encoding.cancel()
 
-    assert encoder.num_layers_done == 1
+    assert encoder.num_layers_done == num_done < len(encoder.layers)
     assert not encoding.is_done
     assert not any(layer._forward_pre_hooks for layer in encoder.layers)
 
@@ -79,6 +95,13 @@ def test_a_batch_is_bounded_in_tokens_but_takes_one_picture_of_any_size():
 
     assert choose_batch(FakeEncoder(), [large, fake_image(2)]) == [large]
     assert len(choose_batch(FakeEncoder(), [fake_image(i, num_tokens=1000) for i in range(4)])) == 2
+
+
+def test_a_batch_is_bounded_in_pixels_where_larger_ones_only_keep_pictures_waiting():
+    images = [fake_image(i, side=8) for i in range(4)]
+
+    assert choose_batch(FakeEncoder(), images, max_pixels=2 * 64) == images[:2]
+    assert choose_batch(FakeEncoder(), images, max_pixels=1) == images[:1]
 
 
 def test_the_cache_forgets_the_least_recently_used_but_nothing_pinned():

@@ -46,6 +46,22 @@ def test_what_is_told_of_requests_that_have_ended_is_ignored() -> None:
     assert clock.ended("gone") is None
 
 
+def test_the_oldest_request_is_the_first_that_has_not_begun() -> None:
+    now = Clock()
+    clock = FirstTokenClock(now)
+    for time_s, name in ((0, "begun"), (1, "waits"), (4, "waits too")):
+        now.time_s = time_s
+        clock.added(name)
+    clock.begun("begun")
+    now.time_s = 10
+
+    assert clock.oldest_waiting_s() == 9
+    assert clock.oldest_s(["waits too", "gone"]) == 6
+    clock.ended("waits")
+    clock.ended("waits too")
+    assert (clock.oldest_waiting_s(), clock.oldest_s(["gone"])) == (0, 0)
+
+
 @given(st.lists(st.tuples(st.sampled_from(["begun", "encoded"]), st.floats(0, 100)), max_size=8), st.floats(0, 100))
 def test_the_stages_add_up_to_the_whole_time(events: list[tuple[str, float]], last_s: float) -> None:
     now = Clock()

@@ -371,8 +371,8 @@ def test_a_burst_waits_until_the_whole_shared_prefix_is_there_while_others_go_on
     plans = [shape(step(scheduler)[0]) for _ in range(4)]
 
     assert plans[0] == [("a", 0, 8, False)]
-    assert plans[1] == [("a", 8, 16, False)]
-    assert plans[2] == [("a", 16, 17, True), ("b", 12, 13, True), ("c", 0, 2, True)]
+    assert plans[1] == [("c", 0, 2, True), ("a", 8, 14, False)]
+    assert plans[2] == [("c", 2, 3, True), ("a", 14, 17, True), ("b", 12, 13, True)]
 
 
 def test_others_pass_a_request_that_waits_for_a_shared_block() -> None:

@@ -44,12 +44,13 @@ def server_url(installed: Path, tmp_path: Path) -> Iterator[str]:
             process.terminate()
 
 
-def test_the_wheel_brings_the_assets_and_both_pages_and_no_tests(wheel: Path) -> None:
+def test_the_wheel_brings_the_assets_and_all_pages_and_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
 
     assert {"vlm_server/_assets/demo_model/weights.safetensors", "vlm_server/_assets/demo_model/assemble.py"} <= set(names)
     assert any(name.startswith("vlm_server/ui/swagger/") and name.endswith(".js") for name in names)
     assert {"vlm_server/ui/chat/index.html", "vlm_server/ui/chat/app.js", "vlm_server/ui/chat/vendor/purify.mjs"} <= set(names)
+    assert {"vlm_server/ui/status/index.html", "vlm_server/ui/status/app.js", "vlm_server/ui/chat/base.css"} <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"vlm_server", "vision", "engine"}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vision.geometry import View
 from vision.image import ImageOptions, MediaError
 
 
@@ -26,6 +27,9 @@ class FakeProcessor:
             os.kill(os.getpid(), signal.SIGKILL)
         half = pixels[::2, ::2].copy()
         return {"pixel_values": half, "sizes": np.array(half.shape[:2], np.int64)}, *self.measure(pixels.shape[:2], options)
+
+    def views(self, size: tuple[int, int], options: ImageOptions, pixel_values: np.ndarray[Any, Any], layout: dict[str, Any]) -> list[View]:
+        return [View(size[1], size[0]).resized((pixel_values.shape[0], pixel_values.shape[1]))]
 
     def measure(self, size: tuple[int, int], options: ImageOptions) -> tuple[dict[str, Any], int]:
         rows, columns = (side + 1 >> 1 for side in size)

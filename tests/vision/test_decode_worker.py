@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,21 +103,90 @@ async def test_a_picture_that_needs_too_much_memory_fails_alone() -> None:
     await pool.close()
 
 
-async def test_a_killed_worker_costs_its_own_picture_only(pool: DecodePool) -> None:
+async def test_a_worker_that_its_picture_ends_costs_that_picture_only(pool: DecodePool) -> None:
     (process_id,) = pool.process_ids
     freeze(process_id)
     first = asyncio.create_task(pool.decode(png()))
     second = asyncio.create_task(decoded(pool, png(seed=1)))
     await until(lambda: pool.num_idle == 0)
 
-    os.kill(process_id, signal.SIGKILL)
+    os.kill(process_id, signal.SIGSEGV)
+    os.kill(process_id, signal.SIGCONT)
 
     with pytest.raises(MediaError) as caught:
         await first
-    assert caught.value.code == "image_decode_failed"
+    assert (caught.value.code, caught.value.status) == ("image_decode_failed", 400)
     assert np.array_equal(await second, noise(8, 6, seed=1))
     assert pool.process_ids != [process_id]
     assert is_gone(process_id)
+
+
+async def test_a_picture_whose_worker_somebody_kills_is_decoded_by_another_one(pool: DecodePool) -> None:
+    (process_id,) = pool.process_ids
+    freeze(process_id)
+    decoding = asyncio.create_task(decoded(pool, png()))
+    await until(lambda: pool.num_idle == 0)
+
+    os.kill(process_id, signal.SIGKILL)
+
+    assert np.array_equal(await decoding, noise(8, 6))
+    assert pool.num_idle == 1
+
+
+async def test_a_picture_whose_workers_are_killed_over_and_over_may_be_sent_again(
+    pool: DecodePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one too, as soon as it is started."""
+    start = pool._pool._start
+
+    async def start_and_kill() -> Any:
+        worker, ready = await start()
+        worker.process.kill()
+        return worker, ready
+
+    (process_id,) = pool.process_ids
+    freeze(process_id)
+    decoding = asyncio.create_task(pool.decode(png()))
+    await until(lambda: pool.num_idle == 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(pool._pool, "_start", start_and_kill)
+        os.kill(process_id, signal.SIGKILL)
+
+        with pytest.raises(MediaError) as caught:
+            await decoding
+
+    assert (caught.value.code, caught.value.status) == ("image_decode_failed", 503)
+    assert np.array_equal(await decoded(pool, png()), noise(8, 6))
+
+
+async def test_a_worker_leaves_the_end_to_its_server(pool: DecodePool) -> None:
+    """A service manager that stops all processes at once: running requests may finish."""
+    (process_id,) = pool.process_ids
+
+    os.kill(process_id, signal.SIGTERM)
+
+    assert np.array_equal(await decoded(pool, png()), noise(8, 6))
+    assert pool.process_ids == [process_id]
+
+
+async def test_a_worker_that_cannot_be_started_fails_the_picture_and_the_next_one_tries_again(
+    pool: DecodePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (process_id,) = pool.process_ids
+    os.kill(process_id, signal.SIGKILL)
+    await_end(process_id)
+    before = num_descriptors()
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError("no more processes")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vision.workers.subprocess.Popen", fail)
+        assert await code_of(pool, png()) == "image_decode_failed"
+        await until(lambda: pool.num_idle == 1)
+
+    assert np.array_equal(await decoded(pool, png()), noise(8, 6))
+    assert num_descriptors() <= before
 
 
 async def test_a_worker_that_died_idle_is_replaced_before_the_next_picture(pool: DecodePool) -> None:
@@ -207,6 +277,7 @@ async def test_the_worker_has_limits_few_descriptors_and_no_secrets(pool: Decode
     assert limits["Max core file size"][:2] == ["0", "0"]
     assert int(limits["Max open files"][0]) <= 64
     assert int(limits["Max address space"][1]) < 3 << 30
+    assert "NoNewPrivs:\t1" in (process / "status").read_text(), "it is confined, see test_confinement"
     assert len(list((process / "fd").iterdir())) <= 4, "input, output, errors and its socket"
     await decoded(guarded, png())
     limits = {line[:25].strip(): line[25:].split() for line in (process / "limits").read_text().splitlines()}

@@ -56,7 +56,28 @@ async def test_pictures_come_back_in_order_with_everything_the_model_needs(servi
     assert np.array_equal(web.arrays["pixel_values"].numpy(), noise(8, 6)[::2, ::2])
     assert set(web.timings_s) == {"fetch", "decode", "preprocess"}
     assert all(seconds >= 0 for seconds in web.timings_s.values())
+    stats = service.stats()
+    assert {stage: sum(counts) for stage, counts in stats.durations.items()} == stats.num_done
+    assert (stats.num_http_misses, stats.num_http_fresh, stats.oldest_in_flight_s) == (1, 0, 0)
     close([web, inline])
+
+
+async def test_trying_out_goes_through_the_workers_and_leaves_no_trace(service: VisionService) -> None:
+    await service.ready()
+    before, stages = service.stats(), list[str]()
+
+    images = [await service.try_out(png(20, 10, seed=1), ImageOptions(), on_stage=stages.append) for _ in range(2)]
+
+    assert stages == ["decode", "preprocess"] * 2
+    assert np.array_equal(images[0].arrays["pixel_values"].numpy(), noise(20, 10, seed=1)[::2, ::2])
+    assert set(images[0].timings_s) == {"decode", "preprocess"}
+    assert images[0].content_hash != images[1].content_hash
+    close(images)
+    with pytest.raises(MediaError) as caught:
+        await service.try_out(b"no picture", ImageOptions(), on_stage=stages.append)
+    assert caught.value.code == "image_decode_failed"
+    assert stages[-1] == "decode"
+    assert service.stats() == before
 
 
 async def test_one_service_through_hits_misses_tenants_options_and_errors(service: VisionService, server: PictureServer) -> None:
@@ -97,6 +118,18 @@ async def test_one_service_through_hits_misses_tenants_options_and_errors(servic
     assert theirs.content_hash == first.content_hash
     assert service.stats().num_done["preprocess"] == 6
     close([sized, whole, tiled, other, theirs])
+
+    # Each picture is told of when it is there, not when all are.
+    gate, told = Gate(png()), asyncio.Queue[ProcessedImage]()
+    server.pages["/slow"] = gate
+    loading = asyncio.create_task(service.load(refs(server.url("/slow"), data_url(png(seed=2))), on_loaded=told.put_nowait))
+    early = await told.get()
+    assert not loading.done()
+    gate.is_open.set()
+    slow, quick = await loading
+    assert early is quick
+    assert (await told.get()) is slow
+    close([slow, quick])
 
     # The first error cancels the rest and names its part of the request.
     gate = server.pages["/gate"] = Gate(png())
@@ -139,7 +172,7 @@ async def test_cancelled_calls_give_everything_back(service: VisionService, serv
     freeze(decode_worker)
     decoding = asyncio.create_task(service.load(refs(data_url(png(seed=1)))))
     waiting = asyncio.create_task(service.load(refs(data_url(png(seed=2)), data_url(png(seed=3)))))
-    await until(lambda: service.stats().num_in_flight == {"fetch": 1, "decode": 2, "preprocess": 0})
+    await until(lambda: service.stats().num_in_flight == {"fetch": 1, "decode": 3, "preprocess": 0})
 
     for task in (fetching, decoding, waiting):
         task.cancel()
@@ -152,8 +185,8 @@ async def test_cancelled_calls_give_everything_back(service: VisionService, serv
     assert is_gone(decode_worker)
 
 
-async def test_no_more_pictures_are_in_flight_than_allowed(server: PictureServer) -> None:
-    service = unopened(max_pictures_in_flight=2)
+async def test_no_more_pictures_of_one_request_are_in_flight_than_allowed(server: PictureServer) -> None:
+    service = unopened(max_pictures_per_request_in_flight=2)
     await service.open()
     gate = server.pages["/gate"] = Gate(png())
     call = asyncio.create_task(service.load(refs(*(server.url(f"/gate?{at}") for at in range(6)))))
@@ -245,3 +278,34 @@ async def test_files_to_be_kept_are_fetched_up_to_a_limit_for_all_together(servi
 
     assert caught.value.code == "image_too_large"
     assert caught.value.param in {ref.param for ref in pictures}
+
+
+async def test_pictures_that_may_fail_leave_their_errors_and_the_others(service: VisionService, server: PictureServer) -> None:
+    server.pages["/broken"] = body(png()[:50])
+    urls = [data_url(png()), server.url("/broken"), "http://10.0.0.1/", data_url(png(20, 10, seed=1)), server.url("/missing"), "nonsense"]
+    optional = [replace(ref, may_fail=True) for ref in refs(*urls)]
+
+    loaded = await service.load(optional)
+
+    good = [image for image in loaded if isinstance(image, ProcessedImage)]
+    assert [(image.width, image.height) for image in good] == [(8, 6), (20, 10)]
+    assert [(place, error.code) for place, error in enumerate(loaded) if isinstance(error, MediaError)] == [
+        (1, "image_decode_failed"),
+        (2, "url_blocked"),
+        (4, "image_fetch_failed"),
+        (5, "url_invalid"),
+    ]
+    assert all(error.param == ref.param for error, ref in zip(loaded, optional, strict=True) if isinstance(error, MediaError))
+    assert sum(service.stats().num_failed.values()) == 4
+    close(good)
+
+    # What is asked for only in part is not given up for the rest: measuring and fetching go on too.
+    measured, fetched = await service.measure(optional), await service.fetch(optional, limit_bytes=1 << 20)
+    assert [isinstance(result, MediaError) for result in measured] == [False, False, True, False, True, True]
+    assert [isinstance(result, MediaError) for result in fetched] == [False, False, True, False, True, True]
+    assert [type(data) for data in await service.fetch(optional[:1] * 2, limit_bytes=len(png()))] == [bytes, MediaError]
+
+    # A worker that dies, as this one does over 13 columns, is this server's fault: nobody is told that the picture is bad.
+    with pytest.raises(MediaError) as caught:
+        await service.load([replace(ref, may_fail=True) for ref in refs(data_url(png()), data_url(png(13, 5)))])
+    assert (caught.value.status, caught.value.param) == (503, "messages[0].content[1].image_url")

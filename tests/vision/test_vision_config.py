@@ -12,7 +12,11 @@ from vision.config import VisionConfig
     [
         ("max_picture_bytes", 0),
         ("max_picture_pixels", 0),
-        ("max_pictures_in_flight", 0),
+        ("max_media_bytes_in_flight", 0),
+        ("max_pixels_in_flight", 0),
+        ("max_downloads", 0),
+        ("max_pictures_per_request_in_flight", 0),
+        ("budget_wait_s", -1),
         ("max_redirects", -1),
         ("connect_timeout_s", 0),
         ("first_byte_timeout_s", -1),

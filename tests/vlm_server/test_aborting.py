@@ -2,20 +2,21 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import requests
 
-from engine.request import Prompt, SamplingParams, StepOutput, TokenLogprobs
+from engine.request import ImageInput, Prompt, SamplingParams, StepOutput, TokenLogprobs
 from tests.contract.fake_engine import DEFAULT_REPLY, FakeBackend
 from tests.contract.running import RunningServer, fake_config, running_server
 from tests.vlm_server.byte_tokenizer import ByteTokenizer
+from vision.shared_array import SharedArray
 from vlm_server.aborting import AbortSwitch, RunningRequests
 from vlm_server.detokenizer import Detokenizer
-from vlm_server.generation import Answer, Generation
+from vlm_server.generation import Answer, Delta, Generation
 from vlm_server.metrics import Metrics
 from vlm_server.protocol import CompletionRequest
 
@@ -211,6 +212,31 @@ async def test_the_engine_is_free_at_once_though_nobody_reads_the_answer(n: int,
         assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + ["abort"]
         assert "".join(piece.text for piece in own).encode() == bytes(token_id for piece in own for token_id in piece.token_ids)
     assert generation.usage().completion_tokens == sum(len(piece.token_ids) for piece in pieces)
+
+
+@pytest.mark.parametrize("num_read", [1, 99])
+async def test_pictures_are_let_go_when_the_answers_end_or_are_left(num_read: int) -> None:
+    """At once, and not when the garbage collector comes by: what a cancelled task held is in circles."""
+    backend = FakeBackend()
+    pixels = SharedArray.create((2, 2), "uint8")
+    prompt = Prompt(token_ids=(104,), cache_keys=(104,), images=(ImageInput(b"hash", 1, {"pixel_values": pixels}),))
+    body = CompletionRequest(model="m", prompt="hi", n=2)
+    generation = Generation(backend.engine, ByteTokenizer(), [prompt], SamplingParams(), body, request_id="x", metrics=Metrics())
+
+    deltas = generation.deltas()
+    async for _ in first_of(deltas, num_read):
+        assert pixels.fd >= 0
+    await deltas.aclose()
+
+    assert pixels.fd == -1
+
+
+async def first_of(items: AsyncIterator[Delta], count: int) -> AsyncIterator[Delta]:
+    for _ in range(count):
+        try:
+            yield await anext(items)
+        except StopAsyncIteration:
+            return
 
 
 def test_a_switch_that_is_set_early_or_twice_calls_once() -> None:

@@ -18,7 +18,7 @@ from vlm_server.docs import ASSETS
 from vlm_server.quotas import REQUESTS, Quota
 
 PREFIX = "/vlm"
-OPEN = ("/health", "/", "/openapi.json", *(f"/swagger-ui/{path.name}" for path in ASSETS.iterdir()))
+OPEN = ("/health", "/", "/openapi.json", *(f"/swagger-ui/{path.name}" for path in ASSETS.iterdir()), "/health/live", "/health/ready")
 PROTECTED = ("/v1/models", "/v1/chat/completions", "/v1/chat/interactive", "/v1/embeddings", "/metrics", "/tokenize", "/terminate", "/nope")
 # How a protected path, written without its first slash, may be dressed up as an open one or as another spelling of itself.
 SPELLINGS = (

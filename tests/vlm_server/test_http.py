@@ -58,7 +58,7 @@ def test_a_body_that_is_no_json_is_refused(server: RunningServer) -> None:
     assert_error(requests.post(server.url + CHAT, data="{x", headers=headers, timeout=10), 400, "invalid_json")
     assert_error(requests.post(server.url + CHAT, data="[1]", headers=headers, timeout=10), 400, "invalid_value")
     assert_error(requests.post(server.url + CHAT, data="", headers=headers, timeout=10), 400, "missing_required_parameter")
-    assert_error(requests.post(server.url + CHAT, data="[" * 100_000, headers=headers, timeout=10), 400, "invalid_request")
+    assert_error(requests.post(server.url + CHAT, data="[" * 100_000, headers=headers, timeout=10), 400, "json_too_deep")
     assert_error(requests.post(server.url + CHAT, data="{}", timeout=10), 400, "invalid_content_type")
 
 

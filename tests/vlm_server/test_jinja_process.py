@@ -6,12 +6,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import psutil
 import pytest
 
-from vlm_server.jinja_process import JinjaProcess, RenderError, RenderLimitError
+from vlm_server.errors import to_api_error
+from vlm_server.jinja_process import JinjaProcess, RendererLostError, RenderError, RenderLimitError, _Worker
 from vlm_server.jinja_worker import RenderLimits
 
 LIMITS = RenderLimits(cpu_s=0.5, memory_bytes=64 << 20, max_characters=100_000)
@@ -90,6 +92,47 @@ def test_the_worker_that_died_while_idle_is_replaced(jinja: JinjaProcess) -> Non
     assert render(jinja, "{{ messages[0].role }}") == "user"
 
 
+def killed_while_rendering(jinja: JinjaProcess, *, times: int) -> str:
+    """What is rendered by a worker that somebody kills so often in the middle of it."""
+
+    class Killed(_Worker):
+        num_left = times
+
+        def exchange(self, request: bytes) -> bytes:
+            if Killed.num_left:
+                Killed.num_left -= 1
+                self._process.kill()
+            return super().exchange(request)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("vlm_server.jinja_process._Worker", Killed)
+        return render(jinja, "{{ messages[0].role }}")
+
+
+def test_a_rendering_whose_worker_is_killed_is_done_again_by_another_one() -> None:
+    jinja = JinjaProcess(LIMITS)
+
+    assert killed_while_rendering(jinja, times=1) == "user"
+
+    jinja.close()
+
+
+def test_a_rendering_whose_workers_are_killed_over_and_over_is_given_up_and_the_next_one_is_done() -> None:
+    jinja = JinjaProcess(LIMITS)
+
+    with pytest.raises(RendererLostError, match="killed over and over"):
+        killed_while_rendering(jinja, times=9)
+
+    assert render(jinja, "{{ messages[0].role }}") == "user"
+    jinja.close()
+
+
+def test_a_lost_renderer_is_a_503_and_no_fault_of_the_messages() -> None:
+    error = to_api_error(RendererLostError("other prompts took longer than 20 s"))
+
+    assert (error.status, error.code, error.headers["retry-after"]) == (503, "template_unavailable", "2")
+
+
 def test_closing_ends_a_rendering_under_way_and_the_worker() -> None:
     patient = JinjaProcess(RenderLimits(cpu_s=60))
     render(patient, "x")
@@ -99,7 +142,7 @@ def test_closing_ends_a_rendering_under_way_and_the_worker() -> None:
     def forever() -> None:
         try:
             render(patient, FOREVER)
-        except RenderError as error:
+        except RendererLostError as error:
             failures.append(error)
 
     thread = threading.Thread(target=forever)
@@ -109,9 +152,9 @@ def test_closing_ends_a_rendering_under_way_and_the_worker() -> None:
     patient.close()
     thread.join(10)
 
-    assert [type(failure) for failure in failures] == [RenderLimitError]
+    assert [type(failure) for failure in failures] == [RendererLostError]
     assert len(workers()) == before - 1
-    with pytest.raises(RenderLimitError, match="the server is ending"):
+    with pytest.raises(RendererLostError, match="the server is ending"):
         render(patient, "x")
 
 
@@ -129,6 +172,15 @@ def test_the_worker_sees_no_secrets_and_little_else(monkeypatch: pytest.MonkeyPa
 
     assert all("HF_TOKEN" not in worker.environ() for worker in workers()[-1:])
     jinja.close()
+
+
+def test_the_worker_gains_no_rights_and_still_knows_what_templates_load_late(jinja: JinjaProcess) -> None:
+    before = datetime.now().strftime("%Y-%m-%d %H")
+    text = render(jinja, "{{ strftime_now('%Y-%m-%d %H') }} {{ messages | tojson }}")
+    after = datetime.now().strftime("%Y-%m-%d %H")
+
+    assert text in [f'{hour} [{{"role": "user", "content": "hi"}}]' for hour in (before, after)]
+    assert "NoNewPrivs:\t1" in Path(f"/proc/{workers()[-1].pid}/status").read_text()
 
 
 def test_a_worker_that_nobody_watches_ends_by_itself() -> None:

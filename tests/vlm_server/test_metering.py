@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Any
 
 import pytest
 
@@ -124,9 +125,9 @@ class CountingImages(FakeImages):
 
     num_loaded = num_fetched = 0
 
-    async def load(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[ProcessedImage]:
+    async def load(self, refs: Sequence[ImageRef], **options: Any) -> list[ProcessedImage]:
         self.num_loaded += len(refs)
-        return await super().load(refs, tenant=tenant)
+        return await super().load(refs, **options)
 
     async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
         self.num_fetched += len(refs)

@@ -2,6 +2,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.request import InvalidRequestError, Prompt
+from engine.request import ImageInput, InvalidRequestError, Prompt
 from tests.image_fixtures import EMBEDDED, SIZES, FakeImages, picture, reference_model, reference_processor, tiny_folder
 from tests.tiny_gguf import write_gguf
 from tests.tiny_models import image_model_names
+from vision.image import MediaError
 from vlm_server.chat_template import TemplateError
 from vlm_server.detokenizer import StopWords
 from vlm_server.jinja_process import JinjaProcess
@@ -275,6 +277,78 @@ async def test_tenants_share_no_cache_keys(pipelines: Any) -> None:
 
     assert one.token_ids == two.token_ids
     assert one.cache_keys[0] != two.cache_keys[0]
+
+
+async def test_tenants_share_no_embedding_and_take_turns_by_their_names(pipelines: Any) -> None:
+    pipeline = pipelines("llava")
+    messages = openai_messages([("user", ["@wide"])])
+
+    one, two, again = [await pipeline.chat_prompt(messages, tenant=tenant) for tenant in ("one", "two", "two")]
+
+    assert len({one.images[0].content_hash, two.images[0].content_hash}) == 2
+    assert two.images[0].content_hash == again.images[0].content_hash
+    assert set(one.cache_keys).isdisjoint(two.cache_keys[slot] for slot, _, _ in image_slots(two))
+    assert (one.tenant, two.tenant) == ("one", "two")
+
+
+async def test_where_caches_are_shared_tenants_differ_in_nothing_but_their_turns(pipelines: Any) -> None:
+    pipeline = pipelines("llava", shares_caches=True)
+    messages = openai_messages([("user", ["How many?", "@wide"])])
+
+    one, two, nobodys = [await pipeline.chat_prompt(messages, tenant=tenant) for tenant in ("one", "two", "")]
+
+    assert one.cache_keys == two.cache_keys == nobodys.cache_keys
+    assert one.images[0].content_hash == two.images[0].content_hash
+    assert (one.tenant, two.tenant) == ("one", "two")
+    assert pipeline.text_prompt("How many?", tenant="one").cache_keys == pipeline.text_prompt("How many?").cache_keys
+
+
+@dataclass
+class Announced:
+    """Takes the place of the engine's announcements."""
+
+    hashes: list[bytes] = field(default_factory=list)
+    ends: list[bool] = field(default_factory=list)
+
+    def add(self, image: ImageInput) -> None:
+        self.hashes.append(image.content_hash)
+
+    def end(self, *, request_follows: bool) -> None:
+        self.ends.append(request_follows)
+
+
+async def test_all_pictures_but_the_last_are_announced_as_the_request_will_name_them(pipelines: Any) -> None:
+    announced = Announced()
+    pipeline = pipelines("llava", announce=lambda: announced)
+
+    prompt = await pipeline.chat_prompt(openai_messages([("user", ["@wide", "@tall", "@small"])]), tenant="one")
+
+    assert announced.hashes == [image.content_hash for image in prompt.images][:-1]
+    assert announced.ends == [True]
+
+
+async def test_a_single_picture_is_not_announced(pipelines: Any) -> None:
+    announced = Announced()
+    pipeline = pipelines("llava", announce=lambda: announced)
+
+    await pipeline.chat_prompt(openai_messages([("user", ["@wide"])]))
+
+    assert (announced.hashes, announced.ends) == ([], [])
+
+
+async def test_announced_pictures_are_withdrawn_where_another_one_fails(pipelines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    announced = Announced()
+    pipeline = pipelines("llava", announce=lambda: announced)
+
+    async def load_first_and_fail(refs: Any, *, on_loaded: Any, **options: Any) -> None:
+        on_loaded(pipeline._images._load(refs[0]))
+        raise MediaError("image_fetch_timeout", "too slow")
+
+    monkeypatch.setattr(pipeline._images, "load", load_first_and_fail)
+    with pytest.raises(MediaError):
+        await pipeline.chat_prompt(openai_messages([("user", ["@wide", "@tall"])]))
+
+    assert (len(announced.hashes), announced.ends) == (1, [False])
 
 
 async def test_the_vision_service_is_told_which_part_a_picture_came_from(pipelines: Any) -> None:

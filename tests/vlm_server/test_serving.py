@@ -1,6 +1,7 @@
 """The server process: what it prints, when it is ready, how it ends."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -10,13 +11,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 import pytest
 import requests
 import trustme
 
+from tests.contract.fake_engine import FakeBackend
 from tests.contract.running import fake_config
-from vlm_server.serving import ProgressLine, _listener
+from vlm_server.backend import Backend
+from vlm_server.readiness import DRAINING, Readiness
+from vlm_server.serving import ProgressLine, _allow_descriptors, _listener, _Server
+from vlm_server.sessions.opening import MEMORY, open_store
 
 SCRIPTED = """
 import asyncio, contextlib, os, sys
@@ -32,6 +38,9 @@ def open_backend(config, *, on_progress):
     backend = FakeBackend()
     if os.environ.get("HANGS"):
         backend.engine.hangs_after = 1
+    if os.environ.get("LOOKS_UP"):  # a thread that nobody can end
+        import threading
+        asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
     if os.environ.get("WAITS"):  # the engine goes on when a line comes
         backend.engine.gate = Gate()
     return backend.open(config)
@@ -116,6 +125,20 @@ def test_a_signal_lets_running_requests_finish_and_takes_no_new_ones(tmp_path: P
     assert process.returncode == 0
 
 
+async def test_a_server_that_was_told_to_stop_is_not_ready_from_that_moment_on() -> None:
+    fakes = FakeBackend()
+    async with open_store(MEMORY) as store:
+        server = _Server(fake_config(), Backend(fakes.engine, fakes.pipeline), store, "ready")
+        readiness: Readiness = server.config.app.state.readiness  # type: ignore[union-attr]
+        async with readiness.watching(fakes.engine, None):
+            before = readiness.standing()
+
+            server.handle_exit(signal.SIGTERM, None)
+
+            assert before.is_ready
+            assert readiness.standing().stage == DRAINING
+
+
 def until_refused(url: str) -> None:
     for _ in range(1000):
         try:
@@ -123,6 +146,52 @@ def until_refused(url: str) -> None:
         except requests.ConnectionError:
             return
     raise AssertionError("the server still takes requests")
+
+
+def request_bytes() -> bytes:
+    body = b'{"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}'
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+def answer_on(connection: socket.socket) -> bytes:
+    """All until the server closes."""
+    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+def test_requests_that_were_on_their_way_when_the_signal_came_are_answered(tmp_path: Path) -> None:
+    """Those in the kernel's queue, on fresh connections and on one that was used before: the server sees them after the signal."""
+    with serve_process(tmp_path, "--server-name", "127.0.0.1", "--model-name", "tiny") as process, contextlib.ExitStack() as stack:
+        assert process.stdout
+        url = urlsplit(next(word for word in process.stdout.readline().split() if word.startswith("http")))
+        used = stack.enter_context(socket.create_connection((url.hostname, url.port), timeout=20))
+        used.sendall(request_bytes())
+        assert used.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        os.kill(process.pid, signal.SIGSTOP)
+        fresh = [stack.enter_context(socket.create_connection((url.hostname, url.port), timeout=20)) for _ in range(30)]
+
+        for connection in (used, *fresh):
+            connection.sendall(request_bytes())
+        process.send_signal(signal.SIGTERM)
+        os.kill(process.pid, signal.SIGCONT)
+        answers = [answer_on(connection) for connection in (used, *fresh)]
+        process.wait(timeout=20)
+
+    assert all(answer.startswith(b"HTTP/1.1 200") and b"chat.completion" in answer for answer in answers)
+    assert process.returncode == 0
+
+
+def test_connections_without_a_request_are_not_waited_for(tmp_path: Path) -> None:
+    words = ["--server-name", "127.0.0.1", "--model-name", "tiny", "--drain-timeout-s", "600"]
+    with serve_process(tmp_path, *words) as process:
+        assert process.stdout
+        url = urlsplit(next(word for word in process.stdout.readline().split() if word.startswith("http")))
+        with socket.create_connection((url.hostname, url.port), timeout=20) as idle:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=20)
+
+            assert idle.recv(1) == b""
+    assert process.returncode == 0
 
 
 def test_requests_that_do_not_finish_are_ended_after_the_drain_timeout(tmp_path: Path) -> None:
@@ -140,7 +209,7 @@ def test_requests_that_do_not_finish_are_ended_after_the_drain_timeout(tmp_path:
 
 def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
     words = ["--server-name", "127.0.0.1", "--model-name", "tiny", "--drain-timeout-s", "600"]
-    with serve_process(tmp_path, *words, HANGS="1") as process:
+    with serve_process(tmp_path, *words, HANGS="1", LOOKS_UP="1") as process:
         stream_of(process)
         assert process.stderr
 
@@ -148,7 +217,7 @@ def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
         while "Stopping: 1 running requests have 600 s" not in process.stderr.readline():
             pass
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=20)
+        process.wait(timeout=5)
 
     assert process.returncode == 0
 
@@ -260,6 +329,22 @@ async def test_a_small_answer_waits_for_no_acknowledgement_in_asyncios_own_loop(
             _, writer = await asyncio.open_connection(*listener.getsockname())
             assert await asyncio.wait_for(accepted, 10) == 1
             writer.close()
+
+
+@pytest.mark.parametrize(("soft", "hard", "expected"), [(256, 512, 512), (256, 100_000, 65_536), (70_000, 100_000, 70_000)])
+def test_as_many_files_as_the_system_lets_it_are_open_at_once(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, expected: int) -> None:
+    limits = (soft, hard)
+
+    def set_limits(kind: int, values: tuple[int, int]) -> None:
+        nonlocal limits
+        limits = values
+
+    monkeypatch.setattr("vlm_server.serving.resource.getrlimit", lambda kind: limits)
+    monkeypatch.setattr("vlm_server.serving.resource.setrlimit", set_limits)
+
+    _allow_descriptors()
+
+    assert limits == (expected, hard)
 
 
 def test_progress_is_a_line_per_quarter_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

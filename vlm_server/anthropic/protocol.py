@@ -9,8 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from vlm_server.config import MAX_STOP_STRINGS
+from vlm_server.image_protocol import OnMediaError, ReturnImageSizes
 from vlm_server.message_schema import UnicodeText
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
+from vlm_server.protocol import RETURN_TIMINGS
 from vlm_server.tool_schema import MAX_TOOLS, FunctionName
 
 _OTHER_BLOCKS = frozenset(
@@ -248,6 +251,7 @@ class CountTokensRequest(_Fields):
     thinking: Thinking | None = Field(None, description="Sets the chat template's enable_thinking.")
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = Field(None, description="Accepted, without effect: the prefix cache is automatic.")
+    on_media_error: OnMediaError = None
 
 
 def _no_thread(value: object) -> object:
@@ -264,10 +268,12 @@ class MessagesRequest(CountTokensRequest):
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy. Default: the checkpoint's generation config, else 1.")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=2**31)
-    stop_sequences: Annotated[list[Annotated[UnicodeText, Field(min_length=1)]], Field(max_length=64)] | None = None
+    stop_sequences: Annotated[list[Annotated[UnicodeText, Field(min_length=1)]], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stream: bool | None = Field(None, description="Answer as server-sent events.")
+    return_image_sizes: ReturnImageSizes = None
     metadata: dict[str, Any] | None = Field(None, description="Accepted, without effect.")
     service_tier: Literal["auto", "standard_only"] | None = Field(None, description="Accepted, without effect: there is one tier.")
+    return_timings: bool | None = Field(None, description=RETURN_TIMINGS)
     thread: Annotated[None, BeforeValidator(_no_thread)] = Field(None, description="Not supported.")
 
 

@@ -4,6 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from vlm_server import error_codes
+from vlm_server.response_schema import TIMINGS, WARNINGS, ImageSizes, RequestTimings
+
 
 class TextContent(BaseModel):
     type: Literal["text"]
@@ -56,7 +59,9 @@ class MessageResponse(StopFields):
     model: str
     content: list[ContentOfMessage]
     usage: MessageUsage
-    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS)
+    image_sizes: ImageSizes
+    timings: RequestTimings | None = TIMINGS
 
 
 class MessageStreamEvent(BaseModel):
@@ -72,6 +77,8 @@ class MessageStreamEvent(BaseModel):
         None, description="text_delta, thinking_delta, signature_delta or input_json_delta; of message_delta the stop fields."
     )
     usage: DeltaUsage | None = Field(None, description="Of message_delta: of the whole answer.")
+    image_sizes: ImageSizes
+    timings: RequestTimings | None = Field(None, description="Of message_delta, with return_timings.")
 
 
 class TokenCount(BaseModel):
@@ -97,7 +104,7 @@ class ModelInfoList(BaseModel):
 
 
 class ErrorDetails(BaseModel):
-    error_code: str
+    error_code: str = Field(description=error_codes.DESCRIPTION)
     param: str | None = Field(description="The field's path in the request.")
 
 

@@ -7,7 +7,7 @@ the call has ended, in one piece, unless its tool asks for `eager_input_streamin
 import json
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from vlm_server.errors import ApiError
 from vlm_server.generation import TOOL_CALLS, Delta, FinishedAnswer, Usage
 from vlm_server.nesting import is_too_deep
 from vlm_server.parsing.events import ArgumentPiece, CallBegun, CallEnded, Content, Event, Reasoning
+from vlm_server.stage_timings import Report, no_report
 from vlm_server.streaming import EventStyle
 
 SIGNATURE = "unsigned"  # of thoughts: nobody checks it when they come back
@@ -32,11 +33,23 @@ class MessageShape:
 
     events = EventStyle(is_named=True, closing=b"")
 
-    def __init__(self, request: MessagesRequest, *, response_id: str, request_id: str, warnings: Sequence[str]) -> None:
+    def __init__(
+        self,
+        request: MessagesRequest,
+        *,
+        response_id: str,
+        request_id: str,
+        warnings: Sequence[str],
+        extras: Mapping[str, Any] | None = None,
+        report: Report = no_report,
+    ) -> None:
+        """extras: what else stands beside the usage of the whole answer. report: the request's timings, where they are asked for."""
+        self._report = report
         self._request = request
         self._request_id = request_id
         self._head = {"id": response_id, "type": "message", "role": "assistant", "model": request.model}
         self._warnings = {"warnings": list(warnings)} if warnings else {}
+        self._extras = dict(extras or {})
         hides_thoughts = request.thinking is not None and request.thinking.display == "omitted"
         eager = {tool.name for tool in request.tools or () if tool.eager_input_streaming}
         self._blocks = BlockWriter(eager=eager, hides_thoughts=hides_thoughts)
@@ -55,7 +68,8 @@ class MessageShape:
 
     def last_chunks(self, usage: Usage) -> list[Chunk]:
         delta = self._stop_fields(*self._ending, usage)
-        return [{"type": "message_delta", "delta": delta, "usage": _usage(usage)}, {"type": "message_stop"}]
+        last = {"usage": _usage(usage), **self._extras, **self._report()}
+        return [{"type": "message_delta", "delta": delta, **last}, {"type": "message_stop"}]
 
     def error_chunk(self, error: ApiError) -> Chunk:
         return error.anthropic_body(self._request_id)
@@ -65,7 +79,8 @@ class MessageShape:
         [answer] = answers
         content = [block.as_dict() for block in self._whole_blocks(answer.events)]
         stop = self._stop_fields(answer.finish_reason, answer.stop_string, usage)
-        return {**self._head, "content": content, **stop, "usage": _usage(usage, tier=True), **self._warnings}
+        extras = {**self._warnings, **self._extras, **self._report()}
+        return {**self._head, "content": content, **stop, "usage": _usage(usage, tier=True), **extras}
 
     def _whole_blocks(self, events: Sequence[Event]) -> "list[_Block]":
         blocks: list[_Block] = []

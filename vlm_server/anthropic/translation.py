@@ -52,6 +52,8 @@ def chat_fields(request: CountTokensRequest) -> tuple[dict[str, Any], FieldNames
     fields |= _tool_fields(request.tools or [], names) | _choice_fields(request.tool_choice) | _form_fields(request.output_config)
     if request.thinking is not None:
         fields["enable_thinking"] = request.thinking.type != "disabled"
+    if request.on_media_error is not None:
+        fields["on_media_error"] = request.on_media_error
     if isinstance(request, MessagesRequest):
         fields |= _sampling_fields(request)
     return fields, names
@@ -108,5 +110,6 @@ def _sampling_fields(request: MessagesRequest) -> dict[str, Any]:
         "top_k": request.top_k,
         "stop": request.stop_sequences,
         "stream": request.stream,
+        "return_image_sizes": request.return_image_sizes,
     }
     return {name: value for name, value in fields.items() if value is not None}

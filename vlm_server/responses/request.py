@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from pydantic_core import PydanticCustomError
 
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchema, StructuredOutputs, TextFormat
+from vlm_server.image_protocol import OnMediaError, ReturnImageSizes
 from vlm_server.message_schema import UnicodeText
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
 from vlm_server.protocol import ChatCompletionRequest, StopStrings, TemplateVariables
@@ -215,9 +216,12 @@ class CreateResponse(BaseModel):
     ignore_eos: bool | None = _as_in_chats("ignore_eos")
     include_stop_str_in_output: bool | None = _as_in_chats("include_stop_str_in_output")
     skip_special_tokens: bool | None = _as_in_chats("skip_special_tokens")
+    return_timings: bool | None = _as_in_chats("return_timings")
     structured_outputs: StructuredOutputs | None = _as_in_chats("structured_outputs")
     chat_template_kwargs: TemplateVariables = _as_in_chats("chat_template_kwargs")
     enable_thinking: bool | None = _as_in_chats("enable_thinking")
+    on_media_error: OnMediaError = None
+    return_image_sizes: ReturnImageSizes = None
 
     @field_validator("include")
     @classmethod
@@ -251,6 +255,7 @@ SAME_AS_IN_CHATS = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed"),
     *("min_tokens", "do_sample", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"),
     *("structured_outputs", "chat_template_kwargs", "enable_thinking", "parallel_tool_calls"),
+    *("on_media_error", "return_image_sizes"),
 )
 
 _PROMPT_CACHE_MARK: dict[str, tuple[object, ...]] = {"prompt_cache_breakpoint": ()}

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, RootModel
 
 from vlm_server.format_protocol import JsonObjectFormat, TextFormat
-from vlm_server.response_schema import ChatTokenLogprob
+from vlm_server.response_schema import TIMINGS, WARNINGS, ChatTokenLogprob, ImageSizes, RequestTimings
 from vlm_server.responses.items import InputImageContent, InputTextContent, ReasoningText, RefusalContent, SummaryText
 from vlm_server.responses.request import FunctionTool, TextFormatJsonSchema, ToolChoiceAllowed, ToolChoiceFunction
 
@@ -132,7 +132,9 @@ class Response(BaseModel):
     usage: ResponseUsage | None
     user: str | None = Field(description=_AS_ASKED)
     metadata: dict[str, str] = Field(description=_AS_ASKED)
-    warnings: list[str] = Field(default_factory=list, description="Fields of the request that have no effect; absent without any.")
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS)
+    image_sizes: ImageSizes
+    timings: RequestTimings | None = TIMINGS
 
 
 class DeletedResponse(BaseModel):

@@ -1,7 +1,7 @@
 """How a response of `/v1/responses` looks on the wire, whole and as events. Knows nothing of how it is kept."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlm_server.backend import Tokenizer
@@ -12,6 +12,7 @@ from vlm_server.responses.field_paths import FieldPaths
 from vlm_server.responses.output import Chunk, OutputWriter
 from vlm_server.responses.request import CreateResponse, FunctionTool, TextFormatJsonSchema, ToolChoiceAllowed, ToolChoiceFunction
 from vlm_server.sampling import SamplingDefaults
+from vlm_server.stage_timings import Report, no_report
 from vlm_server.streaming import EventStyle
 
 _FAILURES = {429: "rate_limit_exceeded", 503: "server_error", 500: "server_error"}
@@ -22,11 +23,22 @@ class ResponseShape:
 
     events = EventStyle(is_named=True, closing=b"")
 
-    def __init__(self, head: dict[str, Any], tokenizer: Tokenizer, *, warnings: Sequence[str] = (), paths: FieldPaths) -> None:
-        """head: see `response_head`."""
+    def __init__(
+        self,
+        head: dict[str, Any],
+        tokenizer: Tokenizer,
+        *,
+        warnings: Sequence[str] = (),
+        paths: FieldPaths,
+        extras: Mapping[str, Any] | None = None,
+        report: Report = no_report,
+    ) -> None:
+        """head: see `response_head`. extras: what else stands beside the usage. report: the timings, where they are asked for."""
+        self._report = report
         self._head = head
         self._tokenizer = tokenizer
         self._warnings = {"warnings": list(warnings)} if warnings else {}
+        self._extras = dict(extras or {})
         self._paths = paths
         self._writer = OutputWriter()
         self._finish_reason: str | None = None
@@ -77,6 +89,8 @@ class ResponseShape:
             "output_text": self._writer.text,
             "usage": _usage(usage),
             **self._warnings,
+            **self._extras,
+            **self._report(),
         }
         return self.final
 

@@ -10,8 +10,9 @@ from vlm_server.context import context_of
 from vlm_server.errors import ApiError, bad_request
 from vlm_server.field_rules import check_fields
 from vlm_server.generate_protocol import AbortRequest
+from vlm_server.json_body import JsonRoute
 
-router = APIRouter(tags=["operation"])
+router = APIRouter(route_class=JsonRoute, tags=["operation"])
 
 
 @router.post("/abort_request", summary="End running answers, with --enable-abort-handling", response_class=Response)

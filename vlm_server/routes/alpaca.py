@@ -23,26 +23,29 @@ from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.field_rules import check_fields
 from vlm_server.generation import Generation
 from vlm_server.guided import grammar_of
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_facts, request_timings
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest
+from vlm_server.request_limits import check_limits
 from vlm_server.routes.embeddings import embed_all
 from vlm_server.shapes import new_id
 from vlm_server.streaming import answer, unless_client_leaves
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions", response_model=AlpacaChatResponse, tags=["chat"], summary="Answer the last message")
 async def chat_completions(request: Request, body: AlpacaChatRequest) -> Response:
     """Messages in, all of them and an answer out; with `stream`, the answer alone as server-sent events."""
     context = context_of(request)
+    check_limits(body, context.config.limits)
     warnings = check_fields(body, strict=context.config.strict_fields) + _left_out(body.turns)
     given_task = context.config.meta_instruction
     text = chat_prompt(body.turns, task=TASK if given_task is None else given_task)
     response_id = new_id("chatcmpl")
     chat = body.filled(ChatCompletionRequest, model=context.config.model_name, messages=text)
     generation = await _begin(request, context, chat, text, response_id)
-    shape = AlpacaChatShape(body.turns, **_naming(context, body, response_id, warnings))
+    shape = AlpacaChatShape(body.turns, **_naming(request, context, body, response_id, warnings))
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 
@@ -55,7 +58,7 @@ async def completions(request: Request, body: AlpacaCompletionRequest) -> Respon
     response_id = new_id("cmpl")
     completion = body.filled(CompletionRequest, model=context.config.model_name, prompt=text)
     generation = await _begin(request, context, completion, text, response_id)
-    shape = AlpacaCompletionShape(**_naming(context, body, response_id, warnings))
+    shape = AlpacaCompletionShape(**_naming(request, context, body, response_id, warnings))
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 
@@ -92,12 +95,13 @@ async def _begin(
     return context.generation(body, [prompt], grammar=grammar, request_id=response_id)
 
 
-def _naming(context: ServerContext, body: AlpacaFields, response_id: str, warnings: list[str]) -> dict[str, Any]:
+def _naming(request: Request, context: ServerContext, body: AlpacaFields, response_id: str, warnings: list[str]) -> dict[str, Any]:
     return {
         "model": context.config.model_name,
         "response_id": response_id,
         "includes_usage": body.includes_usage,
         "warnings": warnings,
+        "report": request_timings(request.scope).report_if(body.return_timings),
     }
 
 

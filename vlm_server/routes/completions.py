@@ -14,13 +14,14 @@ from vlm_server.errors import bad_request, to_api_error
 from vlm_server.generation import NO_PROMPT
 from vlm_server.guided import grammar_of
 from vlm_server.infill import InfillFormat, infill_end_ids, infill_format, infill_tokens
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_timings
 from vlm_server.protocol import CompletionRequest
 from vlm_server.response_schema import CompletionResponse
 from vlm_server.shapes import CompletionShape, new_id
 from vlm_server.streaming import answer, unless_client_leaves
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/completions", response_model=CompletionResponse, tags=["completions"], summary="Continue a text")
@@ -42,7 +43,8 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     ends = infill_end_ids(infill, context.backend.pipeline.tokenizer) if infill is not None else ()
     generation = context.generation(body, prompts, grammar=grammar, stop_token_ids=ends, request_id=response_id, abort=abort)
     echoes = await asyncio.to_thread(_echoes, context, body, prompts) if body.echo else []
-    shape = CompletionShape(body, context.backend.pipeline.tokenizer, response_id=response_id, warnings=warnings, echoes=echoes)
+    tokenizer, report = context.backend.pipeline.tokenizer, request_timings(request.scope).report_if(body.return_timings)
+    shape = CompletionShape(body, tokenizer, response_id=response_id, warnings=warnings, echoes=echoes, report=report)
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 

@@ -11,17 +11,20 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.request import InvalidRequestError, Prompt, SamplingParams
+from vision.request_room import RequestRoom
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, context_of
 from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.errors import ApiError, bad_request, to_api_error
 from vlm_server.files import images_in_parts
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_facts
 from vlm_server.response_schema import EmbeddingsResponse
 from vlm_server.shapes import new_id
+from vlm_server.stage_timings import StageTimings
 from vlm_server.streaming import unless_client_leaves
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 NUM_AT_ONCE = 32  # of one request's items in the engine's queue
 _PARAMS = SamplingParams(max_tokens=0, pools=True)
@@ -59,10 +62,11 @@ def _check_dimensions(body: EmbeddingsRequest, hidden_size: int) -> None:
 async def embed_all(context: ServerContext, body: EmbeddingsRequest, tenant: str) -> list[tuple[np.ndarray, int]]:
     """Vector and number of tokens of each item. An error of one ends the others."""
     slots = asyncio.Semaphore(NUM_AT_ONCE)
+    room = context.backend.pipeline.request_room()
 
     async def embed(path: str, item: str | list[int] | list[dict[str, Any]]) -> tuple[np.ndarray, int]:
         async with slots:
-            prompt = await _prompt(context, path, item, tenant)
+            prompt = await _prompt(context, path, item, tenant, room)
             return await _vector(context, prompt, path), len(prompt.token_ids)
 
     try:
@@ -73,16 +77,24 @@ async def embed_all(context: ServerContext, body: EmbeddingsRequest, tenant: str
     return [task.result() for task in tasks]
 
 
-async def _prompt(context: ServerContext, path: str, item: str | list[int] | list[dict[str, Any]], tenant: str) -> Prompt:
+async def _prompt(
+    context: ServerContext, path: str, item: str | list[int] | list[dict[str, Any]], tenant: str, room: RequestRoom | None
+) -> Prompt:
     try:
         match item:
             case [dict(), *_] as parts:
-                pictures = await context.files.take(images_in_parts(parts, path), tenant=tenant)
-                return await context.backend.pipeline.parts_prompt(parts, param=path, tenant=tenant, pictures=pictures)  # type: ignore[arg-type]
+                return await _parts_prompt(context, parts, path, tenant, room)  # type: ignore[arg-type]
             case _:
                 return await context.text_prompt(item, tenant=tenant)  # type: ignore[arg-type]
     except InvalidRequestError as error:
         raise _named(error, path) from error
+
+
+async def _parts_prompt(context: ServerContext, parts: list[dict[str, Any]], path: str, tenant: str, room: RequestRoom | None) -> Prompt:
+    pictures = await context.files.take(images_in_parts(parts, path), tenant=tenant)
+    timings = StageTimings(observer=context.metrics)
+    pipeline = context.backend.pipeline
+    return await pipeline.parts_prompt(parts, param=path, tenant=tenant, pictures=pictures, timings=timings, room=room)
 
 
 async def _vector(context: ServerContext, prompt: Prompt, path: str) -> np.ndarray:
@@ -90,11 +102,14 @@ async def _vector(context: ServerContext, prompt: Prompt, path: str) -> np.ndarr
     async with aclosing(context.backend.engine.generate(prompt, _PARAMS, request_id=new_id("embd"))) as outputs:
         try:
             async for output in outputs:
+                context.metrics.stages_measured(output.timings_s or {})
                 if output.embedding is not None:
                     vector = np.asarray(output.embedding)
                     return np.asarray(vector / max(np.linalg.norm(vector), 1e-12), np.float32)
         except InvalidRequestError as error:
             raise _named(error, path) from error
+        finally:
+            prompt.close()
     raise ApiError(500, "engine_error", output.error or "the engine gave no embedding")
 
 

@@ -12,12 +12,14 @@ from vlm_server.generate_protocol import GenerateReqInput
 from vlm_server.generate_shape import GenerateShape
 from vlm_server.generation import NO_PROMPT
 from vlm_server.guided import grammar_of
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_timings
+from vlm_server.picture_report import PictureReport
 from vlm_server.response_schema import GenerateReqOutput
 from vlm_server.shapes import new_id
 from vlm_server.streaming import answer, unless_client_leaves
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/generate", response_model=GenerateReqOutput, tags=["completions"], summary="Continue a text or token ids, with pictures")
@@ -31,21 +33,28 @@ async def generate(request: Request, body: GenerateReqInput) -> Response:
     abort = context.abortable(request, body.session_id)
     grammar = await grammar_of(body)
     watch = Stopwatch()
-    work = _prompt(request, context, body)
+    report = PictureReport.of(body.on_media_error, body.return_image_sizes)
+    work = _prompt(request, context, body, report)
     prompt = await unless_client_leaves(request, unless_aborted(abort, work, instead=NO_PROMPT))
     context.metrics.prompt_prepared(watch.elapsed_s)
     generation = context.generation(body, [prompt], grammar=grammar, request_id=new_id("gen"), abort=abort)
-    shape = GenerateShape(num_prompt_tokens=len(prompt.token_ids), returns_logprob=bool(body.return_logprob), warnings=warnings)
+    shape = GenerateShape(
+        num_prompt_tokens=len(prompt.token_ids),
+        returns_logprob=bool(body.return_logprob),
+        warnings=warnings + report.warnings(),
+        extras=report.fields(),
+        report=request_timings(request.scope).report_if(body.return_timings),
+    )
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 
-async def _prompt(request: Request, context: ServerContext, body: GenerateReqInput) -> Prompt:
+async def _prompt(request: Request, context: ServerContext, body: GenerateReqInput, report: PictureReport) -> Prompt:
     timings, tenant = request_timings(request.scope), tenant_of(request.scope)
     pictures, fields = body.pictures(), body.picture_fields()
     _check_ids(context, body)
     if pictures:
         pipeline = context.backend.pipeline
-        return await pipeline.picture_prompt(body.text_or_ids, pictures, params=fields, tenant=tenant, timings=timings)
+        return await pipeline.picture_prompt(body.text_or_ids, pictures, params=fields, tenant=tenant, timings=timings, report=report)
     with timings.stage("tokenize"):
         try:
             return await context.text_prompt(body.text_or_ids, tenant=tenant)

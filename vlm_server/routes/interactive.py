@@ -6,6 +6,7 @@ A stream is one JSON object per line, without `data: ` and without an end mark, 
 import logging
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -16,17 +17,20 @@ from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import bad_request, to_api_error
 from vlm_server.interactive_protocol import NO_SESSION, GenerateRequest
-from vlm_server.middleware import request_facts
+from vlm_server.json_body import JsonRoute
+from vlm_server.middleware import request_facts, request_timings
+from vlm_server.picture_report import PictureReport
 from vlm_server.response_schema import InteractiveResponse
 from vlm_server.sessions.store import RecordId
 from vlm_server.shapes import new_id
-from vlm_server.streaming import EventStream, note_usage, unless_client_leaves
+from vlm_server.stage_timings import Report, StageTimings, no_report
+from vlm_server.streaming import UNFINISHED, EventStream, note_usage, unless_client_leaves
 from vlm_server.turns import Reply, TurnRequest
 from vlm_server.waiting_room import enter_waiting_room
 
 logger = logging.getLogger(__name__)
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 _encode = msgspec.json.Encoder().encode
 _NOTHING = Reply(finish_reason="stop")  # what cancelling and ending answer
@@ -42,14 +46,21 @@ async def chat_interactive(request: Request, body: GenerateRequest) -> Response:
         if session_id is not None:
             turns = context.turns
             await unless_client_leaves(request, turns.cancel(session_id) if body.cancel else turns.end(session_id))
-        return Response(_line(_NOTHING, warnings), media_type="text/event-stream" if body.stream else "application/json")
+        return Response(_Shown(warnings).line(_NOTHING), media_type="text/event-stream" if body.stream else "application/json")
     enter_waiting_room(request.scope)
     messages, tenant = body.new_messages(), tenant_of(request.scope)
-    files = await unless_client_leaves(request, context.files.take(_uploaded(body, messages), tenant=tenant))
-    replies = context.turns.replies(_turn_request(context, body, messages, files, tenant, session_id))
+    timings, report = request_timings(request.scope), PictureReport.of(body.on_media_error, body.return_image_sizes)
+    report.params = {path for _, _, path in body.picture_fields()}  # those of earlier turns are the session's
+    files = {}
+    if uploaded := list(_uploaded(body, messages)):
+        with timings.stage("files"):
+            taking = context.files.take(uploaded, tenant=tenant, lost=report.lost if report.may_fail else None)
+            files = await unless_client_leaves(request, taking)
+    replies = context.turns.replies(_turn_request(context, body, messages, files, tenant, session_id, timings, report))
+    shown = _Shown(warnings, timings.report_if(body.return_timings), report)
     if body.stream:
-        return await _stream(request, replies, warnings)
-    return Response(_line(await _collected(request, replies), warnings), media_type="application/json")
+        return await _stream(request, replies, shown)
+    return Response(shown.line(await _collected(request, replies)), media_type="application/json")
 
 
 def _check(body: GenerateRequest) -> list[str]:
@@ -89,6 +100,8 @@ def _turn_request(
     files: dict[str, bytes],
     tenant: str,
     session_id: RecordId | None,
+    timings: StageTimings,
+    report: PictureReport,
 ) -> TurnRequest:
     fields, response_id = body.turn_fields(context.config.model_name), new_id("interactive")
     return TurnRequest(
@@ -99,7 +112,9 @@ def _turn_request(
         pictures=tuple(body.picture_fields()),
         files=files,
         generation=lambda prompt: context.generation(fields, [prompt], request_id=response_id),
+        report=report,
         prompt_prepared=context.metrics.prompt_prepared,
+        timings=timings,
     )
 
 
@@ -114,49 +129,66 @@ async def _collected(request: Request, replies: AsyncGenerator[Reply, None]) -> 
         return Reply("".join(pieces), reply.usage, reply.history_tokens, reply.finish_reason)
 
     reply = await unless_client_leaves(request, collect())
-    note_usage(request, reply.usage)
+    _note(request, reply)
     return reply
 
 
-async def _stream(request: Request, replies: AsyncGenerator[Reply, None], warnings: list[str]) -> Response:
+async def _stream(request: Request, replies: AsyncGenerator[Reply, None], shown: "_Shown") -> Response:
     """The answer in lines, begun. Raises what the turn raises before its first piece."""
     try:
         first = await unless_client_leaves(request, anext(replies))
     except BaseException:
         await replies.aclose()
         raise
-    return EventStream(_lines(request, first, replies, warnings), replies, ping_s=0)  # a comment would be no JSON
+    return EventStream(_lines(request, first, replies, shown), replies, ping_s=0)  # a comment would be no JSON
 
 
-async def _lines(request: Request, first: Reply, replies: AsyncGenerator[Reply, None], warnings: list[str]) -> AsyncGenerator[bytes, None]:
+async def _lines(request: Request, first: Reply, replies: AsyncGenerator[Reply, None], shown: "_Shown") -> AsyncGenerator[bytes, None]:
     last = first
     try:
         async with aclosing(replies):
-            yield _line(first, warnings)
+            yield shown.line(first)
             async for last in replies:
-                yield _line(last, warnings)
+                yield shown.line(last)
     except Exception as error:  # the status is sent already: the error becomes the last line
         api_error = to_api_error(error)
         if api_error.code == "internal_error":
             logger.exception("a stream failed")
         request_facts(request.scope)["error"] = api_error.code
         failed = Reply(usage=last.usage, history_tokens=last.history_tokens, finish_reason="error")
-        yield _encode(_as_dict(failed, warnings) | {"error": api_error.body()["error"]}) + b"\n"
+        yield _encode(shown.as_dict(failed) | {"error": api_error.body()["error"]}) + b"\n"
     finally:
-        note_usage(request, last.usage)
+        _note(request, last)
 
 
-def _line(reply: Reply, warnings: list[str]) -> bytes:
-    return _encode(_as_dict(reply, warnings if reply.finish_reason else [])) + b"\n"
+def _note(request: Request, reply: Reply) -> None:
+    note_usage(request, reply.usage)
+    request_facts(request.scope)["finish_reason"] = reply.finish_reason or UNFINISHED
 
 
-def _as_dict(reply: Reply, warnings: list[str]) -> dict[str, Any]:
-    """LMDeploy's object."""
-    return {
-        "text": reply.text,
-        "tokens": reply.usage.completion_tokens,
-        "input_tokens": reply.usage.prompt_tokens - reply.history_tokens,
-        "history_tokens": reply.history_tokens,
-        "finish_reason": reply.finish_reason,
-        **({"warnings": warnings} if warnings else {}),
-    }
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """How a turn's replies are written: in the last one with warnings, timings, and what became of its pictures."""
+
+    warnings: list[str]
+    report: Report = no_report
+    pictures: PictureReport = field(default_factory=PictureReport)
+
+    def line(self, reply: Reply) -> bytes:
+        return _encode(self.as_dict(reply)) + b"\n"
+
+    def as_dict(self, reply: Reply) -> dict[str, Any]:
+        """LMDeploy's object."""
+        last = self._last() if reply.finish_reason else {}
+        return {
+            "text": reply.text,
+            "tokens": reply.usage.completion_tokens,
+            "input_tokens": reply.usage.prompt_tokens - reply.history_tokens,
+            "history_tokens": reply.history_tokens,
+            "finish_reason": reply.finish_reason,
+            **last,
+        }
+
+    def _last(self) -> dict[str, Any]:
+        warnings = self.warnings + self.pictures.warnings()
+        return {**({"warnings": warnings} if warnings else {}), **self.pictures.fields(), **self.report()}

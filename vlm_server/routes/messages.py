@@ -22,10 +22,11 @@ from vlm_server.chats import begin_chat, count_tokens
 from vlm_server.context import context_of
 from vlm_server.errors import ApiError, to_api_error
 from vlm_server.field_rules import check_fields
-from vlm_server.middleware import request_facts
+from vlm_server.json_body import JsonRoute
+from vlm_server.middleware import request_facts, request_timings
 from vlm_server.streaming import answer
 
-router = APIRouter(tags=["messages"])
+router = APIRouter(route_class=JsonRoute, tags=["messages"])
 models_router = APIRouter(prefix="/anthropic", tags=["models"])
 
 _EXAMPLE = {"version": Example(value="2023-06-01")}
@@ -45,7 +46,9 @@ async def messages(request: Request, body: MessagesRequest, anthropic_version: V
         response_id = f"msg_{uuid.uuid4().hex}"
         chat = await begin_chat(request, context, translation.chat, response_id=response_id)
         warnings += map(translation.names.in_warning, chat.warnings)
-        shape = MessageShape(body, response_id=response_id, request_id=request_facts(request.scope)["id"], warnings=warnings)
+        extras, request_id = chat.report.fields(translation.names.of), request_facts(request.scope)["id"]
+        report = request_timings(request.scope).report_if(body.return_timings)
+        shape = MessageShape(body, response_id=response_id, request_id=request_id, warnings=warnings, extras=extras, report=report)
         return await answer(request, chat.generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
 
 
@@ -56,7 +59,8 @@ async def count_message_tokens(request: Request, body: CountTokensRequest, anthr
     warnings = check_fields(body, strict=context.config.strict_fields) + without_effect(body)
     translation = translate(body)
     with _named(translation.names):
-        num_tokens = await count_tokens(request, context, translation.chat)
+        num_tokens, about_pictures = await count_tokens(request, context, translation.chat)
+    warnings += map(translation.names.in_warning, about_pictures)
     return _json({"input_tokens": num_tokens} | ({"warnings": warnings} if warnings else {}))
 
 

@@ -11,6 +11,8 @@ from vlm_server.auth import tenant_of
 from vlm_server.chats import begin_chat
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import ApiError, bad_request
+from vlm_server.json_body import JsonRoute
+from vlm_server.middleware import request_timings
 from vlm_server.responses.items import ITEMS, AnyItem, as_given_back
 from vlm_server.responses.records import KeptResponse, TooLargeError, new_response_id
 from vlm_server.responses.request import INCLUDABLE, CreateResponse
@@ -20,7 +22,7 @@ from vlm_server.responses.translation import TranslatedChat, new_items, translat
 from vlm_server.sessions.store import StoreError
 from vlm_server.streaming import answer
 
-router = APIRouter(tags=["responses"])
+router = APIRouter(route_class=JsonRoute, tags=["responses"])
 
 _encode = msgspec.json.Encoder().encode
 
@@ -59,7 +61,9 @@ async def _answer(
     begun = await begin_chat(request, context, chat.request, response_id=response_id)
     all_warnings = dict.fromkeys([*warnings, *map(chat.paths.text, begun.warnings)])
     head = response_head(body, response_id=response_id, model=model, defaults=context.defaults)
-    shape = ResponseShape(head, context.backend.pipeline.tokenizer, warnings=list(all_warnings), paths=chat.paths)
+    extras, tokenizer = begun.report.fields(chat.paths.of), context.backend.pipeline.tokenizer
+    report = request_timings(request.scope).report_if(body.return_timings)
+    shape = ResponseShape(head, tokenizer, warnings=list(all_warnings), paths=chat.paths, extras=extras, report=report)
 
     async def keep() -> None:
         assert shape.final is not None

@@ -8,13 +8,14 @@ from engine.request import Prompt, SamplingParams
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import ApiError, bad_request
+from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_facts
 from vlm_server.response_schema import PerplexityResponse
 from vlm_server.shapes import new_id
 from vlm_server.streaming import unless_client_leaves
 from vlm_server.token_protocol import PerplexityRequest, PoolingRequest
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter(route_class=JsonRoute, tags=["tokens"])
 
 _PARAMS = SamplingParams(max_tokens=0, prompt_logprobs=0)
 
@@ -43,6 +44,7 @@ async def pooling(request: Request, body: PoolingRequest) -> Response:
 
 async def _cross_entropy(context: ServerContext, prompt: Prompt) -> float:
     async for output in context.backend.engine.generate(prompt, _PARAMS, request_id=new_id("ppl")):
+        context.metrics.stages_measured(output.timings_s or {})
         if output.prompt_logprobs is not None:
             return -sum(scored.logprob for scored in output.prompt_logprobs) / len(output.prompt_logprobs)
     raise ApiError(500, "engine_error", output.error or "the engine gave no log-probabilities")

@@ -12,15 +12,22 @@ from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import bad_request
 from vlm_server.files import images_in
+from vlm_server.json_body import JsonRoute
+from vlm_server.picture_report import PictureReport
 from vlm_server.response_schema import DetokenizeResponse, EncodeResponse, TokenizeResponse
 from vlm_server.streaming import unless_client_leaves
 from vlm_server.token_protocol import DetokenizeRequest, EncodeRequest, TokenizeRequest, TokenRequest
 from vlm_server.tools import check_tools
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter(route_class=JsonRoute, tags=["tokens"])
 
 _OF_PROMPTS = frozenset({"add_special_tokens"})
-_OF_CHATS = frozenset({"add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools", "mm_processor_kwargs"})
+_OF_CHATS = frozenset(
+    {
+        *("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools"),
+        *("mm_processor_kwargs", "on_media_error"),
+    }
+)
 
 
 @router.post("/tokenize", response_model=TokenizeResponse, summary="The tokens of a prompt or a conversation")
@@ -29,12 +36,13 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     context = context_of(request)
     is_chat = body.messages is not None
     warnings = context.accept(request, body) + _without_effect(body, _OF_PROMPTS if is_chat else _OF_CHATS)
-    tokens = await unless_client_leaves(request, _tokens(context, body, tenant_of(request.scope)))
+    report = PictureReport.of(body.on_media_error)
+    tokens = await unless_client_leaves(request, _tokens(context, body, tenant_of(request.scope), report))
     content: dict[str, Any] = {"count": len(tokens), "max_model_len": context.engine_info.session_len, "tokens": tokens}
     if body.return_token_strs:
         tokenizer = context.backend.pipeline.tokenizer
         content["token_strs"] = [tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in tokens]
-    return _json(content, warnings)
+    return _json(content, warnings + report.warnings())
 
 
 @router.post("/detokenize", response_model=DetokenizeResponse, summary="The text of token ids")
@@ -64,7 +72,7 @@ async def encode(request: Request, body: EncodeRequest) -> Response:
     return _json({"input_ids": encoded, "length": lengths}, warnings)
 
 
-async def _tokens(context: ServerContext, body: TokenizeRequest, tenant: str) -> list[int]:
+async def _tokens(context: ServerContext, body: TokenizeRequest, tenant: str, report: PictureReport) -> list[int]:
     pipeline = context.backend.pipeline
     if body.messages is None:
         assert body.prompt is not None
@@ -72,7 +80,7 @@ async def _tokens(context: ServerContext, body: TokenizeRequest, tenant: str) ->
     if body.tools:
         check_tools(context.formats)
     messages = [message.as_dict() for message in body.messages]
-    pictures = await context.files.take(images_in(messages), tenant=tenant)
+    pictures = await context.files.take(images_in(messages), tenant=tenant, lost=report.lost if report.may_fail else None)
     return await pipeline.chat_tokens(
         messages,
         tools=[tool.as_dict() for tool in body.tools or ()] or None,
@@ -82,6 +90,7 @@ async def _tokens(context: ServerContext, body: TokenizeRequest, tenant: str) ->
         add_generation_prompt=body.adds_generation_prompt,
         continue_final_message=body.continue_final_message,
         pictures=pictures,
+        report=report,
     )
 
 

@@ -6,6 +6,7 @@ lease or a quota are transactions that fail where it changes.
 """
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
@@ -13,13 +14,21 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from redis import asyncio as redis
-from redis.exceptions import RedisError, WatchError
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError, WatchError
 
-from vlm_server.sessions.store import LeaseLostError, Limits, Quota, RecordId, StoreError
+from vlm_server.sessions.store import LeaseLostError, Limits, Quota, RecordId, StoreError, StoreFullError
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0  # for Redis to be reached, and to answer
+MAX_RETRIES = 1  # of a command whose connection turns out to be closed: Redis was restarted; one that does not answer is not asked again
 MAX_TRIES = 20  # of a transaction that others disturb
 _MAX_PAUSE_S = 0.05  # between two tries; drawn, so that two servers do not go on disturbing each other
+
+_NO_DISK = "MISCONF"  # how Redis refuses to write while it cannot save: its own disk is full
 
 _VALUE = b"value"
 _PART = b"part:"
@@ -37,15 +46,17 @@ class RedisStore:
     async def open(cls, url: str) -> "RedisStore":
         """Raises StoreError where `url` leads to no Redis."""
         try:
-            client = redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+            retry = Retry(NoBackoff(), MAX_RETRIES, supported_errors=(RedisConnectionError,))
+            client = redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=retry)
         except (ValueError, RedisError) as error:
             raise StoreError(f"the session store's address is not valid: {error}") from error
         store = cls(client)
         try:
-            async with _translated():
-                await client.ping()
-        except BaseException:
+            await client.ping()
+        except BaseException as error:
             await store.close()
+            if isinstance(error, RedisError):
+                raise StoreError(f"the session store failed: {error}") from error
             raise
         return store
 
@@ -216,7 +227,11 @@ async def _surplus(pipe: Any, index: str, key: bytes, max_records: int) -> list[
 
 @asynccontextmanager
 async def _translated() -> AsyncIterator[None]:
+    """What Redis says, its address with it, is for the log alone."""
     try:
         yield
     except RedisError as error:
-        raise StoreError(f"the session store failed: {error}") from error
+        logger.error("the session store failed: %s", error)
+        if isinstance(error, OutOfMemoryError) or (isinstance(error, ResponseError) and _NO_DISK in str(error)):
+            raise StoreFullError from error
+        raise StoreError("the session store does not answer; try again") from error

@@ -4,6 +4,7 @@ The file holds conversations, so only its owner may read it. All work is done in
 """
 
 import asyncio
+import logging
 import os
 import sqlite3
 import time
@@ -12,7 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from vlm_server.sessions.store import LeaseLostError, Limits, Quota, RecordId, StoreError
+from vlm_server.sessions.store import LeaseLostError, Limits, Quota, RecordId, StoreError, StoreFullError
+
+logger = logging.getLogger(__name__)
 
 IN_MEMORY = ":memory:"
 BUSY_TIMEOUT_S = 5.0  # for another process's write
@@ -146,7 +149,10 @@ class SqliteStore:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, _transaction, self._connection, work)
         except sqlite3.Error as error:
-            raise StoreError(f"the session store failed: {error}") from error
+            logger.error("the session store failed: %s", error)
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise StoreFullError from error
+            raise StoreError("the session store failed; the server's log says why") from error
 
 
 def _connect(path: str) -> sqlite3.Connection:
@@ -185,7 +191,8 @@ def _transaction(connection: sqlite3.Connection, work: Callable[[sqlite3.Connect
         result = work(connection)
         connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # some failures, a full disk among them, have ended it
+            connection.execute("ROLLBACK")
         raise
     return result
 

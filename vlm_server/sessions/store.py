@@ -17,6 +17,13 @@ class StoreError(Exception):
     """The store cannot be opened, reached, read or written."""
 
 
+class StoreFullError(StoreError):
+    """There is no room for what was to be written; nothing was."""
+
+    def __init__(self) -> None:
+        super().__init__("the session store is full: nothing can be kept until there is room again; requests that keep nothing work")
+
+
 class LeaseLostError(Exception):
     """The lease ended before the write: it was revoked, or not renewed in time. Nothing was written."""
 

@@ -251,13 +251,13 @@ def test_a_string_has_no_parts_to_name() -> None:
 def test_errors_and_warnings_begin_with_the_clients_name() -> None:
     paths = FieldPaths({"a": Place("b"), "w": Place("v", is_whole=True)})
 
-    error = paths.error(bad_request("code", "a.x[0]: wrong", param="a.x[0]"))
+    error = paths.error(bad_request("invalid_value", "a.x[0]: wrong", param="a.x[0]"))
 
     assert (error.param, error.message) == ("b.x[0]", "b.x[0]: wrong")
     assert paths.text("w.x: no") == "v: no"
     assert paths.text("ab: no") == "ab: no"
     assert paths.text("some words: no") == "some words: no"
-    assert paths.error(bad_request("code", "words")).message == "words"
+    assert paths.error(bad_request("invalid_value", "words")).message == "words"
 
 
 @pytest.mark.parametrize(

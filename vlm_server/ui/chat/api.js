@@ -32,6 +32,11 @@ export async function limits() {
   return (await request("ui/limits.json")).json();
 }
 
+/** The server's numbers of this moment, with `history` also those of the last minutes. */
+export async function status({ history, signal }) {
+  return (await request(history ? "status?history=true" : "status", { signal })).json();
+}
+
 /** A picture to begin with, as a blob. */
 export async function example() {
   return (await request("ui/example.png")).blob();
@@ -84,7 +89,7 @@ async function request(path, options = {}) {
   try {
     response = await fetch(new URL(path, BASE), { ...options, headers });
   } catch (error) {
-    if (error.name === "AbortError") throw error;
+    if (error.name === "AbortError" || error.name === "TimeoutError") throw error;
     throw new ApiError(
       0,
       key && !isByteString(key) ? "The API key holds characters that no key has." : "The server cannot be reached.",
