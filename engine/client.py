@@ -30,6 +30,7 @@ from engine.request import (
     SamplingParams,
     StepOutput,
 )
+from engine.unread import UnreadOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,11 @@ PULSE_INTERVAL_S = 1.0  # a pause of the server's own (a frozen container) is on
 #   PASSIVE 50 / 56 / 54     5,000 spins 39 / 74 / 73     20,000 spins 32 / 41 / 127     the default 32 / – / several hundred
 # To tune again: `python -m benchmarks.embedded` with OMP_WAIT_POLICY or GOMP_SPINCOUNT set.
 WAITING_THREADS = {"GOMP_SPINCOUNT": "20000"}
+
+# oneDNN and its layer in torch keep compiled kernels for the last so many shapes. Each length of a prompt and each size of a batch is a
+# shape for every layer: with their 1024 a process goes on growing for hours. Embedded model, a prompt of another length each time, 45 s,
+# 2026-11: 1024 MiB when loaded, then 1390 MiB and growing with 1024, 1206 with 128, 1126 with 32, at the same speed.
+KEPT_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 
 _REJECTIONS: dict[str, Callable[[Rejected], EngineError]] = {
     "PromptTooLongError": lambda rejected: PromptTooLongError(*rejected.numbers),
@@ -90,7 +96,7 @@ class EngineClient:
         self.failure: str | None = None  # why the state is FAILED
         self.num_restarts = 0
         self._on_progress = on_progress
-        self._streams: dict[str, asyncio.Queue[StepOutput | EngineError]] = {}
+        self._streams = UnreadOutputs()
         self._stats_calls: dict[int, asyncio.Future[EngineStats]] = {}
         self._num_calls = 0
         self._vocabulary: str | None = None
@@ -133,25 +139,23 @@ class EngineClient:
     async def generate(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> AsyncGenerator[StepOutput, None]:
         """One request's outputs, the last one with its finish_reason.
 
-        Raises PromptTooLongError, InvalidRequestError, QueueFullError or EngineDeadError. Closing the generator early aborts the request.
+        Raises PromptTooLongError, InvalidRequestError, QueueFullError or EngineDeadError, and UnreadError where too much was not taken in
+        time. Closing the generator early aborts the request.
         """
         sender = self._ready_sender()
         if request_id in self._streams:
             raise InvalidRequestError(f"a request {request_id} is running already")
-        queue: asyncio.Queue[StepOutput | EngineError] = asyncio.Queue()
-        self._streams[request_id] = queue  # before sending: no output can be missed
+        queue = self._streams.open(request_id)  # before sending: no output can be missed
         is_over = False
         try:
             await self._send(sender, Add(request_id, prompt, params))
             while not is_over:
                 output = await queue.get()
-                is_over = isinstance(output, EngineError) or output.finish_reason is not None
-                if isinstance(output, EngineError):
-                    raise output
+                is_over = output.finish_reason is not None
                 yield output
         finally:
-            del self._streams[request_id]
-            if not is_over:
+            self._streams.close(request_id)
+            if not is_over and not queue.is_ended:
                 self._abort(request_id)
 
     def announcement(self) -> Announcement:
@@ -253,11 +257,10 @@ class EngineClient:
         match message:
             case Outputs(outputs):
                 for output in outputs:
-                    if queue := self._streams.get(output.request_id):
-                        queue.put_nowait(output)
+                    if not self._streams.put(output):
+                        self._abort(output.request_id)
             case Rejected(request_id):
-                if queue := self._streams.get(request_id):
-                    queue.put_nowait(_rejection(message))
+                self._streams.fail(request_id, _rejection(message))
             case Stats(call_id, stats):
                 answer = self._stats_calls.get(call_id)
                 if answer and not answer.done():
@@ -273,8 +276,7 @@ class EngineClient:
                 self.failure, self.state = reason, EngineState.FAILED
 
     def _fail_all(self, error: EngineDeadError) -> None:
-        for queue in self._streams.values():
-            queue.put_nowait(error)
+        self._streams.fail_all(error)
         for answer in self._stats_calls.values():
             if not answer.done():
                 answer.set_exception(error)
@@ -316,9 +318,9 @@ def _rejection(rejected: Rejected) -> EngineError:
 
 
 def engine_environment(config: EngineConfig) -> dict[str, str]:
-    """Of the engine process: what CUDA and OpenMP read when they start."""
+    """Of the engine process: what CUDA, OpenMP and oneDNN read when they start."""
     chosen = {"CUDA_VISIBLE_DEVICES": ",".join(config.gpus)} if config.gpus else {}
-    return {**({} if "OMP_WAIT_POLICY" in os.environ else WAITING_THREADS), **os.environ, **chosen}
+    return {**KEPT_SHAPES, **({} if "OMP_WAIT_POLICY" in os.environ else WAITING_THREADS), **os.environ, **chosen}
 
 
 async def _spawn(config: EngineConfig) -> _Connection:

@@ -34,6 +34,10 @@ class QueueFullError(EngineError):
         self.retry_after_s = retry_after_s
 
 
+class UnreadError(EngineError):
+    """Too much of the answer was written and not read; it ends here."""
+
+
 class EngineDeadError(EngineError):
     """The engine process ended or does not answer; it is being restarted unless `is_final`."""
 

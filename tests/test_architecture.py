@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "engine.batch": ".request",
     "engine.beams": ".request .scheduler",
     "engine.channel": "vision.shared_array",
-    "engine.client": ".announcing .channel .config .messages .pulse .request",
+    "engine.client": ".announcing .channel .config .messages .pulse .request .unread",
     "engine.config": ".log_lines",
     "engine.continuations": ".beams .sampler",
     "engine.core": (
@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "engine.scheduler": ".config .kv_cache .request .row .turns",
     "engine.slices": "",
     "engine.turns": "",
+    "engine.unread": ".request",
     "engine.workers": ".channel .config .layers.parallel .messages .model_runner .request",
     "vision": "",
     "vision.addresses": ".config",
@@ -125,9 +126,9 @@ MAY_IMPORT = {
     "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
         ".aborting .admission .answer_formats .api_keys .auth .backend .body_budget .chat_page .config .context .docs .errors .files "
-        ".jinja_process .metered_engine .metrics .middleware .quotas .readiness .responses.records .routes.* .sampling .sessions.history "
-        ".sessions.opening .sessions.store .stage_totals .status_board .tracing .turns .waiting_room engine.request vision.budget "
-        "vision.image vision.service"
+        ".jinja_process .metered_engine .metrics .middleware .queued_tokens .quotas .readiness .responses.records .routes.* .sampling "
+        ".sessions.history .sessions.opening .sessions.store .stage_totals .status_board .tracing .turns .waiting_room engine.request "
+        "vision.budget vision.image vision.service"
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
@@ -215,6 +216,7 @@ MAY_IMPORT = {
         ".chat_template .jinja_process .pipeline .readiness .stage_timings engine.request vision.image vision.request_room vision.workers"
     ),
     "vlm_server.protocol": ".config .format_protocol .image_protocol .message_schema .nesting .tool_schema",
+    "vlm_server.queued_tokens": ".backend engine.request vision.budget vision.media_budgets",
     "vlm_server.quotas": "",
     "vlm_server.readiness": "",
     "vlm_server.request_limits": (
@@ -262,7 +264,7 @@ MAY_IMPORT = {
     "vlm_server.routes.health": ".auth .context .errors .metrics .readiness .response_schema .sessions.store .streaming engine.request",
     "vlm_server.routes.interactive": (
         ".auth .context .errors .interactive_protocol .json_body .middleware .picture_report .response_schema .sessions.store .shapes "
-        ".stage_timings .streaming .turns"
+        ".stage_timings .streaming .turns .waiting_room"
     ),
     "vlm_server.routes.messages": (
         ".anthropic.field_names .anthropic.models .anthropic.protocol .anthropic.response_schema .anthropic.shapes .anthropic.translation "
@@ -313,7 +315,7 @@ MAY_IMPORT = {
         "engine.request vision.image vision.media_budgets"
     ),
     "vlm_server.uploads": ".errors .file_protocol vision.image",
-    "vlm_server.waiting_room": ".backend engine.request vision.budget vision.media_budgets",
+    "vlm_server.waiting_room": ".backend .errors .middleware engine.request",
 }
 
 # Whole packages that a package never imports, whatever the table says: vision knows neither other package, the engine no server.

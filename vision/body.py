@@ -26,6 +26,11 @@ class CappedBody:
         self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 32) if encoding in _ZLIB else None  # 32: a gzip or a zlib header
 
     @property
+    def is_compressed(self) -> bool:
+        """Whether `append` may take long for what it is given: a few kilobytes can unfold to the limit."""
+        return self._zlib is not None
+
+    @property
     def is_complete(self) -> bool:
         return self._zlib is None or self._zlib.eof
 

@@ -160,7 +160,10 @@ class Downloader:
         body = CappedBody(config.max_picture_bytes, encoding, min_bytes_per_s=config.min_download_bytes_per_s)
         await held.resize(0)  # what an earlier attempt left
         async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-            body.append(chunk)
+            if body.is_compressed:
+                await asyncio.to_thread(body.append, chunk)
+            else:
+                body.append(chunk)
             await held.resize(len(body.data))
         if not body.is_complete:
             raise MediaError("image_fetch_failed", "the picture's server broke off")

@@ -35,6 +35,7 @@ from vlm_server.jinja_process import RendererLostError
 from vlm_server.metered_engine import metered_engine
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath
+from vlm_server.queued_tokens import QUEUED_TOKENS, bounded_queue
 from vlm_server.quotas import Quota, QuotaExceededError
 from vlm_server.readiness import Readiness
 from vlm_server.responses.records import ResponseRecords
@@ -65,7 +66,7 @@ from vlm_server.stage_totals import StageTotals, timed_engine
 from vlm_server.status_board import StatusBoard
 from vlm_server.tracing import Tracing, otlp_exporter
 from vlm_server.turns import Turns
-from vlm_server.waiting_room import QUEUED_TOKENS, waiting_room
+from vlm_server.waiting_room import RefuseWhenFull, WaitingRoom, awaited_engine
 
 
 def create_app(
@@ -81,7 +82,7 @@ def create_app(
     running = RunningRequests() if config.enable_abort_handling else None
     keys = _key_ring(config, metrics)
     readiness, totals = Readiness(), StageTotals()
-    board = StatusBoard(totals)
+    board, room = StatusBoard(totals), WaitingRoom(config.engine.max_waiting)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -98,8 +99,9 @@ def create_app(
             ):
                 backend = replace(backend, engine=timed_engine(backend.engine, totals))
                 uploads, created_s = _files(config, store), int(time.time())
-                limited = _with_waiting_room(backend, config)
-                charging = replace(limited, engine=metered_engine(limited.engine)) if keys is not None else limited
+                limited = _with_token_budget(backend, config)
+                engine = awaited_engine(limited.engine, room)
+                charging = replace(limited, engine=metered_engine(engine) if keys is not None else engine)
                 app.state.context = ServerContext(config, charging, defaults, metrics, turns, formats, uploads, records, created_s, running)
                 async with board.sampling(backend.engine, backend.vision_stats):
                     yield
@@ -123,7 +125,7 @@ def create_app(
     if running is not None:
         app.add_middleware(TracksAborts, running=running)
     open_paths = (DOCS_PATHS if config.enable_docs else frozenset()) | (chat_page.paths if chat_page else frozenset())
-    _add_middleware(app, config, metrics, keys, tracing, open_paths=open_paths)
+    _add_middleware(app, config, metrics, keys, tracing, room, open_paths=open_paths)
     app.state.keys = keys
     app.state.readiness, app.state.status_board = readiness, board
     return app
@@ -146,7 +148,7 @@ def _files(config: ServerConfig, store: RecordStore) -> Files:
     return Files(store, StoreQuota(config.max_files, config.max_file_bytes_per_key), max_request_bytes=config.max_body_bytes)
 
 
-def _with_waiting_room(backend: Backend, config: ServerConfig) -> Backend:
+def _with_token_budget(backend: Backend, config: ServerConfig) -> Backend:
     """Its stats have all budgets."""
     queue = Budget(QUEUED_TOKENS, config.max_queued_tokens, wait_s=config.vision.budget_wait_s)
     budgets = (*backend.media.all(), queue)
@@ -154,7 +156,7 @@ def _with_waiting_room(backend: Backend, config: ServerConfig) -> Backend:
     def vision_stats() -> VisionStats:
         return replace(backend.vision_stats(), budgets={budget.name: budget.stats() for budget in budgets})
 
-    return replace(backend, engine=waiting_room(backend.engine, queue), vision_stats=vision_stats)
+    return replace(backend, engine=bounded_queue(backend.engine, queue), vision_stats=vision_stats)
 
 
 def _key_ring(config: ServerConfig, metrics: Metrics) -> KeyRing | None:
@@ -219,11 +221,19 @@ def _is_json(content_type: str) -> bool:
 
 
 def _add_middleware(
-    app: FastAPI, config: ServerConfig, metrics: Metrics, keys: KeyRing | None, tracing: Tracing | None, *, open_paths: Collection[str]
+    app: FastAPI,
+    config: ServerConfig,
+    metrics: Metrics,
+    keys: KeyRing | None,
+    tracing: Tracing | None,
+    room: WaitingRoom,
+    *,
+    open_paths: Collection[str],
 ) -> None:
-    """The last one added is the outermost: prefix, log, CORS, keys, quotas, body limit, media in flight, routes."""
+    """The last one added is the outermost: prefix, log, CORS, keys, quotas, waiting room, body limit, media in flight, routes."""
     app.add_middleware(HoldsMedia)
     app.add_middleware(BodyLimit, limit_bytes=config.max_body_bytes)
+    app.add_middleware(RefuseWhenFull, room=room)
     if keys is not None:
         app.add_middleware(EnforceQuotas)
         app.add_middleware(RequireApiKey, keys=keys, open_paths=open_paths)

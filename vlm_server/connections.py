@@ -6,11 +6,12 @@ client that leaves does. Knows nothing of routes or of what is sent.
 
 import asyncio
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from vlm_server.config import ConnectionLimits
 
 MAX_HEAD_BYTES = 64 << 10  # request line and headers; the parser itself has no limit
+MIN_TAKEN_BYTES = 32 << 10  # of a large answer, in each `send_s`: slow clients get on, one that takes a byte now and then does not
 
 
 def limited_protocol(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
@@ -40,6 +41,32 @@ class _Deadline:
             self._timer = None
 
 
+class _Progress:
+    """Cuts a connection whose client takes too little of what is written for it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, limit_s: float) -> None:
+        self._loop = loop
+        self._transport = transport
+        self._limit_s = limit_s
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self) -> None:
+        """From now on, until `clear`."""
+        self.clear()
+        self._timer = self._loop.call_later(self._limit_s, self._check, self._transport.get_write_buffer_size())
+
+    def clear(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _check(self, num_unread_before: int) -> None:
+        if num_unread_before - self._transport.get_write_buffer_size() >= MIN_TAKEN_BYTES:
+            self.watch()
+        else:
+            self._transport.abort()
+
+
 class _LimitedProtocol(HttpToolsProtocol):
     """At any time a connection waits for a head, for a body, or for its own server; and beside that for its answer to be read."""
 
@@ -52,13 +79,17 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._receiving = _Deadline(self.loop, transport)
         self._body = _Deadline(self.loop, transport)
-        self._sending = _Deadline(self.loop, transport)
+        self._sending = _Progress(self.loop, transport, self._limits.send_s)
         self._receiving.set(self._limits.head_s)
+        self._cycles: list[RequestResponseCycle] = []  # of requests that were sent before others had their answers
 
     def connection_lost(self, exc: Exception | None) -> None:
         for deadline in (self._receiving, self._body, self._sending):
             deadline.clear()
         super().connection_lost(exc)
+        for cycle in self._cycles:  # uvicorn tells the last one alone
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
@@ -79,6 +110,9 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._receiving.set(self._limits.body_pause_s)
         self._body.set(self._limits.body_s)
         super().on_headers_complete()
+        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        if self.cycle is not None and self.cycle not in self._cycles:
+            self._cycles.append(self.cycle)
 
     def on_message_complete(self) -> None:
         self._in_body = False
@@ -88,7 +122,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._sending.set(self._limits.send_s)
+        self._sending.watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -97,5 +131,5 @@ class _LimitedProtocol(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """An answer that nobody took is not waited for either."""
         if self.transport.get_write_buffer_size():
-            self._sending.set(self._limits.send_s)
+            self._sending.watch()
         super().timeout_keep_alive_handler()

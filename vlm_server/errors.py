@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
-from engine.request import EngineDeadError, InvalidRequestError, PromptTooLongError, QueueFullError
+from engine.request import EngineDeadError, InvalidRequestError, PromptTooLongError, QueueFullError, UnreadError
 from vision.budget import BudgetFullError
 from vision.image import MediaError
 from vlm_server.error_codes import ERROR_CODES
@@ -138,6 +138,8 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
             return ApiError(507, "session_store_full", str(error), headers={"retry-after": str(FULL_RETRY_AFTER_S)})
         case StoreError():
             return ApiError(503, "session_store_unavailable", str(error), headers={"retry-after": str(RETRY_AFTER_S)})
+        case UnreadError():
+            return ApiError(503, "answer_not_read", str(error))
         case EngineDeadError():
             return ApiError(503, "engine_unavailable", str(error), headers={"retry-after": str(RETRY_AFTER_S)})
         case HTTPException():

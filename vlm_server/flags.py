@@ -175,7 +175,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("cache-block-seq-len", "engine", "tokens per KV block", int),
         Flag("enable-prefix-caching", "engine", "keep the KV of prompts for later ones that begin alike", bool),
         Flag("max-prefill-token-num", "engine", "prompt tokens computed in one step", int),
-        Flag("max-waiting", "engine", "requests that may wait; more are refused with 429", int),
+        Flag("max-waiting", "engine", "requests whose answer may wait to begin; more are refused with 429", int),
         Flag("max-queued-tokens", "server", "prompt tokens that may wait; over it a request waits --budget-wait-s, then 429", int),
         Flag("num-threads", "engine", "CPU threads of the engine (default: all cores)", int),
         Flag("embedding-cache-bytes", "engine", "memory for the embeddings of pictures seen before", int),

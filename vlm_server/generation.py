@@ -29,6 +29,8 @@ Item = TypeVar("Item")
 
 NO_PROMPT = Prompt(token_ids=(), cache_keys=())  # of a request that was aborted before it had one
 
+MAX_DELTAS_AHEAD = 64  # of several answers, that are made and not read; then their engine's queues fill, which have limits
+
 _NUM_TOKENS_BEFORE = 8  # of the prompt, that say how the answer's first token is written
 
 
@@ -396,7 +398,8 @@ class Generation:
     async def _merged(self) -> AsyncGenerator[Delta, None]:
         """All answers' deltas, each answer computed by a task of its own, so that an abort reaches it whoever waits for what."""
         queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._pump(answer, queue)) for answer in self._answers]
+        room = asyncio.Semaphore(MAX_DELTAS_AHEAD)
+        tasks = [asyncio.create_task(self._pump(answer, queue, room)) for answer in self._answers]
         if self._abort is not None:
             self._abort.when_set(lambda: _end_all(tasks, queue))
         try:
@@ -410,6 +413,7 @@ class Generation:
                 if item is None:
                     num_running -= 1
                 else:
+                    room.release()
                     yield item
         finally:
             for task in tasks:
@@ -428,11 +432,13 @@ class Generation:
             if answer.finish_reason is None:
                 yield answer.abort()
 
-    async def _pump(self, answer: Answer, queue: "asyncio.Queue[Delta | Exception | None]") -> None:
+    async def _pump(self, answer: Answer, queue: "asyncio.Queue[Delta | Exception | None]", room: asyncio.Semaphore) -> None:
+        """Waits for room after a delta, never with one in its hands: an abort ends it there. Ends and errors need none: they are few."""
         try:
             async with aclosing(self._run(answer)) as deltas:
                 async for delta in deltas:
                     queue.put_nowait(delta)
+                    await room.acquire()
             queue.put_nowait(None)
         except Exception as error:  # handed to the reader, who raises it
             queue.put_nowait(error)

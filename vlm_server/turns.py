@@ -27,6 +27,7 @@ from vlm_server.stage_timings import StageTimings
 
 WAIT_FOR_END_S = 30.0  # of a running turn, when its session is to be ended
 WAIT_FOR_CANCEL_S = 5.0
+MAX_REPLIES_AHEAD = 64  # that are made and not read; then the turn waits, and its engine's queue fills, which has a limit
 _POLL_S = 0.1  # of a session that another server works on
 
 _NO_USAGE = Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0, image_tokens=0)
@@ -62,6 +63,7 @@ class _Turn:
 
     request: TurnRequest
     replies: "asyncio.Queue[Reply | Exception]" = field(default_factory=asyncio.Queue)
+    room: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_REPLIES_AHEAD))  # for all replies but the last
     task: "asyncio.Task[None] | None" = None
     generation: Generation | None = None
     num_known_tokens: int = 0
@@ -118,6 +120,7 @@ class Turns:
                 yield item
                 if item.finish_reason is not None:
                     return
+                turn.room.release()
         finally:
             turn.leave()
 
@@ -245,6 +248,7 @@ class Turns:
                 if delta.finish_reason is not None:
                     return "".join(pieces), turn.reply(delta.text, delta.finish_reason)
                 turn.replies.put_nowait(turn.reply(delta.text))
+                await turn.room.acquire()
         raise AssertionError("the generation ended without a finish reason")
 
 

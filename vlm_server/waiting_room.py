@@ -1,69 +1,164 @@
-"""The engine as the routes see it, with a limit of the prompt tokens that wait in it: over it one waits briefly here, then is refused.
+"""Requests whose answer has not begun, counted from their head on: a full room refuses the next one before its body is read.
 
-A prompt waits until its answer's first step. A request that had one prompt let in is not refused halfway: its others wait for their turns.
+So a refusal costs next to nothing, however many come, and no picture is fetched for an answer that there is no room for. Knows nothing of
+what requests ask for.
 """
 
-from collections.abc import AsyncGenerator
+import math
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from contextvars import ContextVar
 from typing import Any, cast
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from engine.request import Prompt, QueueFullError, SamplingParams, StepOutput
-from vision.budget import Budget, BudgetFullError, Reservation
-from vision.media_budgets import current_holding
 from vlm_server.backend import Engine
+from vlm_server.errors import to_api_error
+from vlm_server.middleware import request_facts
 
-QUEUED_TOKENS = "queued_tokens"
+RESERVED_S = 5.0  # for which a request that is prepared keeps its place: a slow picture server must not fill the room
+MAX_RETRY_AFTER_S = 60
+
+# Routes that generate. A turn of a session enters by itself: cancelling comes by the same route, and is most wanted where the room is full.
+WAITING_PATHS = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/messages",
+        "/anthropic/v1/messages",
+        "/v1/responses",
+        "/generate",
+        "/get_ppl",
+    }
+)
+_NUM_BEGINNINGS = 64  # of which the rate is measured
 
 
-def waiting_room(engine: Engine, budget: Budget) -> Engine:
-    """budget: of prompt tokens."""
-    return cast(Engine, _WaitingRoom(engine, budget))
+class WaitingRoom:
+    """At most `limit` requests, those that are prepared and those that the engine has. One event loop owns it."""
+
+    def __init__(self, limit: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit = limit
+        self.num_submitted = 0  # the engine has them, and they have no output
+        self._clock = clock
+        self._preparing: dict[Place, float] = {}  # with the time until which their place is kept, in order
+        self._begun_s: deque[float] = deque(maxlen=_NUM_BEGINNINGS)
+
+    @property
+    def num_waiting(self) -> int:
+        self._forget_late()
+        return len(self._preparing) + self.num_submitted
+
+    def enter(self, place: "Place") -> None:
+        """Raises QueueFullError."""
+        if self.num_waiting >= self.limit:
+            message = f"{self.num_waiting} requests wait already, at most {self.limit} may (--max-waiting); try again later"
+            raise QueueFullError(message, retry_after_s=self.retry_after_s())
+        self._preparing[place] = self._clock() + RESERVED_S
+
+    def leave(self, place: "Place") -> None:
+        """It is submitted, or has ended; where it was forgotten, nothing happens."""
+        self._preparing.pop(place, None)
+
+    def begin(self) -> None:
+        """A request's answer begins."""
+        self._begun_s.append(self._clock())
+
+    def retry_after_s(self) -> int:
+        """Until about a quarter of the room is free, at the rate of the last beginnings."""
+        if len(self._begun_s) < 2:
+            return 1
+        elapsed_s = max(self._clock() - self._begun_s[0], 1e-3)
+        return min(max(math.ceil(self.limit / 4 * elapsed_s / len(self._begun_s)), 1), MAX_RETRY_AFTER_S)
+
+    def _forget_late(self) -> None:
+        now_s = self._clock()
+        while self._preparing and next(iter(self._preparing.values())) <= now_s:
+            del self._preparing[next(iter(self._preparing))]
 
 
-class _WaitingRoom:
+class Place:
+    """One request's in the room."""
+
+    def __init__(self, room: WaitingRoom) -> None:
+        self._room = room
+
+    def enter(self) -> None:
+        """Raises QueueFullError."""
+        self._room.enter(self)
+
+    def leave(self) -> None:
+        self._room.leave(self)
+
+
+_PLACE: ContextVar[Place | None] = ContextVar("place", default=None)  # of the request that this work is for, in tasks that it starts too
+
+
+class RefuseWhenFull:
+    """Inside of keys and quotas, outside of all that reads a body."""
+
+    def __init__(self, app: ASGIApp, *, room: WaitingRoom) -> None:
+        self._app = app
+        self._room = room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        scope["waiting_place"] = place = Place(self._room)
+        try:
+            if scope["path"] in WAITING_PATHS:
+                place.enter()
+        except QueueFullError as error:
+            request_facts(scope)["error"] = "queue_full"
+            await to_api_error(error).response(scope)(scope, receive, send)
+            return
+        token = _PLACE.set(place)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            _PLACE.reset(token)
+            place.leave()
+
+
+def enter_waiting_room(scope: Scope) -> None:
+    """For routes that know only from their body whether they generate. Raises QueueFullError."""
+    place: Place = scope["waiting_place"]
+    place.enter()
+
+
+def awaited_engine(engine: Engine, room: WaitingRoom) -> Engine:
+    """The engine as routes see it: what it has not begun counts in the room."""
+    return cast(Engine, _AwaitedEngine(engine, room))
+
+
+class _AwaitedEngine:
     """Has all that the engine has."""
 
-    def __init__(self, engine: Engine, budget: Budget) -> None:
+    def __init__(self, engine: Engine, room: WaitingRoom) -> None:
         self._engine = engine
-        self._budget = budget
+        self._room = room
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     async def generate(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> AsyncGenerator[StepOutput, None]:
-        """Raises QueueFullError, before the engine hears of it, beside what the engine raises."""
-        with await self._let_in(prompt) as waiting:
-            try:
-                async with aclosing(self._engine.generate(prompt, params, request_id=request_id)) as steps:
-                    async for step in steps:
-                        if not waiting.is_released:
-                            waiting.release()
-                            _give_pictures(prompt)
-                        yield step
-            except QueueFullError as error:
-                raise QueueFullError(str(error), retry_after_s=self._retry_after_s(error, prompt)) from error
-
-    async def _let_in(self, prompt: Prompt) -> Reservation:
-        holding = current_holding()
-        owner, is_patient = ("", False) if holding is None else (holding.owner, holding.is_admitted)
+        room, has_begun = self._room, False
+        if place := _PLACE.get():
+            place.leave()
+        room.num_submitted += 1
         try:
-            waiting = await self._budget.reserve(len(prompt.token_ids), owner, is_patient=is_patient)
-        except BudgetFullError as error:
-            message = f"{self._budget.used} prompt tokens wait already, at most {self._budget.limit} may (--max-queued-tokens), and of one "
-            message += f"client {self._budget.share}; try again later"
-            raise QueueFullError(message, retry_after_s=error.retry_after_s) from None
-        if holding is not None:
-            holding.is_admitted = True
-        return waiting
-
-    def _retry_after_s(self, error: QueueFullError, prompt: Prompt) -> int:
-        """Of the engine's own refusal: after so many tokens have begun as this prompt has, as far as is known how fast they do."""
-        if not self._budget.is_measured:
-            return error.retry_after_s
-        return max(error.retry_after_s, self._budget.retry_after_s(len(prompt.token_ids)))
-
-
-def _give_pictures(prompt: Prompt) -> None:
-    holding = current_holding()
-    if holding is not None:
-        holding.give_arrays(image.content_hash for image in prompt.images)
+            async with aclosing(self._engine.generate(prompt, params, request_id=request_id)) as steps:
+                async for step in steps:
+                    if not has_begun:
+                        has_begun = True
+                        room.num_submitted -= 1
+                        room.begin()
+                    yield step
+        finally:
+            if not has_begun:
+                room.num_submitted -= 1

@@ -16,7 +16,15 @@ from llguidance import LLMatcher
 import engine.client
 from engine.client import EngineClient, EngineState
 from engine.config import EngineConfig
-from engine.request import EngineDeadError, InvalidRequestError, Prompt, PromptTooLongError, SamplingParams, make_cache_keys
+from engine.request import (
+    EngineDeadError,
+    InvalidRequestError,
+    Prompt,
+    PromptTooLongError,
+    SamplingParams,
+    UnreadError,
+    make_cache_keys,
+)
 from tests.tiny_models import write_tiny
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
@@ -80,6 +88,15 @@ async def test_requests_are_answered_refused_aborted_and_survive_a_crash(client)
         await anext(client.generate(prompt(5), SamplingParams(), request_id="left"))
     await stream.aclose()
     await until_running(client, 0)
+    assert (await client.stats()).num_referenced_blocks == 0
+
+    client._streams.limit_bytes = 20_000
+    unread = client.generate(prompt(5, 6), SamplingParams(max_tokens=400, ignore_eos=True), request_id="unread")
+    await anext(unread)
+    await until_running(client, 0)
+    with pytest.raises(UnreadError):
+        _ = [output async for output in unread]
+    assert len(client._streams) == client._streams.num_bytes == 0
     assert (await client.stats()).num_referenced_blocks == 0
 
     running = asyncio.create_task(ask(client, "in the crash", num_tokens=500))

@@ -31,3 +31,13 @@ def test_more_devices_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UnsupportedModelError, match="--gpus 0,7: only 1 CUDA devices are there"):
         check_devices(EngineConfig(model_folder="", device="cuda", gpus=("0", "7"), tp=2))
     check_devices(EngineConfig(model_folder="", device="cuda", gpus=("0",)))
+
+
+def test_kernels_are_kept_for_few_shapes_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+
+    environment = engine_environment(EngineConfig(model_folder=""))
+
+    assert int(environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
+    assert environment["LRU_CACHE_CAPACITY"] == "7"

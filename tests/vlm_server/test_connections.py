@@ -127,6 +127,20 @@ def test_a_client_that_stops_reading_loses_its_connection_and_its_answer(server:
     assert server.backend.activity.was_left_within(LONG_S)
 
 
+@pytest.mark.parametrize("num_sent", [1, 2, 3])
+def test_a_client_that_leaves_ends_all_that_it_asked_for(server: RunningServer, connection: socket.socket, num_sent: int) -> None:
+    """Also where it sent further requests before it had its answer."""
+    server.backend.engine.hangs_after = 1
+    body = chat(server)
+    connection.sendall((head(len(body)) + body) * num_sent)
+    assert server.backend.activity.has_begun_within(LONG_S)
+
+    connection.close()
+
+    assert server.backend.activity.was_left_within(LONG_S)
+    assert server.backend.activity.is_idle_within(LONG_S)
+
+
 def test_an_answer_that_takes_long_is_no_idle_connection(server: RunningServer, connection: socket.socket) -> None:
     server.backend.engine.hangs_after = 1
     body = chat(server)

@@ -1,226 +1,184 @@
-"""The prompt tokens that wait in the engine: who counts until when, who waits, and who is refused."""
+"""A full waiting room refuses before any work is done, and forgets nobody and nothing."""
 
-import asyncio
-import http.client
 import json
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+import socket
+from typing import Any
 
 import pytest
 import requests
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engine.request import EngineDeadError, ImageInput, Prompt, QueueFullError, SamplingParams, StepOutput
+from engine.config import EngineConfig
+from engine.request import QueueFullError
 from tests.contract.running import RunningServer, fake_config, running_server
-from vision.budget import Budget
-from vision.config import VisionConfig
-from vision.media_budgets import Holding, MediaBudgets, held_by
-from vlm_server.backend import Engine
-from vlm_server.waiting_room import waiting_room
+from vlm_server.app import create_app
+from vlm_server.config import ALPACA
+from vlm_server.waiting_room import MAX_RETRY_AFTER_S, RESERVED_S, WAITING_PATHS, Place, WaitingRoom
 
-PARAMS = SamplingParams()
+HELLO = [{"role": "user", "content": "hi"}]
+SLOW = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://example.org/slow.png"}}]}]
 
-
-class GatedEngine:
-    """Gives two steps, the first once `first` is set, then raises `error`, where there is one."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.first, self.second = asyncio.Event(), asyncio.Event()
-        self.error = error
-        self.asked: list[str] = []
-        self.state = "ready"
-
-    async def generate(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> AsyncGenerator[StepOutput, None]:
-        self.asked.append(request_id)
-        for may_begin in (self.first, self.second):
-            await may_begin.wait()
-            yield StepOutput(request_id=request_id, token_ids=[7])
-        if self.error is not None:
-            raise self.error
+# Posts that generate nothing, and the one that knows only from its body.
+OTHERS = {
+    "/tokenize",
+    "/detokenize",
+    "/v1/encode",
+    "/pooling",
+    "/v1/files",
+    "/v1/messages/count_tokens",
+    "/anthropic/v1/messages/count_tokens",
+    "/v1/responses/{response_id}/cancel",
+    "/abort_request",
+    "/v1/chat/interactive",
+}
 
 
-def budget(limit: int = 100, *, wait_s: float = 0.0) -> Budget:
-    return Budget("queued_tokens", limit, wait_s=wait_s)
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
-def room_of(engine: GatedEngine, budget: Budget) -> Engine:
-    return waiting_room(engine, budget)  # type: ignore[arg-type]
+def small_room() -> Any:
+    return running_server(fake_config(engine=EngineConfig(model_folder="/no/such/folder", max_waiting=2)))
 
 
-def prompt_of(num_tokens: int, *images: bytes) -> Prompt:
-    ids = tuple(range(num_tokens))
-    return Prompt(token_ids=ids, cache_keys=ids, images=tuple(ImageInput(image, 4, {}) for image in images))
+def begun(server: RunningServer, path: str = "/v1/chat/completions", **fields: Any) -> socket.socket:
+    """A connection with a request whose answer has not begun."""
+    data = json.dumps({"model": server.model, "messages": HELLO, **fields}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
+    return connection
 
 
-async def run(room: Engine, num_tokens: int, name: str = "r") -> int:
-    """The number of steps."""
-    async with aclosing(room.generate(prompt_of(num_tokens), PARAMS, request_id=name)) as steps:
-        return len([step async for step in steps])
+def post(server: RunningServer, path: str, **fields: Any) -> requests.Response:
+    return requests.post(server.url + path, json={"model": server.model, **fields}, timeout=10)
 
 
-async def turns() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
+@pytest.mark.parametrize("compat", ["none", ALPACA])
+def test_every_route_that_generates_is_known(compat: str) -> None:
+    paths = create_app(fake_config(compat=compat)).openapi()["paths"]
+    posts = {path for path, methods in paths.items() if "post" in methods}
+
+    assert posts - OTHERS == WAITING_PATHS - {"/anthropic/v1/messages"}
 
 
-async def test_a_prompt_counts_until_its_first_step() -> None:
-    engine, queue = GatedEngine(), budget()
-    room = room_of(engine, queue)
-
-    running = asyncio.create_task(run(room, 60))
-    await turns()
-    assert queue.used == 60
-    engine.first.set()
-    await turns()
-    assert queue.used == 0
-    engine.second.set()
-
-    assert await running == 2
-    assert room.state == "ready", "all else is the engine's"
-
-
-async def test_what_waits_too_long_is_refused_before_the_engine_hears_of_it() -> None:
-    engine, queue = GatedEngine(), budget()
-    room = room_of(engine, queue)
-    running = asyncio.create_task(run(room, 60))
-    await turns()
-
-    with pytest.raises(QueueFullError, match="60 prompt tokens wait already, at most 100 may") as caught:
-        await run(room, 50, "too much")
-    assert caught.value.retry_after_s == 5, "nobody knows yet how fast they begin"
-    assert (engine.asked, queue.num_refused) == (["r"], 1)
-
-    engine.first.set()
-    engine.second.set()
-    assert await running == 2
-    assert await run(room, 50) == 2
-
-
-async def test_one_who_waits_is_let_in_by_anothers_first_step() -> None:
-    engine, queue = GatedEngine(), budget(wait_s=10.0)
-    room = room_of(engine, queue)
-    running = [asyncio.create_task(run(room, 60, name)) for name in ("first", "second")]
-    await turns()
-    assert engine.asked == ["first"]
-
-    engine.first.set()
-    await turns()
-    assert engine.asked == ["first", "second"]
-    engine.second.set()
-    await asyncio.gather(*running)
-
-    assert queue.used == 0
-
-
-@pytest.mark.parametrize("error", [EngineDeadError("the engine process ended"), QueueFullError("1024 requests wait"), KeyError("?")])
-async def test_failures_give_the_tokens_back(error: Exception) -> None:
-    engine, queue = GatedEngine(error), budget()
-    engine.first.set()
-    engine.second.set()
-
-    with pytest.raises(type(error)):
-        await run(room_of(engine, queue), 60)
-
-    assert queue.used == 0
-
-
-async def test_leaving_gives_the_tokens_back_in_the_engine_and_before_it() -> None:
-    engine, queue = GatedEngine(), budget(wait_s=10.0)
-    room = room_of(engine, queue)
-    inside, outside = (asyncio.create_task(run(room, 60)) for _ in range(2))
-    await turns()
-
-    outside.cancel()
-    await turns()
-    assert (queue.used, queue.num_waiting) == (60, 0)
-    inside.cancel()
-    await asyncio.wait((inside, outside))
-
-    assert queue.used == 0
-
-
-async def test_a_request_that_was_let_in_is_not_refused_halfway() -> None:
-    engine, queue = GatedEngine(), budget()
-    room, holding = room_of(engine, queue), Holding(MediaBudgets(VisionConfig()), "a")
-    with held_by(holding):
-        running = [asyncio.create_task(run(room, 40, str(number))) for number in range(5)]
-        await turns()
-    assert engine.asked == ["0"], "two are more than one owner's share, 75"
-
-    engine.first.set()
-    engine.second.set()
-    assert await asyncio.gather(*running) == [2] * 5
-    assert queue.num_refused == 0
-
-
-async def test_the_engine_has_a_prompts_pictures_with_its_first_step() -> None:
-    media = MediaBudgets(VisionConfig())
-    engine, holding = GatedEngine(), Holding(media, "a")
-    with held_by(holding):
-        for image in (b"mine", b"another prompt's"):
-            holding.keep_arrays(image, (await media.pixels.reserve(10)).release)
-        steps = room_of(engine, budget()).generate(prompt_of(5, b"mine"), PARAMS, request_id="r")
-        engine.first.set()
-        await anext(steps)
-
-        assert media.pixels.used == 10
-        await steps.aclose()
-    assert media.pixels.used == 0
-
-
-async def test_the_engines_own_refusal_says_when_as_many_tokens_will_have_begun() -> None:
-    now_s = 0.0
-    queue = Budget("queued_tokens", 1000, wait_s=0.0, clock=lambda: now_s)
-    for _ in range(30):
-        (await queue.reserve(10)).release()
-        now_s += 1.0
-    engine = GatedEngine(QueueFullError("1024 requests wait"))
-    engine.first.set()
-    engine.second.set()
-
-    with pytest.raises(QueueFullError, match="1024 requests wait") as caught:
-        await run(room_of(engine, queue), 200)
-
-    assert 10 <= caught.value.retry_after_s <= 30, "200 at 10 a second, these 200 counted as begun"
-
-
-CHAT = "/v1/chat/completions"
-LONG = "x" * 150
-
-
-def body_of(server: RunningServer, text: str = LONG) -> dict[str, object]:
-    return {"model": server.model, "messages": [{"role": "user", "content": text}]}
-
-
-def metric(server: RunningServer, name: str) -> float:
-    lines = requests.get(server.url + "/metrics", timeout=10).text.splitlines()
-    return next(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{") and "queued_tokens" in line)
-
-
-def test_over_the_limit_a_client_gets_429_and_after_another_left_its_answer() -> None:
-    with running_server(fake_config(max_queued_tokens=300, vision=VisionConfig(budget_wait_s=0.0))) as server:
+@pytest.mark.parametrize("messages", [HELLO, SLOW])
+def test_whoever_comes_into_a_full_room_is_refused_unread(messages: Any) -> None:
+    """Whether those before wait for the engine or for their pictures. What is refused need not even be a request."""
+    with small_room() as server:
         server.backend.engine.hangs_after = 0
-        waiting = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=10)
-        waiting.request("POST", CHAT, json.dumps(body_of(server)), {"content-type": "application/json"})
-        assert server.backend.activity.has_begun_within(5)
+        waiting = [begun(server, messages=messages) for _ in range(2)]
+        assert server.backend.activity.has_begun_within(5, count=2)
 
-        refused = requests.post(server.url + CHAT, json=body_of(server), timeout=10)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
-        assert refused.headers["retry-after"] == "5"
-        assert "--max-queued-tokens" in refused.json()["error"]["message"]
-        assert (metric(server, "vlm:budget_limit"), metric(server, "vlm:budget_refusals_total")) == (300, 1)
-        assert 150 < metric(server, "vlm:budget_used") < 225
+        refused = [requests.post(server.url + path, data=b"no JSON", timeout=10) for path in sorted(WAITING_PATHS)]
+        turn = post(server, "/v1/chat/interactive", prompt="hi")
+        cancelled = post(server, "/v1/chat/interactive", session_id=1, cancel=True)
+        counted = post(server, "/tokenize", prompt="hi")
 
-        waiting.close()
+        assert not server.backend.activity.has_begun_within(0, count=3)
+        for connection in waiting:
+            connection.close()
+    assert [answer.status_code for answer in (*refused, turn)] == [429] * (len(WAITING_PATHS) + 1)
+    assert all(1 <= int(answer.headers["retry-after"]) <= MAX_RETRY_AFTER_S for answer in (*refused, turn))
+    assert {answer.json()["error"].get("code") for answer in refused} == {"queue_full", None}  # Anthropic's has it in its details
+    assert turn.json()["error"]["code"] == "queue_full"
+    assert (cancelled.status_code, counted.status_code) == (200, 200)
+
+
+@pytest.mark.parametrize("messages", [HELLO, SLOW])
+def test_those_who_leave_make_room(messages: Any) -> None:
+    with small_room() as server:
+        server.backend.engine.hangs_after = 0
+        for connection in [begun(server, messages=messages) for _ in range(2)]:
+            assert server.backend.activity.has_begun_within(5, count=2)
+            connection.close()
         assert server.backend.activity.was_left_within(5)
         server.backend.engine.hangs_after = None
-        assert requests.post(server.url + CHAT, json=body_of(server), timeout=10).status_code == 200
-        assert metric(server, "vlm:budget_used") == 0
+
+        assert post(server, "/v1/chat/completions", messages=HELLO).status_code == 200
 
 
-def test_many_answers_to_one_request_are_not_refused_for_each_other() -> None:
-    with running_server(fake_config(max_queued_tokens=300, vision=VisionConfig(budget_wait_s=0.0))) as server:
-        answer = requests.post(server.url + CHAT, json=body_of(server) | {"n": 10}, timeout=10)
+def test_an_answer_that_has_begun_takes_no_room() -> None:
+    with small_room() as server:
+        server.backend.engine.hangs_after = 1
+        streams, answers = [], []
+        for _ in range(5):
+            streams.append(begun(server, stream=True))
+            answers.append(streams[-1].recv(12))
+        for stream in streams:
+            stream.close()
 
-        assert answer.status_code == 200
-        assert len(answer.json()["choices"]) == 10
-        assert metric(server, "vlm:budget_used") == 0
+    assert answers == [b"HTTP/1.1 200"] * 5
+
+
+def test_requests_that_fail_leave_their_place() -> None:
+    bad = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://example.org/bad.png"}}]}]
+    with small_room() as server:
+        statuses = [post(server, "/v1/chat/completions", messages=messages).status_code for messages in [bad, [], HELLO] * 4]
+
+    assert statuses == [400, 400, 200] * 4
+
+
+def test_a_place_is_kept_for_a_while_and_not_for_ever() -> None:
+    clock = Clock()
+    room = WaitingRoom(1, clock=clock)
+    slow, other = Place(room), Place(room)
+    slow.enter()
+
+    with pytest.raises(QueueFullError, match="1 requests wait already, at most 1 may"):
+        other.enter()
+    clock.now_s += RESERVED_S
+    other.enter()
+    slow.leave()
+
+    assert room.num_waiting == 1
+
+
+def test_the_time_to_come_again_follows_the_rate() -> None:
+    """A quarter of 400 at ten a second; at one in ten seconds, no longer than the limit."""
+    clock = Clock()
+    room = WaitingRoom(400, clock=clock)
+    assert room.retry_after_s() == 1
+    for _ in range(100):
+        clock.now_s += 0.1
+        room.begin()
+
+    fast = room.retry_after_s()
+    for _ in range(100):
+        clock.now_s += 10
+        room.begin()
+
+    assert fast == 10
+    assert room.retry_after_s() == MAX_RETRY_AFTER_S
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["enter", "leave", "wait"])), max_size=60))
+def test_the_room_never_holds_more_than_its_limit_and_is_empty_in_the_end(steps: list[tuple[int, str]]) -> None:
+    clock = Clock()
+    room = WaitingRoom(3, clock=clock)
+    places = [Place(room) for _ in range(6)]
+    inside: dict[int, float] = {}
+    for index, what in steps:
+        if what == "wait":
+            clock.now_s += index
+        elif what == "leave":
+            places[index].leave()
+            inside.pop(index, None)
+        elif index not in inside:
+            inside = {number: since_s for number, since_s in inside.items() if clock.now_s - since_s < RESERVED_S}
+            try:
+                places[index].enter()
+                inside[index] = clock.now_s
+                assert len(inside) <= 3
+            except QueueFullError:
+                assert len(inside) == 3
+
+    for place in places:
+        place.leave()
+    assert room.num_waiting == 0

@@ -26,6 +26,7 @@ from vlm_server.shapes import new_id
 from vlm_server.stage_timings import Report, StageTimings, no_report
 from vlm_server.streaming import UNFINISHED, EventStream, note_usage, unless_client_leaves
 from vlm_server.turns import Reply, TurnRequest
+from vlm_server.waiting_room import enter_waiting_room
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ async def chat_interactive(request: Request, body: GenerateRequest) -> Response:
             turns = context.turns
             await unless_client_leaves(request, turns.cancel(session_id) if body.cancel else turns.end(session_id))
         return Response(_Shown(warnings).line(_NOTHING), media_type="text/event-stream" if body.stream else "application/json")
+    enter_waiting_room(request.scope)
     messages, tenant = body.new_messages(), tenant_of(request.scope)
     timings, report = request_timings(request.scope), PictureReport.of(body.on_media_error, body.return_image_sizes)
     report.params = {path for _, _, path in body.picture_fields()}  # those of earlier turns are the session's

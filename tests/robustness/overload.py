@@ -1,0 +1,172 @@
+"""Five times more requests than the server can answer, for two minutes: `python -m tests.robustness.overload`.
+
+First the capacity is measured, by as many clients as are computed at once; then requests come at five times that rate, whether others are
+answered or not. Each gets one answer: the text that it gets alone, or a 429 or 503 with Retry-After; and as many are answered per second
+as before, less 10 %. Prints a table; ends with 1 where one of these is not so. `--quick` leaves the rate out of the verdict.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from tests.server_process import ServerProcess, data_url, server_process
+from tests.vision.pictures import png
+
+FACTOR = 5
+MIN_SHARE = 0.9  # of the capacity
+MAX_WAITING = 64
+BATCH = 16
+LIMIT_S = 300.0
+_REFUSALS = (429, 503)
+_NUM_QUESTIONS = 16
+
+
+@dataclass
+class Report:
+    """What became of the requests. Times in seconds."""
+
+    capacity: float = 0.0  # answers per second
+    rate: float = 0.0  # requests per second, as sent
+    throughput: float = 0.0  # answers per second while they came
+    num_sent: int = 0
+    num_answered: int = 0
+    num_refused: int = 0
+    ids: Counter[str] = field(default_factory=Counter)
+    refusal_s: list[float] = field(default_factory=list)
+    answer_s: list[float] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each request had one answer, and its own."""
+        is_each_once = all(count == 1 for count in self.ids.values()) and len(self.ids) == self.num_answered
+        return not self.wrong and is_each_once and self.num_sent == self.num_answered + self.num_refused
+
+    @property
+    def keeps_up(self) -> bool:
+        return self.throughput >= MIN_SHARE * self.capacity
+
+    def lines(self) -> list[str]:
+        answer_s, refusal_ms = self.answer_s or [0.0], [1000 * seconds for seconds in self.refusal_s or [0.0]]
+        return [
+            f"capacity           {self.capacity:8.2f} answers per second",
+            f"sent               {self.rate:8.2f} requests per second, {self.num_sent} in all",
+            f"answered           {self.throughput:8.2f} per second, {self.throughput / max(self.capacity, 1e-9):.0%} of the capacity",
+            f"                   {self.num_answered:8d} in all, in {statistics.median(answer_s):.1f} s, at most {max(answer_s):.1f} s",
+            f"refused            {self.num_refused:8d} in all, in {statistics.median(refusal_ms):.1f} ms, at most {max(refusal_ms):.0f} ms",
+            *(f"NOT AS IT SHOULD BE: {text}" for text in self.wrong[:20]),
+        ]
+
+
+class Overload:
+    """One run. Every third question is about a picture."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self.report = Report()
+        self._session = session
+        self._expected: dict[int, str] = {}
+        self._pictures = [data_url(png(256, 192, seed=number)) for number in range(_NUM_QUESTIONS)]
+
+    async def learn(self) -> None:
+        """What each question is answered with when nothing else runs: greedy answers are the same under load."""
+        for number in range(_NUM_QUESTIONS):
+            _, answer, _ = await self._ask(number)
+            self._expected[number] = _text(answer)
+
+    async def measure(self, seconds: float) -> None:
+        """The capacity: clients that ask again as soon as they have an answer."""
+        num_answered, until_s = 0, time.monotonic() + seconds
+
+        async def client(number: int) -> None:
+            nonlocal num_answered
+            while time.monotonic() < until_s:
+                number += 1
+                status, answer, _ = await self._ask(number % _NUM_QUESTIONS)
+                num_answered += time.monotonic() <= until_s
+                self._check(number % _NUM_QUESTIONS, status, answer)
+
+        await asyncio.gather(*(client(number) for number in range(BATCH + BATCH // 2)))
+        self.report.capacity = num_answered / seconds
+
+    async def flood(self, seconds: float) -> None:
+        """Sends at `FACTOR` times the capacity. The throughput is that of the time from the first full queue on."""
+        report, started_s = self.report, time.monotonic()
+        report.rate = FACTOR * report.capacity
+        tasks = []
+        while (elapsed_s := time.monotonic() - started_s) < seconds:
+            while report.num_sent < elapsed_s * report.rate:
+                tasks.append(asyncio.create_task(self._one(report.num_sent % _NUM_QUESTIONS)))
+                report.num_sent += 1
+            await asyncio.sleep(0.005)
+        report.throughput = report.num_answered / seconds
+        await asyncio.gather(*tasks)
+
+    async def _one(self, number: int) -> None:
+        report, started_s = self.report, time.monotonic()
+        try:
+            status, answer, headers = await self._ask(number)
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            report.wrong.append(f"lost: {error!r}")
+            return
+        duration_s = time.monotonic() - started_s
+        if status in _REFUSALS:
+            report.num_refused += 1
+            report.refusal_s.append(duration_s)
+            if not headers.get("Retry-After", "").isdigit():
+                report.wrong.append(f"{status} without Retry-After: {answer}")
+            return
+        report.num_answered += 1
+        report.answer_s.append(duration_s)
+        report.ids[str(answer.get("id"))] += 1
+        self._check(number, status, answer)
+
+    def _check(self, number: int, status: int, answer: dict[str, Any]) -> None:
+        if status != 200 or _text(answer) != self._expected[number]:
+            self.report.wrong.append(f"question {number}: {status} {json.dumps(answer)[:200]}")
+
+    async def _ask(self, number: int) -> tuple[int, dict[str, Any], dict[str, str]]:
+        text = {"type": "text", "text": f"Count up to {number + 3}, please."}
+        image = {"type": "image_url", "image_url": {"url": self._pictures[number]}}
+        messages = [{"role": "user", "content": [image, text] if number % 3 == 0 else [text]}]
+        body = {"model": "vlm-demo", "messages": messages, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        async with self._session.post("/v1/chat/completions", json=body) as response:
+            return response.status, dict(await response.json()), dict(response.headers)
+
+
+def _text(answer: dict[str, Any]) -> str:
+    return str(answer["choices"][0]["message"]["content"]) if "choices" in answer else ""
+
+
+async def overload(server: ServerProcess, *, measure_s: float, flood_s: float) -> Report:
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(server.url, connector=connector, timeout=aiohttp.ClientTimeout(total=LIMIT_S)) as session:
+        run = Overload(session)
+        await run.learn()
+        await run.measure(measure_s)
+        await run.flood(flood_s)
+    return run.report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--measure-seconds", type=float, default=40.0)
+    parser.add_argument("--quick", action="store_true")
+    wanted = parser.parse_args()
+    flags = ("--max-waiting", str(MAX_WAITING), "--max-batch-size", str(BATCH), "--log-level", "WARNING")
+    with server_process(None, *flags) as server:
+        report = asyncio.run(overload(server, measure_s=wanted.measure_seconds, flood_s=wanted.seconds))
+    print("\n".join(report.lines()))
+    return not (report.is_whole and (report.keeps_up or wanted.quick))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
