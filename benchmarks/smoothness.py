@@ -3,7 +3,8 @@
     python -m benchmarks.smoothness            (alone on the machine: other load ruins timings)
 
 Finds the highest rate of pictures that is sustained beside the streams, then looks at the streams at 80 % of it; the same at the same rate
-with the encoder inside the decode loop, as a server without slices has it. Exits with 1 where a mark is missed.
+with the encoder inside the decode loop, as a server without slices has it. Then 64 requests with pictures at once, and how late the
+server's event loop ran meanwhile. Exits with 1 where a mark is missed.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import aiohttp
 
 from benchmarks.load import ask, image_body, percentile, stream_times, text_body
 from benchmarks.smolvlm_shape import write_smolvlm_shape
-from tests.server_process import server_process
+from tests.server_process import ServerProcess, server_process
 
 NUM_STREAMS = 8
 STREAM_TOKENS = 1000  # of one text answer, then the next begins; an answer's first token is no gap
@@ -33,6 +34,9 @@ CLOSED_LOOP = 8  # pictures at once where the rate is looked for
 LADDER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of the rate at which waiting pictures went through
 MAX_WAIT_S = 10.0
 WARM_UP_S = 5.0
+NUM_AT_ONCE = 64  # pictures, for the event loop
+MAX_LAG_S = 0.02
+LAG = "vlm:event_loop_lag_seconds"
 INSIDE = ("--encoder-share", "0.999")  # a picture begun is encoded to its end before the next step
 
 
@@ -72,8 +76,8 @@ class Window:
 class Bench:
     """One server and its clients."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, model: str, *, seconds: float) -> None:
-        self.session, self.url, self.model, self.seconds = session, url, model, seconds
+    def __init__(self, session: aiohttp.ClientSession, server: ServerProcess, model: str, *, seconds: float) -> None:
+        self.session, self.server, self.url, self.model, self.seconds = session, server, server.url, model, seconds
         self._seeds = iter(range(1, 1 << 30))
 
     @contextlib.asynccontextmanager
@@ -124,6 +128,19 @@ class Bench:
         waits_s = list(await asyncio.gather(*tasks))
         return self._window(streams, started_s, waits_s, rate, num_unanswered=num_unanswered, end_s=end_s)
 
+    async def share_of_prompt_looks(self) -> float:
+        """Of the event loop's looks while NUM_AT_ONCE pictures are worked on, those that came at most MAX_LAG_S too late."""
+        before = await self._looks()
+        await asyncio.gather(*(self._picture() for _ in range(NUM_AT_ONCE)))
+        num_prompt, num_looks = (after - earlier for after, earlier in zip(await self._looks(), before, strict=True))
+        return num_prompt / num_looks
+
+    async def _looks(self) -> tuple[float, float]:
+        """Those within the limit, and all."""
+        names = (f'{LAG}_bucket{{le="{MAX_LAG_S}"}}', f"{LAG}_count")
+        within, total = [await asyncio.to_thread(self.server.metric, name) for name in names]
+        return within, total
+
     def _window(
         self, streams: Streams, start_s: float, waits_s: list[float], rate: float, *, num_unanswered: int = 0, end_s: float | None = None
     ) -> Window:
@@ -157,7 +174,7 @@ async def bench(folder: Path, flags: Sequence[str], seconds: float) -> AsyncIter
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600), connector=connector) as session:
             async with session.get(f"{server.url}/v1/models") as response:
                 model = (await response.json())["data"][0]["id"]
-            found = Bench(session, server.url, model, seconds=seconds)
+            found = Bench(session, server, model, seconds=seconds)
             await found._picture()
             yield found
 
@@ -186,6 +203,7 @@ async def measure(folder: Path, seconds: float, flags: Sequence[str]) -> bool:
             print(f"both, at 80 % of {rate:6.3f}     {mixed.row()}", flush=True)
             calm_after = await found.undisturbed(streams)
             print(f"streams alone, again        {calm_after.row()}", flush=True)
+        promptly = await found.share_of_prompt_looks()
     async with bench(folder, INSIDE, seconds) as found, found.streams() as streams:
         inside = await found.open_loop(streams, 0.8 * rate)
         print(f"encoder in the decode loop  {inside.row()}", flush=True)
@@ -196,6 +214,7 @@ async def measure(folder: Path, seconds: float, flags: Sequence[str]) -> bool:
     marks.append(("p99 gap / undisturbed median", gap := mixed.gap_s(99) / median_s, "<= 2.5", gap <= 2.5))
     marks.append(("tokens/s kept", kept := mixed.tokens_per_s / speed, ">= 0.5", kept >= 0.5))
     marks.append(("longest wait of a picture, s", wait := max(mixed.waits_s), "<= 10", wait <= MAX_WAIT_S))
+    marks.append((f"looks of the event loop within {1e3 * MAX_LAG_S:.0f} ms", promptly, ">= 0.99", promptly >= 0.99))
     marks.append(("encoder in the loop: p99 gap / median", inside.gap_s(99) / median_s, "for comparison", True))
     marks.append(("encoder in the loop: tokens/s kept", inside.tokens_per_s / speed, "for comparison", True))
     for name, value, mark, is_met in marks:

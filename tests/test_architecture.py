@@ -126,9 +126,9 @@ MAY_IMPORT = {
     "vlm_server.api_keys": ".quotas",
     "vlm_server.app": (
         ".aborting .admission .answer_formats .api_keys .auth .backend .body_budget .chat_page .config .context .docs .errors .files "
-        ".jinja_process .metered_engine .metrics .middleware .queued_tokens .quotas .readiness .responses.records .routes.* .sampling "
-        ".sessions.history .sessions.opening .sessions.store .stage_totals .status_board .tracing .turns .waiting_room engine.request "
-        "vision.budget vision.image vision.service"
+        ".jinja_process .loop_lag .metered_engine .metrics .middleware .queued_tokens .quotas .readiness .responses.records .routes.* "
+        ".sampling .sessions.history .sessions.opening .sessions.store .stage_totals .status_board .tracing .turns .waiting_room "
+        "engine.request vision.budget vision.image vision.service"
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
@@ -192,6 +192,7 @@ MAY_IMPORT = {
     "vlm_server.jinja_worker": "vision.confinement",
     "vlm_server.json_body": ".config .errors .nesting",
     "vlm_server.logprobs": "engine.request",
+    "vlm_server.loop_lag": "",
     "vlm_server.message_schema": ".image_protocol .nesting",
     "vlm_server.metered_engine": ".backend .metering engine.request",
     "vlm_server.metering": ".quotas engine.request",

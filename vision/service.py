@@ -78,6 +78,10 @@ class _Processed:
     image: ProcessedImage
     let_go: Callable[[], None]
 
+    def give_back(self) -> None:
+        self.let_go()
+        _close(self.image)
+
 
 class VisionService:
     """One per server. `open()` leaves the workers starting in the background, `ready()` waits for them, `close()` ends all."""
@@ -292,9 +296,7 @@ class VisionService:
             image = self._cache.get(key)
             if image is not None:
                 return await self._handed_out(key, image, timings_s, room)
-            work = self._flights.hold(
-                key, lambda: self._process(key, data, ref.options, turns.pixels), let_go=lambda processed: processed.let_go()
-            )
+            work = self._flights.hold(key, lambda: self._process(key, data, ref.options, turns.pixels), let_go=_Processed.give_back)
             async with turns.workers, work as processed:
                 return await self._handed_out(key, processed.image, timings_s | processed.image.timings_s, room)
 
@@ -324,7 +326,7 @@ class VisionService:
                 result, arrays = await self._preprocess_pool.process(pixels, options)
             image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s, result.views)
             await held.resize(_num_pixels(image))
-            self._cache.put(key, image, sum(shared.num_bytes for shared in arrays.values()))
+            self._cache.put(key, _own_copy(image, timings_s), sum(shared.num_bytes for shared in arrays.values()))
             return _Processed(image, self._arrays.adopt(key, held.moved()))
 
     @contextlib.asynccontextmanager

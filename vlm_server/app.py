@@ -32,6 +32,7 @@ from vlm_server.docs import DOCS_PATHS, add_docs, operation_id
 from vlm_server.errors import ApiError, to_api_error, validation_error
 from vlm_server.files import Files
 from vlm_server.jinja_process import RendererLostError
+from vlm_server.loop_lag import watching_lag
 from vlm_server.metered_engine import metered_engine
 from vlm_server.metrics import Metrics
 from vlm_server.middleware import BodyLimit, RequestLog, RootPath
@@ -103,7 +104,7 @@ def create_app(
                 engine = awaited_engine(limited.engine, room)
                 charging = replace(limited, engine=metered_engine(engine) if keys is not None else engine)
                 app.state.context = ServerContext(config, charging, defaults, metrics, turns, formats, uploads, records, created_s, running)
-                async with board.sampling(backend.engine, backend.vision_stats):
+                async with board.sampling(backend.engine, backend.vision_stats), watching_lag(metrics.loop_lagged):
                     yield
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, generate_unique_id_function=operation_id)

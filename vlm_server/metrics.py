@@ -20,6 +20,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _STAGE_BUCKETS_S = (0.001, 0.0025, *_LATENCY_BUCKETS_S)
+_LAG_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 _TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 # EngineStats field → (metric, help)
@@ -102,6 +103,9 @@ class Metrics:
         self._refusals = Counter(
             "vlm:quota_refusals", "Requests refused because the key's quota was used up.", ["key", "kind"], registry=self._registry
         )
+        self._lag = Histogram(
+            "vlm:event_loop_lag_seconds", "How late the event loop ran what was due.", buckets=_LAG_BUCKETS_S, registry=self._registry
+        )
         self._preparation = Histogram(
             "vlm:prompt_preparation_seconds", "Template, pictures and tokenizer.", buckets=_LATENCY_BUCKETS_S, registry=self._registry
         )
@@ -143,6 +147,9 @@ class Metrics:
         """Stages that somebody else measured: the engine's of one answer."""
         for name, seconds in stages_s.items():
             self._stages.labels(name).observe(seconds)
+
+    def loop_lagged(self, lag_s: float) -> None:
+        self._lag.observe(lag_s)
 
     def prompt_prepared(self, duration_s: float) -> None:
         self._preparation.observe(duration_s)

@@ -84,7 +84,7 @@ def test_a_process_is_weighed_without_what_it_shares_and_shared_memory_once() ->
 
 @pytest.mark.full
 def test_under_overload_every_request_has_one_answer_of_its_own() -> None:
-    with server_process(None, "--max-waiting", "16", "--max-batch-size", str(BATCH), "--log-level", "WARNING") as server:
+    with server_process(None, "--max-waiting", str(2 * BATCH), "--max-batch-size", str(BATCH), "--log-level", "WARNING") as server:
         report = asyncio.run(overload(server, measure_s=8, flood_s=10))
 
     assert report.wrong == []
