@@ -281,6 +281,8 @@ def test_the_inputs_of_one_embeddings_request_share_its_bytes_and_pixels(narrow:
 @pytest.mark.parametrize("route", [*SMALL, "/v1/files"])
 def test_a_body_over_the_limit_is_a_413_on_every_route(small_bodies: RunningServer, route: str) -> None:
     large = json.dumps({"model": small_bodies.model, **SMALL.get(route, {}), "a_field": "x" * 2000}).encode()
+    if route == "/v1/files":
+        large = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n' + large
     headers = {"content-type": "multipart/form-data; boundary=x" if route == "/v1/files" else "application/json"}
 
     for body in (large, iter([large[:500], large[500:]])):  # with its length, and in chunks without
