@@ -41,6 +41,7 @@ def engine_at(at_s: float) -> EngineStats:
         num_images_waiting=2,
         num_images_encoded=2 * at,
         num_embedding_cache_hits=2 * at,
+        num_embedding_cache_misses=2 * at,
         embedding_cache_bytes=3 << 20,
         encode_time_s=0.5 * at,
     )
