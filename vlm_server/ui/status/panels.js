@@ -22,7 +22,6 @@ const CACHES = [
   {
     name: "Embeddings", what: "pictures", hits: ["engine.num_embedding_cache_hits"],
     all: ["engine.num_embedding_cache_hits", "engine.num_embedding_cache_misses"],
-    else: ["engine.num_embedding_cache_hits", "engine.num_images_encoded"],
     used: "engine.embedding_cache_bytes", limit: "embedding_cache_bytes",
   },
   {
@@ -179,11 +178,9 @@ class Caches {
   }
 
   #row(cache, samples, { sample, limits }) {
-    const isWhole = cache.all.every((path) => valueAt(sample, path) !== null);
-    const all = isWhole || !cache.else ? cache.all : cache.else;
-    const [hits, asked] = [sumAt(sample, cache.hits), sumAt(sample, all)];
-    if (hits === null || all.some((path) => valueAt(sample, path) === null)) return [];
-    const share = samples.share(cache.hits, all);
+    const [hits, asked] = [sumAt(sample, cache.hits), sumAt(sample, cache.all)];
+    if (hits === null || cache.all.some((path) => valueAt(sample, path) === null)) return [];
+    const share = samples.share(cache.hits, cache.all);
     const bar = new Bar();
     bar.set([{ color: "generate", value: share ?? 0 }], 1, share === null ? "nothing asked for" : percent(share));
     const used = cache.used ? valueAt(sample, cache.used) : null;
