@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -152,7 +152,7 @@ def main() -> int:
     wanted = parser.parse_args()
     with server_process(None, "--log-level", "WARNING") as server:
         report = asyncio.run(flood(server, num_pictures=wanted.pictures, seed=wanted.seed))
-    print(json.dumps({**asdict(report), "is_good": report.is_good}, indent=1))
+    print(json.dumps({**vars(report), "is_good": report.is_good}, indent=1))
     return not report.is_good
 
 
