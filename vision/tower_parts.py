@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -42,17 +42,20 @@ def layers_in_parts(layers: Iterable[nn.Module], *, max_rows: int) -> None:
         if type(module) is nn.Linear:
             module.add_module("part", part := Part(max_rows))
             module.forward = partial(_linear_in_parts, module.forward, part)  # type: ignore[method-assign]
-        elif getattr(getattr(module, "config", None), "_attn_implementation", None) in ("sdpa", _ATTENTION):
+        elif isinstance(config := getattr(module, "config", None), PreTrainedConfig) and config._attn_implementation in (
+            "sdpa",
+            _ATTENTION,
+        ):
             module.add_module("part", Part(max_rows))
-            module.config._attn_implementation = _ATTENTION
+            config._attn_implementation = _ATTENTION
 
 
 def _linear_in_parts(whole: Callable[[Tensor], Tensor], part: Part, rows: Tensor) -> Tensor:
     """rows: (..., in_features)."""
     if rows.shape[:-1].numel() <= part.max_rows:
         return whole(part(rows))
-    results = [whole(part(some)) for some in rows.reshape(-1, rows.shape[-1]).split(part.max_rows)]
-    return torch.cat(results).unflatten(0, rows.shape[:-1])
+    results = [whole(part(some)) for some in torch.split(rows.reshape(-1, rows.shape[-1]), part.max_rows)]
+    return torch.cat(results).view(*rows.shape[:-1], -1)
 
 
 def _attention_in_parts(
@@ -60,13 +63,19 @@ def _attention_in_parts(
 ) -> tuple[Tensor, None]:
     """query: (batch, heads, rows, head_size); attention_mask: (…, rows or 1, columns). Gives (batch, rows, heads, head_size)."""
     part = module._modules.get("part")
-    if not isinstance(part, Part) or query.shape[2] <= part.max_rows or kwargs.get("is_causal", getattr(module, "is_causal", True)):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    queries = query.split(part.max_rows, dim=2)
-    has_rows = attention_mask is not None and attention_mask.shape[-2] == query.shape[2]
-    masks = attention_mask.split(part.max_rows, dim=-2) if attention_mask is not None and has_rows else [attention_mask] * len(queries)
-    results = [sdpa_attention_forward(module, part(some), key, value, mask, **kwargs)[0] for some, mask in zip(queries, masks, strict=True)]
-    return torch.cat(results, dim=1), None
+    num_rows, is_causal = query.shape[2], kwargs.get("is_causal", getattr(module, "is_causal", True))
+
+    def attend(some: Tensor, mask: Tensor | None) -> Tensor:
+        output: Tensor = sdpa_attention_forward(module, some, key, value, mask, **kwargs)[0]  # type: ignore[no-untyped-call]
+        return output
+
+    if not isinstance(part, Part) or num_rows <= part.max_rows or is_causal:
+        return attend(query, attention_mask), None
+    queries = torch.split(query, part.max_rows, dim=2)
+    masks: Sequence[Tensor | None] = [attention_mask] * len(queries)
+    if attention_mask is not None and attention_mask.shape[-2] == num_rows:
+        masks = torch.split(attention_mask, part.max_rows, dim=-2)
+    return torch.cat([attend(part(some), mask) for some, mask in zip(queries, masks, strict=True)], dim=1), None
 
 
 AttentionInterface.register(_ATTENTION, _attention_in_parts)
