@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from tests.server_process import ServerProcess, server_process
 
 NUM_STREAMS = 8
 STREAM_TOKENS = 1000  # of one text answer, then the next begins; an answer's first token is no gap
+STREAM_WORDS = 64  # of its prompt
 PICTURE_TOKENS = 8  # of an answer about a picture
 CLOSED_LOOP = 8  # pictures at once where the rate is looked for
-LADDER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of the rate at which waiting pictures went through
+LADDER = (1.15, 1.1, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # of the rate at which waiting pictures went through
 MAX_WAIT_S = 10.0
-WARM_UP_S = 5.0
+WARM_UP_S = 10.0
 NUM_AT_ONCE = 64  # pictures, for the event loop
 MAX_LAG_S = 0.02
 LAG = "vlm:event_loop_lag_seconds"
@@ -148,8 +149,13 @@ class Bench:
         return Window(streams.gaps_s(start_s, end_s), streams.tokens_per_s(start_s, end_s), waits_s, rate, num_unanswered)
 
     async def _stream(self, streams: Streams, number: int) -> None:
-        while True:
-            path, body = text_body(self.model, 1000 * number + next(self._seeds), num_words=64, num_new_tokens=STREAM_TOKENS)
+        """The first answers are the ends of longer ones, so that the streams stand at equal distances and all stretches are alike.
+
+        A step of long streams takes twice the time of a step of short ones.
+        """
+        for num_before in chain([STREAM_TOKENS * number // NUM_STREAMS], repeat(0)):
+            num_words, num_tokens = STREAM_WORDS + num_before, STREAM_TOKENS - num_before
+            path, body = text_body(self.model, 1000 * number + next(self._seeds), num_words=num_words, num_new_tokens=num_tokens)
             times: list[float] = []
             streams.times_s.append(times)
             async for moment in stream_times(self.session, self.url, path, body):
@@ -169,7 +175,7 @@ def arrivals(rate: float, seconds: float) -> Iterator[float]:
 
 @contextlib.asynccontextmanager
 async def bench(folder: Path, flags: Sequence[str], seconds: float) -> AsyncIterator[Bench]:
-    with server_process(folder, "--load-format", "dummy", *flags) as server:
+    with server_process(folder, "--load-format", "dummy", "--log-level", "WARNING", *flags) as server:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600), connector=connector) as session:
             async with session.get(f"{server.url}/v1/models") as response:
@@ -194,11 +200,11 @@ async def measure(folder: Path, seconds: float, flags: Sequence[str]) -> bool:
         alone = await found.closed_loop(Streams())
         print(f"pictures alone              {alone.row()}", flush=True)
         async with found.streams() as streams:
-            calm = await found.undisturbed(streams)
-            print(f"streams alone               {calm.row()}", flush=True)
             full = await found.closed_loop(streams)
             print(f"both, all that goes through {full.row()}", flush=True)
             rate, _ = await sustained(found, streams, full.pictures_per_s)
+            calm = await found.undisturbed(streams)
+            print(f"streams alone               {calm.row()}", flush=True)
             mixed = await found.open_loop(streams, 0.8 * rate)
             print(f"both, at 80 % of {rate:6.3f}     {mixed.row()}", flush=True)
             calm_after = await found.undisturbed(streams)

@@ -5,7 +5,7 @@ Used by the engine process, by tests and offline. Knows nothing of sockets or of
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 
@@ -140,12 +140,13 @@ class Engine:
         is_counted = any(request_id not in self._probes for request_id in self.scheduler.requests)
         self._release_compiled()
         num_decoding, num_prefilling = self.scheduler.prefill_load()
-        budget = self.pace.prefill_tokens(num_decoding=num_decoding, num_prefilling=num_prefilling)
+        others = {"num_prefilling": num_prefilling, "num_images": len(self.scheduler.images_needed())}
+        budget = self.pace.prefill_tokens(num_decoding=num_decoding, **others)
         plan = self.scheduler.schedule(max_prefill_tokens=budget)
         for chunk in plan.chunks:
             self.clock.begun(chunk.request_id)
         outputs, tensor_s = self._compute(plan) if plan.chunks else ([], 0.0)
-        encode_s, failed = self._encode(self._encode_budget_s(plan, tensor_s))
+        encode_s, failed = self._encode(self._encode_budget_s(plan, tensor_s, others))
         if is_counted:
             self._count(plan, time.perf_counter() - started, tensor_s, encode_s)
         timed = [self._timed(output) for output in outputs + failed]
@@ -301,15 +302,13 @@ class Engine:
         timings_s = self.clock.ended(output.request_id)
         return output if timings_s is None else replace(output, timings_s=timings_s)
 
-    def _encode_budget_s(self, plan: Plan, step_s: float) -> float:
+    def _encode_budget_s(self, plan: Plan, step_s: float, others: Mapping[str, int]) -> float:
         """For how long to encode after this step, which took `step_s`: what the pace allows where rows decode, else for a while."""
-        load = {
-            "num_decoding": sum(len(chunk.token_ids) == 1 for chunk in plan.chunks),
-            "num_prefill_tokens": sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1),
-        }
+        num_decoding = sum(len(chunk.token_ids) == 1 for chunk in plan.chunks)
+        num_prefill_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
         if plan.chunks:
-            self.pace.stepped(step_s, **load)
-        return self.pace.encode_s(**load) if load["num_decoding"] else IDLE_ENCODE_S
+            self.pace.stepped(step_s, num_decoding=num_decoding, num_prefill_tokens=num_prefill_tokens)
+        return self.pace.encode_s(step_s, num_decoding=num_decoding, **others) if num_decoding else IDLE_ENCODE_S
 
     def _encode(self, budget_s: float) -> tuple[float, list[StepOutput]]:
         """Encode for about `budget_s`; seconds taken and requests that failed."""

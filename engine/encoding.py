@@ -1,12 +1,12 @@
 """Pictures become embeddings beside the decode steps: batches across requests, slices of layers, and a cache by content hash.
 
-A thread runs the vision encoder and holds still before an operator of the tower once its time is up, so a picture that takes a second
-costs the running rows a bounded wait per step. Only one of the two threads computes at any time.
+The vision encoder runs as a greenlet, which goes back to its caller before an operator of the tower once its time is up: a picture that
+takes a second costs the running rows a bounded wait per step. A greenlet and not a thread, since on CPU each thread that calls operators
+has a team of computing threads of its own: with more of these than cores all of them wait asleep, and decode steps took twice the time.
 """
 
 import logging
 import math
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +14,7 @@ from functools import partial
 from itertools import accumulate
 
 import torch
+from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
 
 from engine.request import ImageInput
@@ -78,11 +79,7 @@ class Encoding:
         self._device = device
         self._now_s = now_s
         self._slices = Slices()
-        self._is_cancelled = False
-        self._may_run = threading.Semaphore(0)
-        self._has_stopped = threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._work, name="vision-encoder", daemon=True)
-        self._thread.start()
+        self._work = greenlet(self._encode_all)
 
     def __contains__(self, image: ImageInput) -> bool:
         return any(image.content_hash == other.content_hash for other in self.images)
@@ -94,33 +91,25 @@ class Encoding:
     def run(self, budget_s: float) -> None:
         """Compute for about `budget_s`: what one call takes too long, or leaves, the next ones have less or more."""
         if self._slices.begin(budget_s, self._now_s()):
-            self._may_run.release()
-            self._has_stopped.acquire()
+            with torch.inference_mode():  # belongs to the thread, so it has to be on whenever the work goes on
+                self._work.switch()
             self._slices.end(self._now_s())
 
     def cancel(self) -> None:
-        """Give up what is left. Blocks until the thread has ended."""
-        self._is_cancelled = True
-        self._may_run.release()
-        self._thread.join()
+        """Give up what is left."""
+        self._work.throw(GreenletExit)
 
-    def _work(self) -> None:
-        self._may_run.acquire()
+    def _encode_all(self) -> None:
         hooks = [module.register_forward_pre_hook(partial(self._pause, place)) for place, module in _pause_places(self._encoder.layers)]
         try:
-            if not self._is_cancelled:
-                self.result = self._encode()
-        except _CancelledError:
-            pass
+            self.result = self._encode()
         except Exception as error:  # one picture's batch fails, not the engine
             logger.exception("the vision encoder failed")
             self.error = error
         finally:
             for hook in hooks:
                 hook.remove()
-            self._has_stopped.release()
 
-    @torch.inference_mode()
     def _encode(self) -> list[Tensor]:
         arrays = [{name: torch.from_numpy(array.numpy()).to(self._device) for name, array in image.arrays.items()} for image in self.images]
         embeddings = self._encoder.encode(arrays)
@@ -130,15 +119,11 @@ class Encoding:
         return [embedding.clone() for embedding in embeddings]  # a view would keep its whole batch alive
 
     def _pause(self, place: str, module: nn.Module, inputs: object) -> None:
-        if self._is_cancelled:
-            raise _CancelledError
-        if self._slices.passes(place, self._now_s()):
-            return
-        self._has_stopped.release()
-        self._may_run.acquire()
-        if self._is_cancelled:
-            raise _CancelledError
-        self._slices.resume(self._now_s())
+        if not self._slices.passes(place, self._now_s()):
+            caller = self._work.parent
+            assert caller is not None
+            caller.switch()
+            self._slices.resume(self._now_s())
 
 
 def _pause_places(layers: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -147,10 +132,6 @@ def _pause_places(layers: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]
         for name, module in layer.named_modules():
             if next(module.children(), None) is None:
                 yield name, module
-
-
-class _CancelledError(Exception):
-    pass
 
 
 def choose_batch(encoder: VisionEncoder, needed: Sequence[ImageInput], *, max_pixels: int | None = None) -> list[ImageInput]:

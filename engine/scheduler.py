@@ -225,10 +225,11 @@ class Scheduler:
     # One step
 
     def prefill_load(self) -> tuple[int, int]:
-        """How many rows decode, and how many more could be computing their prompts."""
+        """How many rows decode, and how many more could be computing their prompts: those that do not wait for a picture."""
         num_decoding = sum(row.is_decoding for row in self._running)
-        is_free = (row for row in self._waiting if row.awaits is None and row.request.request_id not in self._held)
-        return num_decoding, len(self._running) - num_decoding + sum(1 for _ in is_free)
+        num_prefilling = sum(not row.is_decoding and not self._awaits_picture(row) for row in self._running)
+        is_free = (row for row in self._waiting if not (row.awaits or row.lacks_images or row.request.request_id in self._held))
+        return num_decoding, num_prefilling + sum(1 for _ in is_free)
 
     def schedule(self, *, max_prefill_tokens: int | None = None) -> Plan:
         """The next step: a slot for every row that decodes, then prefill within the budget. Empty e.g. while pictures are encoded.
@@ -398,6 +399,11 @@ class Scheduler:
     def _lacking_span(self, row: Row, slot: int) -> ImageSpan | None:
         """The first span that ends after the slot and whose picture is not ready."""
         return next((span for span in row.spans_from(slot) if not self._is_ready(row, span)), None)
+
+    def _awaits_picture(self, row: Row) -> bool:
+        """Whether a running row's next slot is one of a picture that is not ready."""
+        span = self._lacking_span(row, row.request.num_computed)
+        return span is not None and span.start <= row.request.num_computed
 
     def _match(self, row: Row) -> int:
         """Leading blocks that need not be computed: none where the request reads all of its prompt."""

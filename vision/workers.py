@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+LEAVING_S = 1.0
 _PACKAGE_ROOT = Path(__file__).parent.parent
 _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")  # no keys, tokens or proxies
 _SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -45,6 +46,7 @@ class _Worker:
     def __init__(self, module: str, environment: Mapping[str, str]) -> None:
         """Blocks for the moment that starting a process takes. Raises OSError where it cannot be started."""
         self.ending: asyncio.Task[None] | None = None
+        self.is_leaving = False  # it closed its end: its exit status will tell why
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.connection.setblocking(False)
         with theirs, contextlib.ExitStack() as ours:
@@ -69,13 +71,17 @@ class _Worker:
         try:
             while True:
                 await _readable(self.connection)
-                if (reply := reader.read()) is not None:
-                    return reply
+                with contextlib.suppress(BlockingIOError):  # woken for nothing
+                    if (reply := reader.read()) is not None:
+                        return reply
         finally:
             reader.close()
 
     def end(self) -> None:
         """Kills it, hung or stopped ones too. Blocks until the kernel took it away."""
+        if self.is_leaving:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(LEAVING_S)
         self.process.kill()
         self.process.wait()
         self.connection.close()
@@ -190,6 +196,7 @@ class WorkerPool:
         except TimeoutError:
             raise WorkerTimeoutError(f"{self._module} took longer than {self._timeout_s:g} s") from None
         except (EOFError, OSError) as error:
+            worker.is_leaving = isinstance(error, EOFError)
             await self._end(worker)
             if worker.process.returncode == -signal.SIGKILL:
                 raise WorkerKilledError(f"{self._module} (process {worker.process.pid}) was killed in the middle of a job") from None

@@ -190,7 +190,7 @@ def slow(seeing, monkeypatch) -> Engine:
     """It encodes at most one layer per step: each takes a second of its clock, and each step has one."""
     monkeypatch.setattr("engine.core.Encoding", partial(Encoding, now_s=SteppingClock()))
     monkeypatch.setattr("engine.core.IDLE_ENCODE_S", 1.0)
-    monkeypatch.setattr(seeing.pace, "encode_s", lambda **load: 1.0)
+    monkeypatch.setattr(seeing.pace, "encode_s", lambda step_s, **load: 1.0)
     return seeing
 
 
@@ -209,9 +209,9 @@ def test_rows_decode_on_while_a_picture_is_encoded(slow):
 
 def test_a_prompt_comes_in_at_the_pace_that_is_set(engine):
     params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
-    loads: list[dict[str, int]] = []
+    loads: list[dict[str, object]] = []
 
-    def seven(**load: int) -> int:
+    def seven(**load: object) -> int:
         loads.append(load)
         return 7
 
@@ -225,7 +225,7 @@ def test_a_prompt_comes_in_at_the_pace_that_is_set(engine):
         num_steps += 1
 
     assert num_steps == 70 / 7
-    assert loads[1:2] == [{"num_decoding": 1, "num_prefilling": 1}]
+    assert loads[1:2] == [{"num_decoding": 1, "num_prefilling": 1, "num_images": 0}]
 
 
 def test_a_picture_seen_before_is_not_encoded_again(seeing):

@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -34,6 +36,25 @@ def test_pauses_are_at_the_operators_of_a_layer():
         num_slices += 1
 
     assert num_slices > 2 * 2  # more than layers
+
+
+def test_the_tower_computes_where_the_caller_does():
+    """In one thread: each thread that calls operators has a team of computing threads, and two teams on the same cores wait asleep."""
+    encoder = FakeEncoder()
+    threads, modes = set(), set()
+    for layer in encoder.layers:
+        layer.register_forward_hook(lambda *_: (threads.add(threading.get_ident()), modes.add(torch.is_inference_mode_enabled())))
+    encoding = Encoding(encoder, [fake_image(7)], CPU, now_s=SteppingClock())
+
+    outside = []
+    while not encoding.is_done:
+        encoding.run(2.0)
+        outside.append(torch.is_inference_mode_enabled())
+
+    assert threads == {threading.get_ident()}
+    assert modes == {True}
+    assert len(outside) > 2
+    assert not any(outside)
 
 
 def test_a_large_budget_computes_all_at_once():

@@ -474,6 +474,23 @@ def test_a_chunk_stops_before_a_picture_that_is_not_ready_and_others_go_on() -> 
     assert plan.chunks[1].image_pieces == (ImagePiece(b"x", 0, 0, 3),)
 
 
+def test_rows_that_wait_for_their_pictures_are_no_load_of_prefill() -> None:
+    """Running ones, which have come as far as a picture, and waiting ones, which begin with one."""
+    scheduler = make_scheduler()
+    add(scheduler, "decodes", [1, 2])
+    step(scheduler)
+    add(scheduler, "runs", [3, 4], ("cat", 4))
+    add(scheduler, "waits", ("dog", 4), [5])
+    loads = [scheduler.prefill_load()]
+    step(scheduler)
+    loads.append(scheduler.prefill_load())
+
+    scheduler.image_ready(b"cat")
+    loads.append(scheduler.prefill_load())
+
+    assert loads == [(1, 2), (1, 0), (1, 1)]
+
+
 def test_a_request_that_begins_with_a_missing_picture_is_not_admitted() -> None:
     scheduler = make_scheduler()
     add(scheduler, "a", ("x", 3), [4])

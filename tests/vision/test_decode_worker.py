@@ -3,6 +3,7 @@ import io
 import os
 import random
 import signal
+import socket
 import struct
 import zlib
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ from PIL import Image
 
 from tests.vision.pictures import encoded, noise, png
 from tests.vision.processes import await_end, freeze, is_gone, memory_map, num_descriptors, python_prints, until
+from vision import workers
 from vision.config import VisionConfig
 from vision.decode_pool import DecodePool
 from vision.image import MediaError
@@ -195,6 +197,23 @@ async def test_a_worker_that_died_idle_is_replaced_before_the_next_picture(pool:
     await_end(process_id)
 
     assert np.array_equal(await decoded(pool, png()), noise(8, 6))
+
+
+async def test_a_wake_up_for_nothing_costs_no_worker(pool: DecodePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event loop may say that there is something to read where there is not yet."""
+    readable, num_woken = workers._readable, 0
+
+    async def woken_early(connection: socket.socket) -> None:
+        nonlocal num_woken
+        num_woken += 1
+        await (readable(connection) if num_woken > 3 else asyncio.sleep(0))
+
+    monkeypatch.setattr(workers, "_readable", woken_early)
+    (before,) = pool.process_ids
+
+    assert np.array_equal(await decoded(pool, png()), noise(8, 6))
+    assert num_woken > 3
+    assert pool.process_ids == [before]
 
 
 async def test_a_hung_worker_is_killed_and_replaced(hasty_pool: DecodePool) -> None:

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 from tests.image_fixtures import copy_weights, encoder, encoder_inputs, picture, tiny_folder
 from tests.tiny_models import image_model_names
 from vision.encoder import VisionEncoder
-from vision.tower_parts import compute_in_parts
+from vision.tower_parts import Part, compute_in_parts, layers_in_parts
 
 TILE_PIXELS = 32 * 32  # of the tiny families
 TILED = ("llava_next", "idefics3", "smolvlm")
@@ -43,3 +43,32 @@ def test_no_part_has_more_tiles_than_it_may(name: str) -> None:
     num_tiles = len(arrays["pixel_values"])
     assert num_tiles > 2
     assert seen == [2] * (num_tiles // 2) + [1] * (num_tiles % 2)
+
+
+@pytest.mark.parametrize("max_rows", [1, 5, 10_000])
+@pytest.mark.parametrize("name", image_model_names())
+def test_layers_computed_in_parts_give_the_same_embeddings(name: str, max_rows: int) -> None:
+    built = encoder_in_parts(name, 10**9)
+    batch = [encoder_inputs(name, picture((90, 150), seed)) for seed in range(2)]
+    layers_in_parts(built.layers, max_rows=max_rows)
+
+    in_parts = built.encode(batch)
+
+    for rows, expected in zip(in_parts, encoder(name).encode(batch), strict=True):
+        torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", image_model_names())
+def test_no_operator_of_a_layer_takes_more_rows_than_it_may(name: str) -> None:
+    built = encoder_in_parts(name, 10**9)
+    layers_in_parts(built.layers, max_rows=7)
+    sizes: dict[str, list[int]] = {"linear": [], "attention": []}
+    for owner in built.layers[0].modules():
+        for part in (child for child in owner.children() if isinstance(child, Part)):
+            kind = "linear" if isinstance(owner, torch.nn.Linear) else "attention"
+            part.register_forward_hook(lambda _, inputs, output, kind=kind: sizes[kind].append(output.shape[-2]))
+
+    built.encode([encoder_inputs(name, picture((90, 150)))])
+
+    assert max(sizes["linear"]) == max(sizes["attention"]) == 7
+    assert len(sizes["linear"]) > len(sizes["attention"]) > 1

@@ -42,22 +42,29 @@ class Clock:
         return self.now_s
 
 
+def answered(room: WaitingRoom, tenant: str = "") -> None:
+    room.submit(tenant)
+    room.begin(tenant)
+
+
 def small_room() -> Any:
     return running_server(fake_config(engine=EngineConfig(model_folder="/no/such/folder", max_waiting=2)))
 
 
-def begun(server: RunningServer, path: str = "/v1/chat/completions", **fields: Any) -> socket.socket:
+def begun(server: RunningServer, path: str = "/v1/chat/completions", *, key: str = "", **fields: Any) -> socket.socket:
     """A connection with a request whose answer has not begun."""
     data = json.dumps({"model": server.model, "messages": HELLO, **fields}).encode()
     host, port = server.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=10)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)
     return connection
 
 
-def post(server: RunningServer, path: str, **fields: Any) -> requests.Response:
-    return requests.post(server.url + path, json={"model": server.model, **fields}, timeout=10)
+def post(server: RunningServer, path: str, *, key: str = "", **fields: Any) -> requests.Response:
+    headers = {"Authorization": f"Bearer {key}"}
+    return requests.post(server.url + path, json={"model": server.model, **fields}, headers=headers, timeout=10)
 
 
 @pytest.mark.parametrize("compat", ["none", ALPACA])
@@ -147,22 +154,63 @@ def test_the_time_to_come_again_follows_the_rate() -> None:
     assert room.retry_after_s() == 1
     for _ in range(100):
         clock.now_s += 0.1
-        room.begin()
+        answered(room)
 
     fast = room.retry_after_s()
     for _ in range(100):
         clock.now_s += 10
-        room.begin()
+        answered(room)
 
     assert fast == 10
     assert room.retry_after_s() == MAX_RETRY_AFTER_S
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["enter", "leave", "wait"])), max_size=60))
-def test_the_room_never_holds_more_than_its_limit_and_is_empty_in_the_end(steps: list[tuple[int, str]]) -> None:
+def test_a_full_room_has_one_place_for_each_key_that_has_none() -> None:
+    """Prepared or submitted, a tenant's first request counts; without keys there is nobody to keep apart."""
+    room = WaitingRoom(1, clock=Clock())
+    Place(room).enter()
+    first = Place(room, "a")
+    first.enter()
+
+    for tenant in ("", "a"):
+        with pytest.raises(QueueFullError, match="2 requests wait already"):
+            Place(room, tenant).enter()
+    first.leave()
+    room.submit("a")
+    with pytest.raises(QueueFullError):
+        Place(room, "a").enter()
+    room.begin("a")
+    Place(room, "a").enter()
+
+    assert room.num_waiting == 2
+
+
+def test_a_key_gets_in_while_another_one_fills_the_room() -> None:
+    config = fake_config(engine=EngineConfig(model_folder="/no/such/folder", max_waiting=2), api_keys=("crowd", "guest"))
+    with running_server(config) as server:
+        server.backend.engine.hangs_after = 0
+        crowd = [begun(server, key="crowd") for _ in range(2)]
+        assert server.backend.activity.has_begun_within(5, count=2)
+
+        refused = post(server, "/v1/chat/completions", key="crowd", messages=HELLO)
+        guest = begun(server, key="guest")
+
+        assert refused.status_code == 429
+        assert server.backend.activity.has_begun_within(5, count=3)
+        for connection in (*crowd, guest):
+            connection.close()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.sampled_from(["enter", "leave", "wait"])), max_size=60),
+    st.lists(st.sampled_from(["", "a", "b"]), min_size=6, max_size=6),
+)
+def test_the_room_never_holds_more_than_its_limit_and_one_of_each_tenant_and_is_empty_in_the_end(
+    steps: list[tuple[int, str]], tenants: list[str]
+) -> None:
     clock = Clock()
     room = WaitingRoom(3, clock=clock)
-    places = [Place(room) for _ in range(6)]
+    places = [Place(room, tenant) for tenant in tenants]
     inside: dict[int, float] = {}
     for index, what in steps:
         if what == "wait":
@@ -172,12 +220,14 @@ def test_the_room_never_holds_more_than_its_limit_and_is_empty_in_the_end(steps:
             inside.pop(index, None)
         elif index not in inside:
             inside = {number: since_s for number, since_s in inside.items() if clock.now_s - since_s < RESERVED_S}
+            is_first = bool(tenants[index]) and all(tenants[number] != tenants[index] for number in inside)
             try:
                 places[index].enter()
+                assert len(inside) < 3 or is_first
                 inside[index] = clock.now_s
-                assert len(inside) <= 3
             except QueueFullError:
-                assert len(inside) == 3
+                assert len(inside) >= 3
+                assert not is_first
 
     for place in places:
         place.leave()
