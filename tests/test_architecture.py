@@ -316,7 +316,7 @@ MAY_IMPORT = {
         "engine.request vision.image vision.media_budgets"
     ),
     "vlm_server.uploads": ".errors .file_protocol vision.image",
-    "vlm_server.waiting_room": ".backend .errors .middleware engine.request",
+    "vlm_server.waiting_room": ".auth .backend .errors .middleware engine.request",
 }
 
 # Whole packages that a package never imports, whatever the table says: vision knows neither other package, the engine no server.
