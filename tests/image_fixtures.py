@@ -22,6 +22,7 @@ from vision.processor import ImagePreprocessor
 from vision.request_room import RequestRoom
 from vision.shared_array import SharedArray
 from vlm_server.embedded import embedded_model_folder
+from vlm_server.pipeline import Pipeline
 
 SIZES = {"wide": (30, 110), "tall": (120, 25), "exact": (32, 32), "large": (90, 150), "small": (9, 7), "dot": (1, 1)}  # height, width
 
@@ -89,6 +90,13 @@ def reference_features(name: str, pixels: np.ndarray) -> torch.Tensor:
     with torch.inference_mode():
         features = reference_model(name).get_image_features(**reference_inputs(name, [pixels]), return_dict=True).pooler_output
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
+
+
+def images_of(pipeline: Pipeline) -> "FakeImages":
+    """Those that the pipeline was given."""
+    images = pipeline._loading._images
+    assert isinstance(images, FakeImages)
+    return images
 
 
 class FakeImages:

@@ -206,16 +206,19 @@ MAY_IMPORT = {
     "vlm_server.parsing.reasoning": ".parsing.events .parsing.scanner",
     "vlm_server.parsing.scanner": "",
     "vlm_server.parsing.tool_formats": ".parsing.calls .parsing.scanner",
+    "vlm_server.picture_loading": ".announcing .metering .picture_report .stage_timings engine.request vision.image vision.request_room",
     "vlm_server.picture_parts": ".chat_template engine.request vision.config vision.families vision.image",
     "vlm_server.picture_places": ".tokenizer engine.request vision.families",
     "vlm_server.picture_report": "vision.image",
     "vlm_server.pipeline": (
-        ".announcing .chat_template .detokenizer .jinja_process .metering .picture_parts .picture_places .picture_report .stage_timings "
-        ".template_choice .tokenizer .transcript engine.request vision.config vision.families vision.image vision.request_room"
+        ".announcing .chat_template .detokenizer .jinja_process .picture_loading .picture_parts .picture_places .picture_report "
+        ".prompt_tokens .stage_timings .template_choice .tokenizer .transcript engine.request vision.config vision.families vision.image "
+        "vision.request_room"
     ),
     "vlm_server.probe": (
         ".chat_template .jinja_process .pipeline .readiness .stage_timings engine.request vision.image vision.request_room vision.workers"
     ),
+    "vlm_server.prompt_tokens": ".chat_template .tokenizer .transcript engine.request vision.families vision.image",
     "vlm_server.protocol": ".config .format_protocol .image_protocol .message_schema .nesting .tool_schema",
     "vlm_server.queued_tokens": ".backend engine.request vision.budget vision.media_budgets",
     "vlm_server.quotas": "",

@@ -1,68 +1,40 @@
 """Messages with pictures → `Prompt`: the one bridge between vision and engine on the request's side.
 
-Renders the chat template, has the pictures loaded, expands each placeholder to its picture's tokens, tokenizes as the reference processor
-does, and says which slots take which rows of which picture. Knows nothing of HTTP and of how pictures are fetched or encoded.
+Renders the chat template, has the pictures loaded (`picture_loading`) and the text made tokens (`prompt_tokens`). Knows nothing of HTTP and
+of how pictures are fetched or encoded.
 """
 
 import asyncio
-import contextlib
-import secrets
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys
+from engine.request import Prompt
 from vision.config import MAX_PICTURE_PIXELS
 from vision.families import Family, load_family
-from vision.image import ImageRef, MeasuredImage, MediaError, ProcessedImage, salted_hash
+from vision.image import ImageRef, MediaError, ProcessedImage
 from vision.request_room import RequestRoom
-from vlm_server.announcing import OpenAnnouncement, announcing
-from vlm_server.chat_template import Message, TemplateError
+from vlm_server.announcing import OpenAnnouncement
+from vlm_server.chat_template import Message
 from vlm_server.detokenizer import StopWords
 from vlm_server.jinja_process import JinjaProcess
-from vlm_server.metering import admit_pictures, charge_pixels
+from vlm_server.picture_loading import ImageLoader, PictureLoading, closing_on_error, failed, held
 from vlm_server.picture_parts import PictureParts
 from vlm_server.picture_places import ids_with_pictures, ids_without, text_with_placeholders
 from vlm_server.picture_report import PictureReport
+from vlm_server.prompt_tokens import PromptTokens, new_marker
 from vlm_server.stage_timings import StageTimings
 from vlm_server.template_choice import PromptTemplate, load_chat_template
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
-from vlm_server.transcript import CutText, Segment, Transcript, TurnPrompt, answer_segment, num_leading
+from vlm_server.transcript import Segment, Transcript, TurnPrompt
 
 NUM_THREADS = 2  # a very long text occupies one; the event loop none
 
 Result = TypeVar("Result")
-
-
-class ImagesNotSupportedError(InvalidRequestError):
-    """A picture was sent to a model that takes none."""
-
-    def __init__(self, param: str) -> None:
-        super().__init__(f"{param}: this model takes no pictures, only text parts are allowed")
-        self.param = param
-
-
-class ImageLoader(Protocol):
-    """What the pipeline asks of the vision service."""
-
-    def request_room(self) -> RequestRoom: ...
-
-    async def load(
-        self,
-        refs: Sequence[ImageRef],
-        *,
-        tenant: str = "",
-        room: RequestRoom | None = None,
-        on_loaded: Callable[[ProcessedImage], None] | None = None,
-    ) -> list[ProcessedImage | MediaError]: ...
-
-    async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage | MediaError]: ...
-
-    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes | MediaError]: ...
-
+Write = Callable[[Collection[int]], Awaitable[str]]  # a text with a placeholder for each picture but those of some numbers
 
 _NOTHING_KNOWN = Transcript()
 
@@ -93,9 +65,8 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.template = template
         self.family = family
-        self._images = images
-        self._shares_caches = shares_caches
-        self._announce = announce
+        self._tokens = PromptTokens(tokenizer, family, brings_special_tokens=template.brings_special_tokens, shares_caches=shares_caches)
+        self._loading = PictureLoading(images if family is not None else None, announce=announce)
         self._pictures = PictureParts(family, max_picture_pixels)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenize")
 
@@ -174,20 +145,19 @@ class Pipeline:
         timings: is given the stages template, pictures (and within it picture-fetch, -decode, -preprocess) and tokenize.
         Raises TemplateError, ImagesNotSupportedError, or the vision service's MediaError, each naming the field.
         """
-        marker, report = _new_marker(), report or PictureReport()
-        timings = timings or StageTimings()
-        refs, plain = self._split(messages, report, image_settings=image_settings, pictures=pictures)
-        render = partial(
-            self._rendered,
-            plain,
-            marker,
+        report, timings = report or PictureReport(), timings or StageTimings()
+        refs, write, marker = self._writing(
+            messages,
+            report,
+            timings,
+            image_settings=image_settings,
+            pictures=pictures,
             tools=tools,
             template_kwargs=template_kwargs,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            timings=timings,
         )
-        return (await self._loaded_prompt(refs, render, marker, tenant, timings, report)).prompt
+        return (await self._loaded_prompt(refs, write, marker, tenant, timings, report)).prompt
 
     def with_images(self, images: ImageLoader | None) -> "Pipeline":
         """The same tokenizer and template over other pictures; to be closed by itself."""
@@ -211,12 +181,10 @@ class Pipeline:
         pictures, report: as for `chat_prompt`. names: `messages[0].content[1].image_url` to the field that the client knows. Raises as
         `chat_prompt`.
         """
-        marker, report = _new_marker(), report or PictureReport()
-        refs, plain = self._split(messages, report, names=names, pictures=pictures)
+        report, timings = report or PictureReport(), timings or StageTimings()
+        refs, write, marker = self._writing(messages, report, timings, names=names, pictures=pictures)
         fingerprint = await self._in_thread(lambda: self.tokenizer.fingerprint)
         segments = known.segments if known.tokenizer == fingerprint else ()
-        timings = timings or StageTimings()
-        write = partial(self._rendered, plain, marker, timings=timings)
         turn = await self._loaded_prompt(refs, write, marker, tenant, timings, report, segments)
         return replace(turn, transcript=Transcript(turn.transcript.segments, fingerprint))
 
@@ -227,22 +195,16 @@ class Pipeline:
 
         None: one that may fail; the report knows it as lost from now on, so that no prompt has it.
         """
-        if not refs:
-            return []
-        images = self._loader(refs)
-        admit_pictures()
-        report, salt = report or PictureReport(), self._salt(tenant)
-        files = await report.gather(_held(refs, None, report), lambda wanted: images.fetch(wanted, limit_bytes=limit_bytes, tenant=salt))
-        report.lost |= {ref.url: file for ref, file in zip(refs, files, strict=True) if isinstance(file, MediaError)}
-        return [None if isinstance(file, MediaError) else file for file in files]
+        salt = self._tokens.salt(tenant)
+        return await self._loading.fetch(refs, limit_bytes=limit_bytes, salt=salt, report=report or PictureReport())
 
     async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None:
         """Raises ImagesNotSupportedError or MediaError where the picture cannot be used, as far as its header tells."""
-        await self._loader([ref]).measure([ref], tenant=self._salt(tenant))
+        await self._loading.check_header(ref, salt=self._tokens.salt(tenant))
 
     def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
         """The transcript with the answer that followed, for a later `turn_prompt`; without it where its tokens are no whole text."""
-        return replace(transcript, segments=(*transcript.segments, *self._answer_segments(token_ids)))
+        return replace(transcript, segments=(*transcript.segments, *self._tokens.answer_segments(token_ids)))
 
     async def chat_tokens(
         self,
@@ -258,29 +220,28 @@ class Pipeline:
         report: PictureReport | None = None,
     ) -> list[int]:
         """The tokens of the prompt that `chat_prompt` makes, its pictures measured by their headers and not loaded. Raises as it does."""
-        marker, report = _new_marker(), report or PictureReport()
-        refs, plain = self._split(messages, report, image_settings=image_settings, pictures=pictures)
-        render = partial(
-            self._rendered,
-            plain,
-            marker,
+        report = report or PictureReport()
+        refs, write, marker = self._writing(
+            messages,
+            report,
+            StageTimings(),
+            image_settings=image_settings,
+            pictures=pictures,
             tools=tools,
             template_kwargs=template_kwargs,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
-        text = await render()
-        measured: list[MeasuredImage] = []
-        if refs:
-            images, salt = self._loader(refs), self._salt(tenant)
-            results = await report.gather(refs, lambda wanted: images.measure(wanted, tenant=salt))
-            measured = report.take(refs, results)
-            text = await render(_failed(results)) if len(measured) < len(refs) else text
-        return await self._in_thread(lambda: self._chat_tokens(text, measured, marker))
+        text = await write(())
+        results = await self._loading.measure(refs, salt=self._tokens.salt(tenant), report=report)
+        measured = report.take(refs, results)
+        if len(measured) < len(refs):
+            text = await write(failed(results))
+        return await self._in_thread(lambda: self._tokens.chat_tokens(text, measured, marker))
 
     def request_room(self) -> RequestRoom | None:
         """What the pictures of several `parts_prompt` of one request share; None where there are no pictures."""
-        return self._images.request_room() if self._images is not None else None
+        return self._loading.request_room()
 
     async def parts_prompt(
         self,
@@ -296,19 +257,18 @@ class Pipeline:
 
         pictures: as for `chat_prompt`. room: None where the request has no other pictures. Raises as `chat_prompt` does.
         """
-        marker, report = _new_marker(), PictureReport()
+        marker, report = new_marker(), PictureReport()
         refs: list[ImageRef] = []
         defaults = self._pictures.defaults(None)
         plain = [self._pictures.plain(part, f"{param}[{index}]", refs, defaults) for index, part in enumerate(parts)]
-        if refs:
-            self._loader(refs)
+        self._loading.check_supported(refs)
         placeholder = self.family.placeholder if self.family else ""
 
         async def write(left_out: Collection[int]) -> str:
-            return "".join(self._guarded(part["text"], marker) if part["type"] == "text" else placeholder for part in plain)
+            return "".join(self._tokens.guarded(part["text"], marker) if part["type"] == "text" else placeholder for part in plain)
 
-        held, timings = _held(refs, pictures, report), timings or StageTimings()
-        return (await self._loaded_prompt(held, write, marker, tenant, timings, report, room=room)).prompt
+        refs, timings = held(refs, pictures, report), timings or StageTimings()
+        return (await self._loaded_prompt(refs, write, marker, tenant, timings, report, room=room)).prompt
 
     async def picture_prompt(
         self,
@@ -325,21 +285,20 @@ class Pipeline:
         pictures: objects as `image_url` of a part, named by `params`. report: as for `chat_prompt`. Raises as that does, and
         InvalidRequestError.
         """
-        marker, report = _new_marker(), report or PictureReport()
-        timings = timings or StageTimings()
+        marker, report, timings = new_marker(), report or PictureReport(), timings or StageTimings()
         refs: list[ImageRef] = []
         defaults = self._pictures.defaults(None)
         for image, param in zip(pictures, params, strict=True):
             self._pictures.plain({"type": "image_url", "image_url": image}, param, refs, defaults)
-        if self.family is None or self._images is None:
-            raise ImagesNotSupportedError(params[0])
-        family, refs = self.family, _held(refs, None, report)
+        self._loading.check_supported(refs)
+        assert self.family is not None  # or its pictures would not be supported
+        family, refs = self.family, held(refs, None, report)
         if not isinstance(text_or_ids, str):
             return await self._ids_prompt(text_or_ids, refs, family, tenant, timings, report)
         text = text_or_ids
 
         async def write(left_out: Collection[int]) -> str:
-            return text_with_placeholders(text, len(refs), family, guarded=partial(self._guarded, marker=marker), left_out=left_out)
+            return text_with_placeholders(text, len(refs), family, guarded=partial(self._tokens.guarded, marker=marker), left_out=left_out)
 
         return (await self._loaded_prompt(refs, write, marker, tenant, timings, report)).prompt
 
@@ -349,12 +308,11 @@ class Pipeline:
         Raises InvalidRequestError for an empty prompt and for ids that stand for a picture.
         """
         token_ids = self.text_tokens(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
-        return self._token_prompt(tuple(token_ids), tenant)
+        return self._tokens.prompt_without_pictures(tuple(token_ids), tenant)
 
     def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The tokens of a text without a template; none of them stands for a picture. Blocks; may be called in any thread."""
-        marker = _new_marker()
-        return self._tokenize(self._guarded(text, marker).split(marker), add_special_tokens=add_special_tokens)
+        return self._tokens.text_tokens(text, add_special_tokens=add_special_tokens)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -362,56 +320,37 @@ class Pipeline:
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _loader(self, refs: Sequence[ImageRef]) -> ImageLoader:
-        """What loads these pictures. Raises ImagesNotSupportedError."""
-        if self.family is None or self._images is None:
-            raise ImagesNotSupportedError(refs[0].param)
-        return self._images
-
-    def _split(
+    def _writing(
         self,
         messages: Sequence[Message],
         report: PictureReport,
+        timings: StageTimings,
         *,
         image_settings: Mapping[str, Any] | None = None,
         names: Mapping[str, str] | None = None,
         pictures: Mapping[str, bytes] | None = None,
-    ) -> tuple[list[ImageRef], list[Message]]:
-        """The pictures in order, and the messages as a template takes them."""
+        **template_settings: Any,
+    ) -> tuple[list[ImageRef], Write, str]:
+        """The pictures in order, what renders the template, and the marker in its text. template_settings: as `render` takes them."""
         refs, plain = self._pictures.split(messages, names or {}, self._pictures.defaults(image_settings))
-        if refs:
-            self._loader(refs)
-        return _held(refs, pictures, report), plain
+        self._loading.check_supported(refs)
+        marker = new_marker()
 
-    async def _rendered(
-        self,
-        plain: Sequence[Message],
-        marker: str,
-        left_out: Collection[int] = (),
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        timings: StageTimings | None = None,
-    ) -> str:
-        """The template's text with a placeholder for each picture but those of the numbers in `left_out`."""
-        kept = self._pictures.without(plain, left_out) if left_out else plain
-        with (timings or StageTimings()).stage("template"):
-            return await self._in_thread(
-                lambda: self.template.render(
-                    self._guarded(kept, marker),
-                    tools=self._guarded(tools, marker),
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
-                    template_kwargs=self._guarded(template_kwargs, marker),
-                )
-            )
+        def rendered(kept: Sequence[Message]) -> str:
+            guarded = {name: self._tokens.guarded(value, marker) for name, value in template_settings.items()}
+            return self.template.render(self._tokens.guarded(kept, marker), **guarded)
+
+        async def write(left_out: Collection[int]) -> str:
+            kept = self._pictures.without(plain, left_out) if left_out else plain
+            with timings.stage("template"):
+                return await self._in_thread(lambda: rendered(kept))
+
+        return held(refs, pictures, report), write, marker
 
     async def _loaded_prompt(
         self,
         refs: Sequence[ImageRef],
-        write: Callable[[Collection[int]], Awaitable[str]],
+        write: Write,
         marker: str,
         tenant: str,
         timings: StageTimings,
@@ -419,15 +358,15 @@ class Pipeline:
         known: Sequence[Segment] = (),
         room: RequestRoom | None = None,
     ) -> TurnPrompt:
-        """The prompt for a text with a placeholder for each picture. write: gives it, without the pictures of some numbers."""
+        """The prompt for what is written of the pictures that are there."""
         text = await write(())
         results = await self._loaded(refs, tenant, timings, report, room)
         loaded = report.take(refs, results)
-        with _closing_on_error(loaded):
+        with closing_on_error(loaded):
             if len(loaded) < len(refs):
-                text = await write(_failed(results))
+                text = await write(failed(results))
             with timings.stage("tokenize"):
-                return await self._in_thread(lambda: self._prompt(text, loaded, marker, tenant, known))
+                return await self._in_thread(lambda: self._tokens.prompt(text, loaded, marker, tenant, known))
 
     async def _ids_prompt(
         self, token_ids: Sequence[int], refs: Sequence[ImageRef], family: Family, tenant: str, timings: StageTimings, report: PictureReport
@@ -437,188 +376,18 @@ class Pipeline:
         loaded = report.take(refs, results)
 
         def prompt() -> Prompt:
-            kept_ids = ids_without(token_ids, len(refs), _failed(results), family, self.tokenizer)
+            kept_ids = ids_without(token_ids, len(refs), failed(results), family, self.tokenizer)
             if kept_ids is None:  # nobody knows which tokens are the picture's
                 raise report.left_out[0]
             written = ids_with_pictures(kept_ids, [image.layout for image in loaded], family, self.tokenizer)
-            return self._prompt_of(tuple(written), loaded, tenant)
+            return self._tokens.prompt_of(tuple(written), loaded, tenant)
 
-        with timings.stage("tokenize"), _closing_on_error(loaded):
+        with timings.stage("tokenize"), closing_on_error(loaded):
             return await self._in_thread(prompt)
 
     async def _loaded(
         self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings, report: PictureReport, room: RequestRoom | None = None
     ) -> list[ProcessedImage | MediaError]:
-        if not refs:
-            return []
-        images = self._loader(refs)
-        admit_pictures()
-        salt = self._salt(tenant)
-        with timings.stage("pictures"), announcing(self._announce, len(refs), lambda image: self._input(image, tenant)) as on_loaded:
-            results = await report.gather(refs, lambda wanted: images.load(wanted, tenant=salt, room=room, on_loaded=on_loaded))
-        loaded = [result for result in results if isinstance(result, ProcessedImage)]
-        charge_pixels(sum(image.width * image.height for image in loaded))
-        for image in loaded:
-            timings.add_slowest("picture", image.timings_s)
-        return results
-
-    def _token_prompt(self, token_ids: tuple[int, ...], tenant: str) -> Prompt:
-        if not token_ids:
-            raise InvalidRequestError("prompt: it has no tokens; at least one is needed")
-        if self.family is not None and self.family.image_token_id in token_ids:
-            raise InvalidRequestError(
-                f"prompt: token {self.family.image_token_id} stands for a picture; send pictures as chat messages or image_data"
-            )
-        return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), (), salt=self._salt(tenant)), tenant=tenant)
-
-    def _guarded(self, value: Any, marker: str) -> Any:
-        """Every string within, cut by `marker` inside each word that means a picture: no user's text becomes one."""
-        if isinstance(value, str):
-            for word in self.family.reserved if self.family else ():
-                value = value.replace(word, word[:1] + marker + word[1:])
-            return value
-        if isinstance(value, list | tuple):
-            return [self._guarded(item, marker) for item in value]
-        if isinstance(value, dict):
-            return {self._guarded(key, marker): self._guarded(item, marker) for key, item in value.items()}
-        return value
-
-    def _prompt(self, text: str, images: Sequence[ProcessedImage], marker: str, tenant: str, known: Sequence[Segment]) -> TurnPrompt:
-        segments, num_kept = self._segments(text, images, marker, known)
-        transcript = Transcript(segments)
-        prompt = self._prompt_of(transcript.token_ids, images, tenant)
-        return TurnPrompt(prompt, transcript, sum(len(segment.token_ids) for segment in segments[:num_kept]))
-
-    def _prompt_of(self, token_ids: tuple[int, ...], images: Sequence[ProcessedImage], tenant: str) -> Prompt:
-        """Tokens that have all of the pictures' slots, as the engine takes them."""
-        inputs = tuple(self._input(image, tenant) for image in images)
-        spans = self._spans(token_ids, inputs)
-        positions, delta = self._positions(len(token_ids), spans, images)
-        keys = make_cache_keys(token_ids, inputs, spans, salt=self._salt(tenant))
-        return Prompt(
-            token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta, tenant=tenant
-        )
-
-    def _input(self, image: ProcessedImage, tenant: str) -> ImageInput:
-        return ImageInput(salted_hash(image.content_hash, self._salt(tenant)), image.num_tokens, image.arrays)
-
-    def _salt(self, tenant: str) -> str:
-        """Keeps a tenant's entries in every cache apart from the others'; nothing where all share them."""
-        return "" if self._shares_caches else tenant
-
-    def _segments(
-        self, text: str, images: Sequence[ProcessedImage], marker: str, known: Sequence[Segment]
-    ) -> tuple[tuple[Segment, ...], int]:
-        """The known segments that the text begins with, then one for the rest of it; and how many are known."""
-        whole = CutText.joined(self._expanded(text, images).split(marker))
-        num_kept, end = num_leading(known, whole)
-        kept = tuple(known[:num_kept])
-        before = next((segment.token_ids[-1] for segment in reversed(kept) if segment.token_ids), None)
-        if before is not None:
-            first, *pieces = whole.pieces(end)
-            token_ids = self.tokenizer.encode_after(before, first) + self._tokenize_cut_off(pieces)
-            rest = whole.between(end, len(whole.text))
-            if self.tokenizer.spells(token_ids, rest.text):  # not where a tokenizer changes the beginning of what it is given
-                return (*kept, Segment(rest.text, tuple(token_ids), rest.cuts)), num_kept
-        token_ids = self._tokenize(whole.pieces(), add_special_tokens=self._adds_special_tokens(text))
-        return (Segment(whole.text, tuple(token_ids), whole.cuts),), 0
-
-    def _answer_segments(self, token_ids: Sequence[int]) -> tuple[Segment, ...]:
-        """The end token stands alone: a template may write another one."""
-        has_end = bool(token_ids) and self.tokenizer.is_special(token_ids[-1])
-        parts = (token_ids[:-1], token_ids[-1:]) if has_end else (token_ids,)
-        segments = [answer_segment(part, [self.tokenizer.token_bytes(token_id) for token_id in part]) for part in parts]
-        return tuple(segment for segment in segments if segment is not None) if segments[0] is not None else ()
-
-    def _chat_tokens(self, text: str, images: Sequence[ProcessedImage | MeasuredImage], marker: str) -> list[int]:
-        pieces = self._expanded(text, images).split(marker)
-        return self._tokenize(pieces, add_special_tokens=self._adds_special_tokens(text))
-
-    def _adds_special_tokens(self, text: str) -> bool:
-        """As the reference: a tokenizer's Jinja template brings its own; a processor adds them unless the text begins with the first."""
-        bos = self.tokenizer.reference.bos_token
-        is_left_to_us = self.family is not None or not self.template.brings_special_tokens
-        return is_left_to_us and not (bos is not None and text.startswith(str(bos)))
-
-    def _expanded(self, text: str, images: Sequence[ProcessedImage | MeasuredImage]) -> str:
-        if self.family is None:
-            return text
-        gaps = text.split(self.family.placeholder)
-        if len(gaps) - 1 != len(images):
-            raise TemplateError(
-                f"messages: the chat template wrote {len(gaps) - 1} of {self.family.placeholder} for {len(images)} pictures; "
-                "pictures are allowed in messages of those roles whose pictures the template writes, and no text may form that word"
-            )
-        expansions = [self.family.expand(image.layout) for image in images]
-        return gaps[0] + "".join(expansion + gap for expansion, gap in zip(expansions, gaps[1:], strict=True))
-
-    def _tokenize(self, pieces: Sequence[str], *, add_special_tokens: bool) -> list[int]:
-        """The pieces' tokens, one after the other; no token reaches over a cut."""
-        return self.tokenizer.encode(pieces[0], add_special_tokens=add_special_tokens) + self._tokenize_cut_off(pieces[1:])
-
-    def _tokenize_cut_off(self, pieces: Sequence[str]) -> list[int]:
-        """The tokens of pieces behind a cut."""
-        token_ids: list[int] = []
-        for piece in pieces:
-            assert self.family is not None  # only its words are cut
-            token_ids += self.tokenizer.encode(self.family.image_token + piece)[1:]  # behind a token, no space is put before the piece
-        return token_ids
-
-    def _spans(self, token_ids: Sequence[int], images: Sequence[ImageInput]) -> tuple[ImageSpan, ...]:
-        """Runs of the image token, each picture taking as many slots as its embedding has rows."""
-        if self.family is None:
-            return ()
-        slots = [slot for slot, token_id in enumerate(token_ids) if token_id == self.family.image_token_id]
-        expected = sum(image.num_tokens for image in images)
-        assert len(slots) == expected, f"{len(slots)} slots of {self.family.image_token} for {expected} rows of {len(images)} pictures"
-        spans: list[ImageSpan] = []
-        first = 0
-        for index, image in enumerate(images):
-            spans += _runs(slots[first : first + image.num_tokens], index, self.family.is_atomic)
-            first += image.num_tokens
-        return tuple(spans)
-
-    def _positions(
-        self, num_slots: int, spans: Sequence[ImageSpan], images: Sequence[ProcessedImage]
-    ) -> tuple[tuple[tuple[int, ...], ...] | None, int]:
-        if self.family is None or not images:
-            return None, 0
-        starts = [span.start for span in spans if span.offset == 0]
-        return self.family.positions(num_slots, [(start, image.layout) for start, image in zip(starts, images, strict=True)])
-
-
-@contextlib.contextmanager
-def _closing_on_error(images: Sequence[ProcessedImage]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        for array in (array for image in images for array in image.arrays.values()):
-            array.close()
-        raise
-
-
-def _held(refs: Sequence[ImageRef], pictures: Mapping[str, bytes] | None, report: PictureReport) -> list[ImageRef]:
-    """With the files that are here already, and whether the others go on without them."""
-    files = pictures or {}
-    return [replace(ref, data=files.get(ref.url, ref.data), may_fail=report.may_fail and report.covers(ref)) for ref in refs]
-
-
-def _failed(results: Sequence[object]) -> frozenset[int]:
-    """The numbers of the pictures that are left out."""
-    return frozenset(number for number, result in enumerate(results) if isinstance(result, MediaError))
-
-
-def _runs(slots: Sequence[int], image: int, is_atomic: bool) -> list[ImageSpan]:
-    """One span per unbroken run of slots."""
-    spans = []
-    start = 0
-    for index in range(1, len(slots) + 1):
-        if index == len(slots) or slots[index] != slots[index - 1] + 1:
-            spans.append(ImageSpan(slots[start], index - start, image, start, is_atomic))
-            start = index
-    return spans
-
-
-def _new_marker() -> str:
-    """A cut that no text holds: private characters around a number that nobody can guess."""
-    return f"\ue000{secrets.randbits(64)}\ue001"
+        as_input = partial(self._tokens.input_of, tenant=tenant)
+        salt = self._tokens.salt(tenant)
+        return await self._loading.load(refs, salt=salt, as_input=as_input, timings=timings, report=report, room=room)

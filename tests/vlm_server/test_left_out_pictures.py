@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from engine.request import Prompt
-from tests.image_fixtures import SIZES, FakeImages, picture, tiny_folder
+from tests.image_fixtures import SIZES, FakeImages, images_of, picture, tiny_folder
 from tests.tiny_models import image_model_names
 from vision.image import ImageRef, MediaError
 from vlm_server.jinja_process import JinjaProcess
@@ -129,7 +129,7 @@ async def test_a_file_that_is_lost_is_not_even_asked_for(pipelines: Any) -> None
 
     assert_same(prompt, await pipeline.chat_prompt(messages_of(conversation, without="@large")))
     assert [(error.code, error.param) for error in report.left_out] == [("file_not_found", "messages[0].content[1].image_url")]
-    assert [ref.url for ref in pipeline._images.asked] == ["picture:wide"] * 2
+    assert [ref.url for ref in images_of(pipeline).asked] == ["picture:wide"] * 2
 
 
 async def test_the_others_are_closed_where_the_template_refuses_the_rest(pipelines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ async def test_the_others_are_closed_where_the_template_refuses_the_rest(pipelin
     with pytest.raises(RuntimeError):
         await pipeline.chat_prompt(messages_of(CONVERSATIONS["between pictures"]), report=PictureReport(may_fail=True))
 
-    arrays = [array for image in pipeline._images.given for array in image.arrays.values()]
+    arrays = [array for image in images_of(pipeline).given for array in image.arrays.values()]
     assert len(arrays) > 1
     for array in arrays:
         with pytest.raises((ValueError, OSError)):
@@ -211,13 +211,13 @@ async def test_ids_that_hold_the_pictures_tokens_already_cannot_be_cut(name: str
     pipeline = pipelines(name)
     good = [IMAGES[0], {"url": "picture:large"}]
     ids = list((await pipeline.picture_prompt("How many?", good, params=FIELDS[:2])).token_ids)
-    num_given = len(pipeline._images.given)
+    num_given = len(images_of(pipeline).given)
 
     with pytest.raises(MediaError) as caught:
         await pipeline.picture_prompt(ids, IMAGES[:2], params=FIELDS[:2], report=PictureReport(may_fail=True))
 
     assert caught.value.param == "image_data[1]"
-    assert len(pipeline._images.given) == num_given + 1
+    assert len(images_of(pipeline).given) == num_given + 1
 
 
 def test_a_text_that_would_become_a_placeholder_by_the_gap_is_cut() -> None:

@@ -9,7 +9,8 @@ from engine.request import InvalidRequestError, Prompt
 from tests.image_fixtures import SIZES, FakeImages, picture, reference_processor, tiny_folder
 from tests.tiny_models import image_model_names
 from vlm_server.jinja_process import JinjaProcess
-from vlm_server.pipeline import ImagesNotSupportedError, Pipeline
+from vlm_server.picture_loading import ImagesNotSupportedError
+from vlm_server.pipeline import Pipeline
 
 FAMILIES = image_model_names()
 PICTURES = {name: picture(size, seed) for seed, (name, size) in enumerate(SIZES.items())}

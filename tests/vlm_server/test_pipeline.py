@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 
 from engine.request import ImageInput, InvalidRequestError, Prompt
-from tests.image_fixtures import EMBEDDED, SIZES, FakeImages, picture, reference_model, reference_processor, tiny_folder
+from tests.image_fixtures import EMBEDDED, SIZES, FakeImages, images_of, picture, reference_model, reference_processor, tiny_folder
 from tests.tiny_gguf import write_gguf
 from tests.tiny_models import image_model_names
 from vision.image import MediaError
 from vlm_server.chat_template import TemplateError
 from vlm_server.detokenizer import StopWords
 from vlm_server.jinja_process import JinjaProcess
-from vlm_server.pipeline import ImagesNotSupportedError, Pipeline
+from vlm_server.picture_loading import ImagesNotSupportedError
+from vlm_server.pipeline import Pipeline
 from vlm_server.stage_timings import StageTimings
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
@@ -341,10 +342,10 @@ async def test_announced_pictures_are_withdrawn_where_another_one_fails(pipeline
     pipeline = pipelines("llava", announce=lambda: announced)
 
     async def load_first_and_fail(refs: Any, *, on_loaded: Any, **options: Any) -> None:
-        on_loaded(pipeline._images._load(refs[0]))
+        on_loaded(images_of(pipeline)._load(refs[0]))
         raise MediaError("image_fetch_timeout", "too slow")
 
-    monkeypatch.setattr(pipeline._images, "load", load_first_and_fail)
+    monkeypatch.setattr(images_of(pipeline), "load", load_first_and_fail)
     with pytest.raises(MediaError):
         await pipeline.chat_prompt(openai_messages([("user", ["@wide", "@tall"])]))
 
@@ -358,7 +359,7 @@ async def test_the_vision_service_is_told_which_part_a_picture_came_from(pipelin
 
     await pipeline.chat_prompt(messages)
 
-    first, second = pipeline._images.asked
+    first, second = images_of(pipeline).asked
     assert first.param == "messages[1].content[1].image_url"
     assert second.param == "messages[1].content[2].image_url"
     assert (first.options.detail, first.options.max_pixels) == ("auto", None)
@@ -464,7 +465,7 @@ async def test_pictures_of_a_refused_conversation_are_given_back(pipelines: Any,
     with pytest.raises(TemplateError, match="wrote 2 of <image> for 1 pictures"):
         await pipeline.chat_prompt(openai_messages([("user", ["<ima", "ge>", "@wide"])]))
 
-    assert [array.fd for image in pipeline._images.given for array in image.arrays.values()] == [-1, -1]
+    assert [array.fd for image in images_of(pipeline).given for array in image.arrays.values()] == [-1, -1]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.image_fixtures import EMBEDDED, SIZES, FakeImages, picture, tiny_folder
 from vision.image import ImageRef
-from vlm_server.pipeline import ImagesNotSupportedError, Pipeline
+from vlm_server.picture_loading import ImagesNotSupportedError
+from vlm_server.pipeline import Pipeline
 from vlm_server.transcript import Transcript, TurnPrompt
 
 NOTHING = Transcript()
