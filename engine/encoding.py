@@ -91,13 +91,14 @@ class Encoding:
     def run(self, budget_s: float) -> None:
         """Compute for about `budget_s`: what one call takes too long, or leaves, the next ones have less or more."""
         if self._slices.begin(budget_s, self._now_s()):
-            with torch.inference_mode():  # belongs to the thread, so it has to be on whenever the work goes on
+            with torch.inference_mode():  # the thread's, so it has to be as the work left it whenever that goes on
                 self._work.switch()
             self._slices.end(self._now_s())
 
     def cancel(self) -> None:
         """Give up what is left."""
-        self._work.throw(GreenletExit)
+        with torch.inference_mode():
+            self._work.throw(GreenletExit)
 
     def _encode_all(self) -> None:
         hooks = [module.register_forward_pre_hook(partial(self._pause, place)) for place, module in _pause_places(self._encoder.layers)]

@@ -79,6 +79,19 @@ def test_a_cancelled_encoding_computes_no_further_layer():
     assert not any(layer._forward_pre_hooks for layer in encoder.layers)
 
 
+def test_a_cancelled_encoding_leaves_the_thread_as_it_was():
+    encoder = FakeEncoder()
+    encoder.encode = torch.inference_mode()(encoder.encode)
+    encoding = Encoding(encoder, [fake_image(1)], CPU, now_s=SteppingClock())
+    encoding.run(2.0)
+    encoding.run(2.0)
+
+    encoding.cancel()
+
+    assert 0 < encoder.num_layers_done < len(encoder.layers)
+    assert not torch.is_inference_mode_enabled()
+
+
 def test_an_encoding_that_was_never_run_can_be_cancelled():
     encoder = FakeEncoder()
     Encoding(encoder, [fake_image(1)], CPU).cancel()
