@@ -10,12 +10,13 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from engine.announcing import Announcement, Announcements
 from engine.channel import AsyncSender, Decoder, read_frame
-from engine.config import EngineConfig
+from engine.config import FOLDER_VARIABLE, EngineConfig
 from engine.messages import Abort, Add, FromEngine, GetStats, Loading, Outputs, Ready, Rejected, SetVocabulary, Start, StartFailed, Stats
 from engine.pulse import Pulse
 from engine.request import (
@@ -76,8 +77,9 @@ class EngineState(enum.StrEnum):
 
 @dataclass(slots=True)
 class _Connection:
-    """One life of the engine process."""
+    """One life of the engine process. leftovers: what is cleared away when it has ended."""
 
+    leftovers: contextlib.ExitStack
     process: asyncio.subprocess.Process
     sender: AsyncSender
     reader: asyncio.StreamReader
@@ -325,6 +327,10 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
 
 async def _spawn(config: EngineConfig) -> _Connection:
     """A fresh engine process and the sockets to it. Raises OSError."""
+    environment, leftovers = engine_environment(config), contextlib.ExitStack()
+    if config.tp > 1:  # ranks meet through a file; one alone needs no place that can be written to
+        folder = tempfile.TemporaryDirectory(prefix="vlm-engine-", ignore_cleanup_errors=True)
+        environment[FOLDER_VARIABLE] = leftovers.enter_context(folder)
     to_engine, inbox = socket.socketpair()
     from_engine, outbox = socket.socketpair()
     reader, writer = await asyncio.open_connection(sock=from_engine)
@@ -336,22 +342,23 @@ async def _spawn(config: EngineConfig) -> _Connection:
             "engine.process",
             *map(str, fds),
             pass_fds=fds,
-            env=engine_environment(config),
+            env=environment,
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # the terminal's interrupt is for the server, whose running requests may finish
         )
     except BaseException:
         to_engine.close()
         writer.close()
+        leftovers.close()
         raise
     finally:
         inbox.close()
         outbox.close()
-    return _Connection(process, AsyncSender(to_engine), reader, writer)
+    return _Connection(leftovers, process, AsyncSender(to_engine), reader, writer)
 
 
 async def _stop(connection: _Connection) -> None:
-    """Close the sockets, which ends the process; kill it where it does not."""
+    """Close the sockets, which ends the process; kill it where it does not. Clears its leftovers away."""
     connection.sender.close()
     connection.writer.close()
     try:
@@ -359,3 +366,4 @@ async def _stop(connection: _Connection) -> None:
     except TimeoutError:
         connection.process.kill()
         await connection.process.wait()
+    connection.leftovers.close()

@@ -13,6 +13,9 @@ LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 AUTO_ALPHA = "auto"
 DEFAULT_SESSION_LEN = 2048  # for checkpoints that state none
 
+# The environment variable that names a folder of an engine process's own. Who starts the process removes it, however that ends.
+FOLDER_VARIABLE = "VLM_ENGINE_FOLDER"
+
 _SESSION_LEN_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_seq_len", "model_max_length")
 _GPU = re.compile(r"\d+|(GPU|MIG)-[\w/-]+")  # as CUDA_VISIBLE_DEVICES names them
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.channel import Channel
-from engine.config import EngineConfig
+from engine.config import FOLDER_VARIABLE, EngineConfig
 from engine.layers.parallel import ParallelGroup
 from engine.messages import Execute, StartRank, ToRank
 from engine.model_runner import Executed, ModelRunner, check_devices, resolve_device
@@ -81,7 +81,7 @@ class Ranks:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start_others(self, config: EngineConfig) -> ParallelGroup:
-        self._folder = tempfile.mkdtemp(prefix="vlm-ranks-")  # mode 0700
+        self._folder = tempfile.mkdtemp(prefix="vlm-ranks-", dir=os.environ.get(FOLDER_VARIABLE))  # mode 0700
         rendezvous = str(Path(self._folder) / "rendezvous")
         for rank in range(1, config.tp):
             self._spawn(StartRank(config, rank, rendezvous))

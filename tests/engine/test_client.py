@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -242,6 +243,23 @@ async def test_a_killed_rank_ends_the_engine_which_starts_again_whole(config, mo
 
     assert await ask(client, "after") == expected
     await client.close()
+
+
+@pytest.mark.full
+async def test_an_engine_leaves_no_files_however_it_ends(config, monkeypatch, tmp_path: Path):
+    """Its ranks meet in a folder; the first one is killed, and the second one asked to end."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    client = EngineClient(replace(config, tp=2))
+    await client.start()
+    (first,) = os.listdir(tmp_path)
+
+    psutil.Process(client.process_id).kill()
+    await until(lambda: client.num_restarts == 1 and client.state is EngineState.READY)
+    (second,) = os.listdir(tmp_path)
+    await client.close()
+
+    assert first != second
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.full
