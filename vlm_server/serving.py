@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import FrameType
@@ -32,6 +33,7 @@ from vlm_server.tls import OLDEST_VERSION
 logger = logging.getLogger(__name__)
 
 _MAX_DESCRIPTORS = 65536
+LEAVING_S = 3.0  # for threads that are still at work when all is closed
 _HEARING_S = 0.2  # for requests that were on their way when the server stopped listening
 
 _ANYWHERE = ("0.0.0.0", "::", "")
@@ -42,7 +44,7 @@ class ServingError(Exception):
 
 
 def serve(config: ServerConfig) -> None:
-    """Blocks until the server is stopped by a signal. Raises ServingError."""
+    """Blocks until the server is stopped by a signal, then at most LEAVING_S: it may end the process. Raises ServingError."""
     if config.server_name in _ANYWHERE and not config.needs_key:
         logger.warning(
             "listening on every address without API keys: whoever reaches port %d can use the model and make this server fetch "
@@ -84,11 +86,21 @@ async def _run(config: ServerConfig, listener: socket.socket) -> None:
             await server.serve(sockets=[listener])
             if server.force_exit:
                 backend.kill_engine()  # which would finish its step
-        if server.force_exit:
-            sys.stderr.flush()
-            os._exit(0)  # all is closed; a thread that looks up a name somewhere would be waited for otherwise
+        _leave_within(0.0 if server.force_exit else LEAVING_S)
     finally:
         progress.close()
+
+
+def _leave_within(limit_s: float) -> None:
+    """All is closed: exits with 0, also while a thread that looks up a name somewhere would be waited for."""
+
+    def leave() -> None:
+        sys.stderr.flush()
+        os._exit(0)
+
+    timer = threading.Timer(limit_s, leave)
+    timer.daemon = True
+    timer.start()
 
 
 def _places(config: ServerConfig, url: str) -> str:

@@ -22,7 +22,7 @@ from tests.contract.fake_engine import FakeBackend
 from tests.contract.running import fake_config
 from vlm_server.backend import Backend
 from vlm_server.readiness import DRAINING, Readiness
-from vlm_server.serving import ProgressLine, _allow_descriptors, _listener, _Server
+from vlm_server.serving import LEAVING_S, ProgressLine, _allow_descriptors, _listener, _Server
 from vlm_server.sessions.opening import MEMORY, open_store
 
 SCRIPTED = """
@@ -215,14 +215,25 @@ def test_requests_that_do_not_finish_are_ended_after_the_drain_timeout(tmp_path:
 def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
     words = ["--server-name", "127.0.0.1", "--model-name", "tiny", "--drain-timeout-s", "600"]
     with serve_process(tmp_path, *words, HANGS="1", LOOKS_UP="1") as process:
-        stream_of(process)
+        _, response = stream_of(process)  # running for as long as somebody holds it
         assert process.stderr
 
         process.send_signal(signal.SIGTERM)
-        while "Stopping: 1 running requests have 600 s" not in process.stderr.readline():
-            pass
+        while "Stopping: 1 running requests have 600 s" not in (line := process.stderr.readline()):
+            assert line, "the server ended"
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=5)
+
+    assert response.status_code == 200
+    assert process.returncode == 0
+
+
+def test_a_thread_that_does_not_end_holds_up_the_exit_for_a_moment_only(tmp_path: Path) -> None:
+    with serve_process(tmp_path, "--server-name", "127.0.0.1", "--model-name", "tiny", LOOKS_UP="1") as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=LEAVING_S + 10)
 
     assert process.returncode == 0
 
