@@ -128,7 +128,7 @@ class Encoding:
 
 
 def _pause_places(layers: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Every operator of every layer, under a name that is the same in all layers; nothing computes between two of them but attention."""
+    """Every operator of every layer, under a name that is the same in all layers; between two at most an attention's part computes."""
     for layer in layers:
         for name, module in layer.named_modules():
             if next(module.children(), None) is None:
