@@ -201,19 +201,22 @@ async def test_a_worker_that_died_idle_is_replaced_before_the_next_picture(pool:
 
 async def test_a_wake_up_for_nothing_costs_no_worker(pool: DecodePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An event loop may say that there is something to read where there is not yet."""
+    (process_id,) = pool.process_ids
+    freeze(process_id)
     readable, num_woken = workers._readable, 0
 
     async def woken_early(connection: socket.socket) -> None:
         nonlocal num_woken
         num_woken += 1
-        await (readable(connection) if num_woken > 3 else asyncio.sleep(0))
+        if num_woken > 3:
+            os.kill(process_id, signal.SIGCONT)
+            await readable(connection)
 
     monkeypatch.setattr(workers, "_readable", woken_early)
-    (before,) = pool.process_ids
 
     assert np.array_equal(await decoded(pool, png()), noise(8, 6))
     assert num_woken > 3
-    assert pool.process_ids == [before]
+    assert pool.process_ids == [process_id]
 
 
 async def test_a_hung_worker_is_killed_and_replaced(hasty_pool: DecodePool) -> None:
