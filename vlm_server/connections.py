@@ -5,6 +5,8 @@ client that leaves does. Knows nothing of routes or of what is sent.
 """
 
 import asyncio
+from collections.abc import Callable
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -67,6 +69,24 @@ class _Progress:
             self._transport.abort()
 
 
+class _LingeringTransport:
+    """What a request's answer is written to. Has all that the transport has, and closes it only when the body has arrived too.
+
+    Who is cut off while they still send may never see the answer: the kernel throws it away with what was not read (RFC 9112, 9.6).
+    """
+
+    def __init__(self, transport: asyncio.Transport, is_body_expected: Callable[[], bool]) -> None:
+        self._transport = transport
+        self._is_body_expected = is_body_expected
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        if not self._is_body_expected():
+            self._transport.close()
+
+
 class _LimitedProtocol(HttpToolsProtocol):
     """At any time a connection waits for a head, for a body, or for its own server; and beside that for its answer to be read."""
 
@@ -110,6 +130,8 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._receiving.set(self._limits.body_pause_s)
         self._body.set(self._limits.body_s)
         super().on_headers_complete()
+        if self.cycle is not None:
+            self.cycle.transport = cast(asyncio.Transport, _LingeringTransport(self.transport, self._is_body_expected))
         self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
         if self.cycle is not None and self.cycle not in self._cycles:
             self._cycles.append(self.cycle)
@@ -119,6 +141,14 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._receiving.clear()
         self._body.clear()
         super().on_message_complete()
+        if self.cycle is not None and self.cycle.response_complete and not self.cycle.keep_alive:
+            self.transport.close()
+
+    def _is_body_expected(self) -> bool:
+        """Of a request that is answered already. Who waits to be told to go on does not send it."""
+        cycle = self.cycle
+        is_held_back = self.expect_100_continue and cycle is not None and not cycle.body
+        return self._in_body and cycle is not None and cycle.response_complete and not is_held_back
 
     def pause_writing(self) -> None:
         super().pause_writing()

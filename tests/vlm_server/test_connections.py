@@ -1,5 +1,6 @@
 """Clients that hold a connection without getting on: a raw socket on one side, uvicorn with our limits on the other."""
 
+import contextlib
 import json
 import socket
 import time
@@ -44,6 +45,13 @@ def is_cut(connection: socket.socket) -> bool:
         return connection.recv(1) == b""
     except ConnectionError:
         return True
+
+
+def iter_bytes(connection: socket.socket) -> Iterator[int]:
+    """All that comes until the server ends the connection, in order or cut."""
+    with contextlib.suppress(ConnectionError):
+        while received := connection.recv(65536):
+            yield from received
 
 
 def head(length: int) -> bytes:
@@ -151,6 +159,32 @@ def test_an_answer_that_takes_long_is_no_idle_connection(server: RunningServer, 
         connection.recv(1)
 
     assert len(server.backend.activity) == 1
+
+
+def test_who_is_refused_while_it_sends_gets_the_answer(connection: socket.socket) -> None:
+    """A proxy sends on, and may lose what it was told when the connection is cut meanwhile."""
+    body = bytes(8 << 20)
+    connection.sendall(f"POST /v1/nothing HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode())
+    connection.sendall(body[:1000])
+    assert connection.recv(12) == b"HTTP/1.1 404"
+
+    connection.sendall(body[1000:])
+
+    assert b'"error"' in bytes(iter_bytes(connection))
+
+
+def test_who_waits_to_be_told_to_go_on_is_not_waited_for(connection: socket.socket) -> None:
+    connection.sendall(b"POST /v1/nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n")
+    started_s = time.monotonic()
+
+    assert b"HTTP/1.1 404" in bytes(iter_bytes(connection))
+    assert time.monotonic() - started_s < SOON.body_pause_s
+
+
+def test_who_is_refused_and_stops_sending_is_cut(connection: socket.socket) -> None:
+    connection.sendall(b"POST /v1/nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\nConnection: close\r\n\r\n1")
+
+    assert b"HTTP/1.1 404" in bytes(iter_bytes(connection))
 
 
 def test_a_connection_is_used_again_within_its_limits(server: RunningServer) -> None:
