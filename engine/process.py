@@ -10,6 +10,7 @@ import sys
 
 from engine.channel import Channel
 from engine.core import Engine
+from engine.garbage import spare_loaded_objects
 from engine.log_lines import set_up_logging
 from engine.messages import (
     Abort,
@@ -86,9 +87,8 @@ class EngineLoop:
             self.outbox.send(Rejected(message.request_id, type(error).__name__, str(error), numbers))
 
 
-def main(inbox_fd: int, outbox_fd: int) -> int:
-    inbox = Channel(socket.socket(fileno=inbox_fd), ToEngine)
-    outbox = Channel(socket.socket(fileno=outbox_fd), FromEngine)
+def main(inbox: Channel, outbox: Channel) -> int:
+    """Until the server closes its end. The exit status."""
     start = inbox.receive(None)
     assert isinstance(start, Start)
     set_up_logging(logging.INFO, start.config.log_format)
@@ -100,6 +100,7 @@ def main(inbox_fd: int, outbox_fd: int) -> int:
         logger.exception("the engine cannot start")
         outbox.send(StartFailed(str(error)))
         return 1
+    spare_loaded_objects()
     try:
         outbox.send(Ready(engine.info))
         EngineLoop(engine, inbox, outbox).run()
@@ -123,4 +124,5 @@ class _Progress:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before; so do the ranks
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    to_engine, from_engine = (socket.socket(fileno=int(word)) for word in sys.argv[1:])
+    sys.exit(main(Channel(to_engine, ToEngine), Channel(from_engine, FromEngine)))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from engine.channel import Channel
 from engine.config import FOLDER_VARIABLE, EngineConfig
+from engine.garbage import spare_loaded_objects
 from engine.layers.parallel import ParallelGroup
 from engine.messages import Execute, StartRank, ToRank
 from engine.model_runner import Executed, ModelRunner, check_devices, resolve_device
@@ -131,6 +132,7 @@ def main(fd: int) -> None:
     assert isinstance(start, StartRank)
     set_threads(start.config)
     runner = ModelRunner(start.config, join(start.config, start.rank, start.rendezvous))
+    spare_loaded_objects()
     try:
         while True:
             message = channel.receive(None)

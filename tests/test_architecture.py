@@ -34,6 +34,7 @@ MAY_IMPORT = {
     ),
     "engine.encoding": ".request .slices vision.encoder",
     "engine.first_token": "",
+    "engine.garbage": "",
     "engine.guided": ".request",
     "engine.kv_cache": "",
     "engine.layers": "",
@@ -57,7 +58,7 @@ MAY_IMPORT = {
     "engine.models.registry": ".models.decoder",
     "engine.models.weights": ".layers.linear .models.registry",
     "engine.pacing": "",
-    "engine.process": ".channel .core .log_lines .messages .request",
+    "engine.process": ".channel .core .garbage .log_lines .messages .request",
     "engine.pulse": "",
     "engine.reading": ".batch .request .sampler",
     "engine.request": "vision.shared_array",
@@ -67,7 +68,7 @@ MAY_IMPORT = {
     "engine.slices": "",
     "engine.turns": "",
     "engine.unread": ".request",
-    "engine.workers": ".channel .config .layers.parallel .messages .model_runner .request",
+    "engine.workers": ".channel .config .garbage .layers.parallel .messages .model_runner .request",
     "vision": "",
     "vision.addresses": ".config",
     "vision.body": ".data_url .image",
@@ -288,8 +289,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.sampling": ".errors .protocol engine.request",
     "vlm_server.serving": (
-        ".api_keys .app .auth .backend .config .connections .readiness .sessions.opening .sessions.store .tls engine.log_lines "
-        "engine.request"
+        ".api_keys .app .auth .backend .config .connections .readiness .sessions.opening .sessions.store .tls engine.garbage "
+        "engine.log_lines engine.request"
     ),
     "vlm_server.sessions": "",
     "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",

@@ -17,6 +17,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from engine.garbage import spare_loaded_objects
 from engine.log_lines import JSON
 from engine.request import EngineError
 from vlm_server.api_keys import is_open_to_others
@@ -135,6 +136,7 @@ class _Server(uvicorn.Server):
         if self.started:
             if self._keys is not None:
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_keys, self._keys)
+            spare_loaded_objects()
             print(self._ready, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

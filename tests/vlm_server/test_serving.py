@@ -26,7 +26,7 @@ from vlm_server.serving import LEAVING_S, ProgressLine, _allow_descriptors, _lis
 from vlm_server.sessions.opening import MEMORY, open_store
 
 SCRIPTED = """
-import asyncio, contextlib, os, sys
+import asyncio, contextlib, gc, os, signal, sys
 import vlm_server.serving as serving
 from engine.request import EngineDeadError
 from tests.contract.fake_engine import FakeBackend
@@ -50,6 +50,7 @@ class Gate:
     async def __call__(self):
         await asyncio.to_thread(sys.stdin.readline)
 
+signal.signal(signal.SIGUSR1, lambda *_: print("spared", gc.get_freeze_count(), "of", len(gc.get_objects()), file=sys.stderr, flush=True))
 serving.open_backend = open_backend
 from vlm_server.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -92,6 +93,18 @@ def test_one_line_says_when_it_is_ready_and_where(tmp_path: Path) -> None:
     assert "100%" in err
     assert "API keys" not in err
     assert "Traceback" not in err
+
+
+def test_a_server_that_is_ready_spares_the_collector_what_it_loaded(tmp_path: Path) -> None:
+    with serve_process(tmp_path) as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.send_signal(signal.SIGUSR1)
+        assert process.stderr
+        line = next(line for line in process.stderr if line.startswith("spared"))
+
+    num_spared, num_collected = (int(word) for word in line.split()[1::2])
+    assert num_spared > 100_000 > 10 * num_collected
 
 
 def stream_of(process: "subprocess.Popen[str]") -> tuple[str, requests.Response]:
