@@ -5,6 +5,7 @@ no file, reaches no network and no other process, and can be killed at any momen
 this for their type; Pillow is loaded by the worker alone.
 """
 
+import contextlib
 import math
 import os
 import resource
@@ -12,6 +13,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 
 import msgspec
 
@@ -39,7 +41,7 @@ def main(fd: int) -> None:
     _silence()
     send_frame(connection, Frame(msgspec.msgpack.encode(confine())))  # ready
     os.nice(WORKER_NICENESS)
-    serve_frames(connection, lambda request: _answer(request, limits))
+    serve_frames(connection, lambda request: _answer(request, limits), sending=_descriptors_on_their_way)
 
 
 def _answer(request: Frame, limits: DecodeLimits) -> Frame:
@@ -60,7 +62,26 @@ def _limit_process(limits: DecodeLimits) -> None:
         held_bytes = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held_bytes + limits.memory_bytes,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_NUM_DESCRIPTORS,) * 2)
+    _limit_descriptors(_NUM_DESCRIPTORS)
+
+
+def _limit_descriptors(number: int | None = None) -> None:
+    """None: as many as the system allows."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most if number is None else number, most))
+
+
+@contextlib.contextmanager
+def _descriptors_on_their_way() -> Iterator[None]:
+    """The kernel sends none (ETOOMANYREFS) where this user's processes have more under way than the sender may have open.
+
+    All count that nobody has received yet: the pictures of a busy engine's requests too.
+    """
+    _limit_descriptors()
+    try:
+        yield
+    finally:
+        _limit_descriptors(_NUM_DESCRIPTORS)
 
 
 def _silence() -> None:

@@ -169,7 +169,7 @@ class WorkerPool:
 
     async def _run(self, worker: _Worker | None, frame: Frame) -> Frame:
         """One job, to its end even when the caller left, so that the worker is idle again or replaced."""
-        is_idle = False
+        is_idle, reason = False, "nobody waited for it"
         try:
             worker = await self._revived(worker)
             try:
@@ -179,11 +179,14 @@ class WorkerPool:
                 worker = (await self._start())[0]
                 reply = await self._exchange(worker, frame)
             is_idle = True
+        except WorkerError as error:
+            reason = str(error)
+            raise
         except OSError as error:  # of a process that could not be started
             raise WorkerError(f"{self._module} could not be started: {error}") from None
         finally:
             frame.close()
-            self._give_back(worker, is_idle=is_idle)
+            self._give_back(worker, is_idle=is_idle, reason=reason)
         if reply.failure is not None:
             reply.close()
             raise reply.failure.as_error()
@@ -200,18 +203,18 @@ class WorkerPool:
             await self._end(worker)
             if worker.process.returncode == -signal.SIGKILL:
                 raise WorkerKilledError(f"{self._module} (process {worker.process.pid}) was killed in the middle of a job") from None
-            raise WorkerError(f"{self._module} ended in the middle of a job: {error}") from None
+            raise WorkerError(f"{self._module} ended in the middle of a job: {error!r}, exit status {worker.process.returncode}") from None
         except ValueError as error:
             raise WorkerError(f"{self._module} does not keep to the protocol: {error}") from None
 
-    def _give_back(self, worker: _Worker | None, *, is_idle: bool) -> None:
+    def _give_back(self, worker: _Worker | None, *, is_idle: bool, reason: str) -> None:
         if is_idle or worker is None or self._is_closed:
             self._slots.put_nowait(worker)
         else:
-            self._spawn(self._replace(worker))
+            self._spawn(self._replace(worker, reason))
 
-    async def _replace(self, worker: _Worker) -> None:
-        logger.warning("%s (process %d) failed at a job and is replaced", self._module, worker.process.pid)
+    async def _replace(self, worker: _Worker, reason: str) -> None:
+        logger.warning("%s (process %d) failed at a job and is replaced: %s", self._module, worker.process.pid, reason)
         replacement = None
         try:
             await self._end(worker)

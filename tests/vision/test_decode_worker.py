@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import io
 import os
 import random
@@ -20,6 +21,7 @@ from vision import workers
 from vision.config import VisionConfig
 from vision.decode_pool import DecodePool
 from vision.image import MediaError
+from vision.shared_array import SharedArray
 
 BROKEN = png()[:60]
 
@@ -91,6 +93,16 @@ async def test_pictures_over_the_pixel_limit_are_refused_with_both_numbers() -> 
 
     assert caught.value.code == "image_too_large"
     await pool.close()
+
+
+async def test_pixels_travel_however_many_descriptors_are_on_their_way(pool: DecodePool) -> None:
+    """The kernel counts those of all of a user's processes, the pictures that wait for a busy engine among them."""
+    busy, waiting = socket.socketpair()
+    with busy, waiting, contextlib.closing(SharedArray.create((1,), "uint8")) as shared:
+        for _ in range(100):
+            socket.send_fds(busy, [b"x"], [shared.fd])
+
+        assert np.array_equal(await decoded(pool, png()), noise(8, 6))
 
 
 async def test_a_picture_that_needs_too_much_memory_fails_alone() -> None:
