@@ -41,7 +41,7 @@ class EngineConfig:
     cache_max_entry_count: float | None = None  # < 1: share of the free memory; >= 1: blocks; None: 0.8 on CUDA, see README on CPU
     enable_prefix_caching: bool = True
     embedding_cache_bytes: int = 256 << 20
-    encoder_share: float = 0.5  # of the time while rows decode, at most this much goes to pictures and prompts
+    encoder_share: float = 0.46  # of the time while rows decode, at most this much goes to pictures and prompts
     max_waiting: int = 1024  # requests; more are refused
     num_threads: int | None = None  # per rank, on CPU; None: cores / tp
     log_format: str = TEXT  # of the engine process's own lines
