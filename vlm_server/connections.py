@@ -147,8 +147,9 @@ class _LimitedProtocol(HttpToolsProtocol):
     def _is_body_expected(self) -> bool:
         """Of a request that is answered already. Who waits to be told to go on does not send it."""
         cycle = self.cycle
-        is_held_back = self.expect_100_continue and cycle is not None and not cycle.body
-        return self._in_body and cycle is not None and cycle.response_complete and not is_held_back
+        if cycle is None or not cycle.response_complete or not self._in_body:
+            return False
+        return bool(cycle.body) or not self.expect_100_continue
 
     def pause_writing(self) -> None:
         super().pause_writing()
