@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.contract.fake_engine import DEFAULT_REPLY
@@ -54,6 +55,13 @@ class Terminal:
         before, _, self.shown = self.shown.partition(text.encode())
         return before.decode()
 
+    def wait_until_it_reads(self) -> None:
+        """The program sleeps: Python loses a Ctrl-C that falls between the prompt that readline shows and its wait for a key."""
+        deadline_s = time.monotonic() + 60
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -80,6 +88,7 @@ def test_the_first_ctrl_c_stops_the_answer_and_the_second_one_leaves(server: Run
         screen.wait_for("(stopped; Ctrl-C again leaves)")
         screen.wait_for("double enter to end input >>> ")
         stopped = server.backend.activity.was_left_within(10)
+        screen.wait_until_it_reads()
         screen.type("\x03")
         status = screen.process.wait(20)
 
