@@ -12,7 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from vlm_server.config import ConnectionLimits
 
-MAX_HEAD_BYTES = 64 << 10  # request line and headers; the parser itself has no limit
+MAX_HEAD_BYTES = 64 << 10  # of what is no body: request line and headers, or trailers behind a body; the parser itself has no limit
 MIN_TAKEN_BYTES = 32 << 10  # of a large answer, in each `send_s`: slow clients get on, one that takes a byte now and then does not
 
 
@@ -94,9 +94,11 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._num_head_bytes = 0
+        self.timeout_keep_alive = self._limits.keep_alive_s  # type: ignore[assignment]  # uvicorn knows whole seconds alone
+        self._num_head_bytes = 0  # since the request began, or its body last went on
         self._in_head = True
         self._in_body = False
+        self._has_body = False
         self._receiving = _Deadline(self.loop, transport)
         self._body = _Deadline(self.loop, transport)
         self._sending = _Progress(self.loop, transport, self._limits.send_s)
@@ -110,19 +112,21 @@ class _LimitedProtocol(HttpToolsProtocol):
         for cycle in self._cycles:  # uvicorn tells the last one alone
             cycle.disconnected = True
             cycle.message_event.set()
+            cycle.transport = self.transport  # the other one knows this connection, which would wait for the cycle collector
 
     def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            self._num_head_bytes += len(data)
+        self._num_head_bytes += len(data)
         super().data_received(data)
-        if self._in_head and self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+        if self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.transport.abort()
         elif self._in_body:
             self._receiving.set(self._limits.body_pause_s)
+        elif self._is_idle():
+            self._keep_alive()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head, self._num_head_bytes = True, 0
+        self._in_head, self._num_head_bytes, self._has_body = True, 0, False
         self._receiving.set(self._limits.head_s)
 
     def on_headers_complete(self) -> None:
@@ -135,6 +139,10 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
         if self.cycle is not None and self.cycle not in self._cycles:
             self._cycles.append(self.cycle)
+
+    def on_body(self, body: bytes) -> None:
+        self._has_body, self._num_head_bytes = True, 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_body = False
@@ -149,7 +157,16 @@ class _LimitedProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle is None or not cycle.response_complete or not self._in_body:
             return False
-        return bool(cycle.body) or not self.expect_100_continue
+        return self._has_body or not self.expect_100_continue
+
+    def _is_idle(self) -> bool:
+        is_answered = self.cycle is not None and self.cycle.response_complete and not self.pipeline
+        return is_answered and not self._in_head and not self.transport.is_closing()
+
+    def _keep_alive(self) -> None:
+        """What came began no request, a line's end or the rest of a refused body, but uvicorn waits without limit since it came."""
+        if self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def pause_writing(self) -> None:
         super().pause_writing()

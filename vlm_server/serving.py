@@ -197,7 +197,6 @@ def _uvicorn_config(app: FastAPI, server: ServerConfig) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=math.ceil(server.connections.keep_alive_s),
         timeout_graceful_shutdown=math.ceil(server.drain_timeout_s),
     )
     tls = server.tls

@@ -1,6 +1,7 @@
 """Clients that hold a connection without getting on: a raw socket on one side, uvicorn with our limits on the other."""
 
 import contextlib
+import gc
 import json
 import socket
 import time
@@ -8,13 +9,17 @@ from collections.abc import Iterator
 
 import pytest
 import requests
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from tests.contract.running import RunningServer, running_server
+from tests.contract.running import RunningServer, fake_config, running_server
 from vlm_server.config import ConnectionLimits
 from vlm_server.connections import MAX_HEAD_BYTES
 
 SOON = ConnectionLimits(head_s=0.2, body_pause_s=0.2, body_s=0.5, send_s=0.3)
 LONG_S = 10.0  # no test waits as long unless it fails
+PATIENT = ConnectionLimits(head_s=60.0, body_pause_s=60.0, body_s=60.0, send_s=60.0, keep_alive_s=0.3)
+MAX_BODY_BYTES = 1 << 19
+CHUNKED = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +36,25 @@ def server(shared: RunningServer) -> RunningServer:
 
 @pytest.fixture
 def connection(server: RunningServer) -> Iterator[socket.socket]:
+    with connected(server) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[RunningServer]:
+    """A server that waits longer than these tests, save for the next request."""
+    with running_server(fake_config(max_body_bytes=MAX_BODY_BYTES), connections=PATIENT) as server:
+        yield server
+
+
+@pytest.fixture
+def patient_connection(patient: RunningServer) -> Iterator[socket.socket]:
+    with connected(patient) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def connected(server: RunningServer) -> Iterator[socket.socket]:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -45,6 +69,19 @@ def is_cut(connection: socket.socket) -> bool:
         return connection.recv(1) == b""
     except ConnectionError:
         return True
+
+
+def answer_on(connection: socket.socket) -> bytes:
+    """One answer of stated length, to its end."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(1)
+    length = next(int(line[15:]) for line in received.split(b"\r\n") if line.lower().startswith(b"content-length:"))
+    while length:
+        received += (piece := connection.recv(length))
+        assert piece
+        length -= len(piece)
+    return received
 
 
 def iter_bytes(connection: socket.socket) -> Iterator[int]:
@@ -86,8 +123,10 @@ def test_a_head_that_drips_is_cut_too(connection: socket.socket) -> None:
     assert time.monotonic() - started_s < LONG_S
 
 
-def test_a_head_without_end_is_cut(connection: socket.socket) -> None:
-    connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n")
+@pytest.mark.parametrize("begun", [b"GET / HTTP/1.1\r\nHost: a\r\n", CHUNKED + b"2\r\n{}\r\n0\r\n"])
+def test_a_head_and_trailers_without_end_are_cut(patient_connection: socket.socket, begun: bytes) -> None:
+    connection = patient_connection
+    connection.sendall(begun)
     num_sent = 0
 
     while num_sent < 10 * MAX_HEAD_BYTES:
@@ -98,6 +137,14 @@ def test_a_head_without_end_is_cut(connection: socket.socket) -> None:
         num_sent += 1000
 
     assert is_cut(connection)
+
+
+def test_a_large_body_is_no_head_without_end(patient_connection: socket.socket) -> None:
+    piece = b"4000\r\n" + bytes(1 << 14) + b"\r\n"
+
+    patient_connection.sendall(CHUNKED + piece * (4 * MAX_HEAD_BYTES >> 14) + b"0\r\nX-Sum: 1\r\n\r\n")
+
+    assert answer_on(patient_connection).startswith(b"HTTP/1.1 400")
 
 
 def test_a_body_that_stops_coming_is_cut(server: RunningServer, connection: socket.socket) -> None:
@@ -161,30 +208,81 @@ def test_an_answer_that_takes_long_is_no_idle_connection(server: RunningServer, 
     assert len(server.backend.activity) == 1
 
 
-def test_who_is_refused_while_it_sends_gets_the_answer(connection: socket.socket) -> None:
+def test_who_is_refused_while_it_sends_gets_the_answer(patient_connection: socket.socket) -> None:
     """A proxy sends on, and may lose what it was told when the connection is cut meanwhile."""
+    connection = patient_connection
     body = bytes(8 << 20)
     connection.sendall(f"POST /v1/nothing HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode())
     connection.sendall(body[:1000])
-    assert connection.recv(12) == b"HTTP/1.1 404"
+    assert connection.recv(12) == b"HTTP/1.1 413"
 
     connection.sendall(body[1000:])
 
     assert b'"error"' in bytes(iter_bytes(connection))
 
 
-def test_who_waits_to_be_told_to_go_on_is_not_waited_for(connection: socket.socket) -> None:
-    connection.sendall(b"POST /v1/nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n")
-    started_s = time.monotonic()
+def test_who_is_refused_after_it_was_told_to_go_on_gets_the_answer(patient_connection: socket.socket) -> None:
+    """As curl sends what it cannot say the length of."""
+    connection = patient_connection
+    connection.sendall(CHUNKED.removesuffix(b"\r\n") + b"Expect: 100-continue\r\nConnection: close\r\n\r\n")
+    assert connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    piece = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
+    connection.sendall(piece)
+    assert connection.recv(12) == b"HTTP/1.1 413"
 
-    assert b"HTTP/1.1 404" in bytes(iter_bytes(connection))
-    assert time.monotonic() - started_s < SOON.body_pause_s
+    connection.sendall(piece * 8 + b"0\r\n\r\n")
+
+    assert b'"error"' in bytes(iter_bytes(connection))
+
+
+def test_who_waits_to_be_told_to_go_on_is_not_waited_for(patient_connection: socket.socket) -> None:
+    head = b"POST /v1/nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
+    patient_connection.sendall(head)
+
+    assert b"HTTP/1.1 404" in bytes(iter_bytes(patient_connection)), "it ends before the limit of this connection"
 
 
 def test_who_is_refused_and_stops_sending_is_cut(connection: socket.socket) -> None:
     connection.sendall(b"POST /v1/nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\nConnection: close\r\n\r\n1")
 
     assert b"HTTP/1.1 404" in bytes(iter_bytes(connection))
+
+
+def test_a_refused_body_that_ends_later_leaves_no_connection_open(patient_connection: socket.socket) -> None:
+    """As every other idle connection, it waits for a next request up to the limit."""
+    patient_connection.sendall(b"POST /v1/nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n12345")
+    assert answer_on(patient_connection).startswith(b"HTTP/1.1 404")
+
+    patient_connection.sendall(b"6789")
+
+    assert is_cut(patient_connection)
+
+
+def test_a_line_that_begins_no_request_leaves_no_connection_open(patient_connection: socket.socket) -> None:
+    patient_connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert answer_on(patient_connection).startswith(b"HTTP/1.1 200")
+
+    patient_connection.sendall(b"\r\n")
+
+    assert is_cut(patient_connection)
+
+
+def test_a_connection_that_ended_waits_for_no_collection(patient: RunningServer) -> None:
+    def num_connections() -> int:
+        return sum(isinstance(each, HttpToolsProtocol) for each in gc.get_objects())
+
+    gc.collect()
+    before = num_connections()
+    gc.disable()
+    try:
+        with connected(patient) as connection:
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            assert b"HTTP/1.1 200" in bytes(iter_bytes(connection))
+        deadline_s = time.monotonic() + LONG_S
+        while num_connections() > before:
+            assert time.monotonic() < deadline_s
+    finally:
+        gc.enable()
 
 
 def test_a_connection_is_used_again_within_its_limits(server: RunningServer) -> None:
