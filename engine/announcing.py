@@ -6,14 +6,12 @@ an announcement is worth a head start and nothing else.
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from itertools import count
 
 from engine.messages import Announce, Withdraw
 from engine.request import EngineError, ImageInput
-from vision.shared_array import SharedArray
 
 MAX_PICTURES = 64  # announced at once, by all prompts; each holds a few descriptors of the engine process
 MAX_PICTURES_PER_PROMPT = 16
@@ -63,7 +61,7 @@ class Announcement:
         if self._num_pictures >= MAX_PICTURES_PER_PROMPT or not self._all.has_room_for(image):
             return
         self._count(1, _num_bytes(image))
-        own = {name: SharedArray(os.dup(array.fd), array.shape, array.dtype.name) for name, array in image.arrays.items()}
+        own = {name: array.duplicate() for name, array in image.arrays.items()}
         self._all.send(Announce(self._owner, replace(image, arrays=own)))  # they are closed with the message
 
     def end(self, *, request_follows: bool) -> None:

@@ -1,11 +1,12 @@
 """The decode worker: `python -m vision.decode FD` answers pictures' bytes with their pixels over the Unix socket FD until that closes.
 
 A process of its own because its input is hostile: it loads Pillow and numpy only, has little memory, CPU time and few descriptors, opens
-no file, reaches no network and no other process, and can be killed at any moment. Its first frame holds the limits. The server imports
-this for their type; Pillow is loaded by the worker alone.
+no file, reaches no network and no other process, and can be killed at any moment. Its first frame holds the limits. Each picture comes
+with the shared memory for its pixels: the worker could not send any, as the kernel compares what all of a user's processes have sent and
+nobody has received yet with the descriptors that the sender may have. The server imports this for its types; Pillow is loaded by the
+worker alone.
 """
 
-import contextlib
 import math
 import os
 import resource
@@ -13,7 +14,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 
 import msgspec
 
@@ -41,7 +41,7 @@ def main(fd: int) -> None:
     _silence()
     send_frame(connection, Frame(msgspec.msgpack.encode(confine())))  # ready
     os.nice(WORKER_NICENESS)
-    serve_frames(connection, lambda request: _answer(request, limits), sending=_descriptors_on_their_way)
+    serve_frames(connection, lambda request: _answer(request, limits))
 
 
 def _answer(request: Frame, limits: DecodeLimits) -> Frame:
@@ -52,7 +52,9 @@ def _answer(request: Frame, limits: DecodeLimits) -> Frame:
     try:
         if request.body == MEASURE:
             return Frame(msgspec.msgpack.encode(measure_picture(data, max_pixels=limits.max_pixels)))
-        return Frame(arrays={"pixels": decode_picture(data, max_pixels=limits.max_pixels)})
+        pixels = request.arrays["pixels"]
+        decode_picture(data, pixels, max_pixels=limits.max_pixels)
+        return Frame(msgspec.msgpack.encode(pixels.shape[:2]))
     except MediaError as error:
         return Frame(failure=Failure(error.code, error.message, error.status))
 
@@ -62,26 +64,8 @@ def _limit_process(limits: DecodeLimits) -> None:
         held_bytes = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held_bytes + limits.memory_bytes,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _limit_descriptors(_NUM_DESCRIPTORS)
-
-
-def _limit_descriptors(number: int | None = None) -> None:
-    """None: as many as the system allows."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most if number is None else number, most))
-
-
-@contextlib.contextmanager
-def _descriptors_on_their_way() -> Iterator[None]:
-    """The kernel sends none (ETOOMANYREFS) where this user's processes have more under way than the sender may have open.
-
-    All count that nobody has received yet: the pictures of a busy engine's requests too.
-    """
-    _limit_descriptors()
-    try:
-        yield
-    finally:
-        _limit_descriptors(_NUM_DESCRIPTORS)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * limits.max_pixels,) * 2)  # of shared memory too
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_NUM_DESCRIPTORS,) * 2)
 
 
 def _silence() -> None:

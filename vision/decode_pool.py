@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 _IN_PLACE_BYTES = 256 << 10  # copied in less time than a thread takes to start; more is copied beside the event loop
 _ABANDON_S = 0.5  # a new decode worker is ready in less
+_Side = Annotated[int, msgspec.Meta(gt=0)]
 
 
 class DecodePool:
@@ -59,21 +61,33 @@ class DecodePool:
 
         owner: whose others it waits behind, and hardly behind those of others.
         """
-        return (await self._call(b"", data, owner)).arrays["pixels"]
+        pixels = SharedArray.create((0,), "uint8")
+        try:
+            height, width = await self._call(b"", data, owner, pixels)
+        except BaseException:
+            pixels.close()
+            raise
+        pixels.shape = (height, width, 3)  # the worker has made it as large
+        return pixels
 
     async def measure(self, data: bytes, *, owner: str = "") -> tuple[int, int]:
         """(height, width) of the pixels that `decode` would give, from the header alone. Raises as `decode`."""
-        return msgspec.msgpack.decode((await self._call(MEASURE, data, owner)).body, type=tuple[int, int])
+        return await self._call(MEASURE, data, owner)
 
-    async def _call(self, job: bytes, data: bytes, owner: str) -> Frame:
+    async def _call(self, job: bytes, data: bytes, owner: str, pixels: SharedArray | None = None) -> tuple[int, int]:
+        """(height, width)."""
         try:
             with await self._places.reserve(1, owner):
-                return await self._pool.call(Frame(job, {"data": await _copy_of(data)}))
+                arrays = {"data": await _copy_of(data)}
+                if pixels is not None:
+                    arrays["pixels"] = pixels.duplicate()
+                reply = await self._pool.call(Frame(job, arrays))
+                return msgspec.msgpack.decode(reply.body, type=tuple[_Side, _Side])
         except WorkerTimeoutError:
             raise MediaError("image_decode_failed", f"the picture takes longer than the allowed {self._timeout_s:g} s to decode") from None
         except WorkerKilledError:
             raise MediaError("image_decode_failed", "the decoder was killed over and over; try again", status=503) from None
-        except WorkerError:
+        except (WorkerError, msgspec.MsgspecError):
             raise MediaError("image_decode_failed", "the decoder broke down over the picture") from None
 
 

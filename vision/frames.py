@@ -10,7 +10,6 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -126,23 +125,14 @@ def receive_frame(connection: socket.socket) -> Frame:
     return frame
 
 
-def serve_frames(
-    connection: socket.socket,
-    answer: Callable[[Frame], Frame],
-    *,
-    sending: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-) -> None:
-    """A worker's life: answers one frame after the other until the other end closes. Closes both frames' arrays.
-
-    sending: entered while an answer is sent.
-    """
+def serve_frames(connection: socket.socket, answer: Callable[[Frame], Frame]) -> None:
+    """A worker's life: answers one frame after the other until the other end closes. Closes both frames' arrays."""
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             request = receive_frame(connection)
             reply = answer(request)
             request.close()
-            with sending():
-                send_frame(connection, reply)
+            send_frame(connection, reply)
             reply.close()
 
 

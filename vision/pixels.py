@@ -45,14 +45,14 @@ _FLOAT_RANGES = ((1.0, 255.0), *_INTEGER_RANGES)
 _AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")
 
 
-def decode_picture(data: bytes, *, max_pixels: int) -> SharedArray:
-    """`(height, width, 3)` uint8, first frame, upright, alpha over white, in sRGB where the picture says what else it is in.
+def decode_picture(data: bytes, target: SharedArray, *, max_pixels: int) -> None:
+    """First frame, upright, alpha over white, in sRGB where the picture says what else it is in.
 
-    Raises MediaError: image_decode_failed, image_too_large. Blocks.
+    target: uint8; it becomes (height, width, 3). Raises MediaError: image_decode_failed, image_too_large. Blocks.
     """
     with _opened(data, max_pixels) as image:
         image.load()
-        return _upright_rgb(image)
+        _write_upright_rgb(image, target)
 
 
 def measure_picture(data: bytes, *, max_pixels: int) -> tuple[int, int]:
@@ -118,18 +118,16 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise MediaError("image_too_large", f"the picture has {width} × {height} pixels; at most {max_pixels} are allowed")
 
 
-def _upright_rgb(image: Image.Image) -> SharedArray:
+def _write_upright_rgb(image: Image.Image, target: SharedArray) -> None:
     width, height = image.size
     orientation = _orientation(image)
-    shape = (width, height, 3) if orientation >= 5 else (height, width, 3)
-    shared = SharedArray.create(shape, "uint8")
-    target = _as_stored(shared.numpy(), orientation)
+    target.resize((width, height, 3) if orientation >= 5 else (height, width, 3))
+    pixels = _as_stored(target.numpy(), orientation)
     to_rgb = _to_rgb(image)
     num_rows = max(1, _STRIP_PIXELS // width)
     for top in range(0, height, num_rows):
         strip = image.crop((0, top, width, min(height, top + num_rows)))
-        target[top : top + num_rows] = np.asarray(to_rgb(strip))
-    return shared
+        pixels[top : top + num_rows] = np.asarray(to_rgb(strip))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -387,7 +387,7 @@ async def _content_hash(data: bytes, options: ImageOptions, fingerprint: str) ->
 
 def _own_copy(image: ProcessedImage, timings_s: dict[str, float]) -> ProcessedImage:
     """Other descriptors of the same memory: the cache and each caller close their own."""
-    arrays = {name: SharedArray(os.dup(shared.fd), shared.shape, shared.dtype.name) for name, shared in image.arrays.items()}
+    arrays = {name: shared.duplicate() for name, shared in image.arrays.items()}
     return replace(image, arrays=arrays, layout=dict(image.layout), timings_s=timings_s)
 
 

@@ -24,8 +24,8 @@ class SharedArray:
     @classmethod
     def create(cls, shape: Sequence[int], dtype: str) -> "SharedArray":
         """Zeroed memory for the array."""
-        array = cls(_anonymous_file(), shape, dtype)
-        os.ftruncate(array.fd, max(1, array.num_bytes))
+        array = cls(_anonymous_file(), (0,), dtype)
+        array.resize(shape)
         return array
 
     @classmethod
@@ -47,6 +47,15 @@ class SharedArray:
             raise ValueError(f"the shared memory holds fewer than the {self.num_bytes} bytes of {self.shape} {self.dtype.name}")
         memory = mmap.mmap(self.fd, max(1, self.num_bytes))
         return np.frombuffer(memory, self.dtype, count=int(np.prod(self.shape, dtype=np.int64))).reshape(self.shape)
+
+    def resize(self, shape: Sequence[int]) -> None:
+        """More or less memory, for an array of that shape."""
+        self.shape = tuple(shape)
+        os.ftruncate(self.fd, max(1, self.num_bytes))
+
+    def duplicate(self) -> "SharedArray":
+        """The same memory by another descriptor, which is closed for itself."""
+        return SharedArray(os.dup(self.fd), self.shape, self.dtype.name)
 
     def close(self) -> None:
         if self.fd >= 0:

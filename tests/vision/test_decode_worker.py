@@ -105,6 +105,16 @@ async def test_pixels_travel_however_many_descriptors_are_on_their_way(pool: Dec
         assert np.array_equal(await decoded(pool, png()), noise(8, 6))
 
 
+@pytest.mark.parametrize("size", [(8, 6), (6, 8), (48, 1)])
+async def test_the_largest_picture_has_room_for_its_pixels(size: tuple[int, int]) -> None:
+    pool = DecodePool(VisionConfig(num_decode_workers=1, max_picture_pixels=48))
+    await pool.open()
+
+    assert np.array_equal(await decoded(pool, png(*size)), noise(*size))
+    assert await code_of(pool, png(7, 7)) == "image_too_large"
+    await pool.close()
+
+
 async def test_a_picture_that_needs_too_much_memory_fails_alone() -> None:
     pool = DecodePool(VisionConfig(num_decode_workers=1, decode_memory_bytes=64 << 20, max_picture_pixels=1 << 40))
     await pool.open()
@@ -309,7 +319,8 @@ async def test_the_worker_has_limits_few_descriptors_and_no_secrets(pool: Decode
 
     assert b"hunter2" not in (process / "environ").read_bytes()
     assert limits["Max core file size"][:2] == ["0", "0"]
-    assert int(limits["Max open files"][0]) <= 64
+    assert limits["Max open files"][:2] == ["64", "64"]
+    assert limits["Max file size"][:2] == [str(3 * VisionConfig().max_picture_pixels)] * 2
     assert int(limits["Max address space"][1]) < 3 << 30
     assert "NoNewPrivs:\t1" in (process / "status").read_text(), "it is confined, see test_confinement"
     assert len(list((process / "fd").iterdir())) <= 4, "input, output, errors and its socket"
@@ -332,9 +343,10 @@ def test_the_decode_worker_imports_no_torch_and_only_seven_formats(tmp_path: Pat
     program = f"""
 import pathlib, sys
 import vision.decode, vision.pixels
+from vision.shared_array import SharedArray
 for file in pathlib.Path({str(tmp_path)!r}).iterdir():
     try:
-        vision.pixels.decode_picture(file.read_bytes(), max_pixels=1 << 20)
+        vision.pixels.decode_picture(file.read_bytes(), SharedArray.create((0,), "uint8"), max_pixels=1 << 20)
         print(file.name)
     except vision.pixels.MediaError as error:
         assert error.code == "image_decode_failed"
