@@ -62,11 +62,12 @@ class Report:
         return self.throughput >= MIN_SHARE * self.capacity
 
     def lines(self) -> list[str]:
+        capacity = max(self.capacity, 1e-9)
         answer_s, refusal_ms = self.answer_s or [0.0], [1000 * seconds for seconds in self.refusal_s or [0.0]]
         return [
             f"capacity           {self.capacity:8.2f} answers per second ({', '.join(f'{rate:.2f}' for rate in self.capacities)})",
             f"sent               {self.rate:8.2f} requests per second, {self.num_sent} in all",
-            f"answered           {self.throughput:8.2f} per second, {self.throughput / self.capacity:.0%} of the capacity",
+            f"answered           {self.throughput:8.2f} per second, {self.throughput / capacity:.0%} of the capacity",
             f"                   {self.num_answered:8d} in all, in {statistics.median(answer_s):.1f} s, at most {max(answer_s):.1f} s",
             f"refused            {self.num_refused:8d} in all, in {statistics.median(refusal_ms):.1f} ms, at most {max(refusal_ms):.0f} ms",
             *(f"NOT AS IT SHOULD BE: {text}" for text in self.wrong[:20]),

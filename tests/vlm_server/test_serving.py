@@ -104,7 +104,7 @@ def test_a_server_that_is_ready_spares_the_collector_what_it_loaded(tmp_path: Pa
         line = next(line for line in process.stderr if line.startswith("spared"))
 
     num_spared, num_collected = (int(word) for word in line.split()[1::2])
-    assert num_spared > 100_000 > 10 * num_collected
+    assert num_spared > max(50_000, 10 * num_collected)
 
 
 def stream_of(process: "subprocess.Popen[str]") -> tuple[str, requests.Response]:
