@@ -8,12 +8,15 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, cast
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from vlm_server.config import ConnectionLimits
 
 MAX_HEAD_BYTES = 64 << 10  # of what is no body: request line and headers, or trailers behind a body; the parser itself has no limit
+MAX_PIPELINED = 64  # requests that are sent before earlier ones of their connection have their answers
 MIN_TAKEN_BYTES = 32 << 10  # of a large answer, in each `send_s`: slow clients get on, one that takes a byte now and then does not
+MIN_TAKEN_SHARE = 1 / 20  # of what waits for the client, too: nobody holds a very large answer for hours
 
 
 def limited_protocol(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
@@ -63,7 +66,8 @@ class _Progress:
             self._timer = None
 
     def _check(self, num_unread_before: int) -> None:
-        if num_unread_before - self._transport.get_write_buffer_size() >= MIN_TAKEN_BYTES:
+        num_taken = num_unread_before - self._transport.get_write_buffer_size()
+        if num_taken >= max(MIN_TAKEN_BYTES, MIN_TAKEN_SHARE * num_unread_before):
             self.watch()
         else:
             self._transport.abort()
@@ -129,6 +133,11 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._in_head, self._num_head_bytes, self._has_body = True, 0, False
         self._receiving.set(self._limits.head_s)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Cookies mean nothing here, and reading them takes time that grows with the square of their length (CVE-2024-7592)."""
+        if name.lower() != b"cookie":
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._in_head, self._in_body = False, True
         self._receiving.set(self._limits.body_pause_s)
@@ -136,6 +145,9 @@ class _LimitedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not None:
             self.cycle.transport = cast(asyncio.Transport, _LingeringTransport(self.transport, self._is_body_expected))
+        if len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
+            raise httptools.HttpParserError("too many requests at once")  # or the parser goes on through what was received
         self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
         if self.cycle is not None and self.cycle not in self._cycles:
             self._cycles.append(self.cycle)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from engine.config import EngineConfig
 from tests.contract.fake_engine import FakeBackend
@@ -52,7 +52,7 @@ def running_server(config: ServerConfig | None = None, *, connections: Connectio
 
 
 @contextlib.contextmanager
-def serving(app: FastAPI, *, connections: ConnectionLimits | None = None) -> Iterator[str]:
+def serving(app: ASGIApp, *, connections: ConnectionLimits | None = None) -> Iterator[str]:
     """The URL of an app that is being served, with the limits that `vlm-server serve` sets unless others are given."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio turns Nagle off for TCP by name alone
     listener.bind(("127.0.0.1", 0))

@@ -6,14 +6,17 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import pytest
 import requests
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from tests.contract.running import RunningServer, fake_config, running_server
+from tests.contract.running import RunningServer, fake_config, running_server, serving
 from vlm_server.config import ConnectionLimits
-from vlm_server.connections import MAX_HEAD_BYTES
+from vlm_server.connections import MAX_HEAD_BYTES, MAX_PIPELINED, MIN_TAKEN_BYTES, _Progress
 
 SOON = ConnectionLimits(head_s=0.2, body_pause_s=0.2, body_s=0.5, send_s=0.3)
 LONG_S = 10.0  # no test waits as long unless it fails
@@ -137,6 +140,53 @@ def test_a_head_and_trailers_without_end_are_cut(patient_connection: socket.sock
         num_sent += 1000
 
     assert is_cut(connection)
+
+
+def test_requests_without_end_are_cut(patient_connection: socket.socket) -> None:
+    """Before any of them has its answer."""
+    num_sent = 20 * MAX_PIPELINED
+    with contextlib.suppress(ConnectionError):
+        patient_connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n" * num_sent)
+
+    assert bytes(iter_bytes(patient_connection)).count(b"HTTP/1.1 200") < num_sent
+
+
+def test_requests_that_are_sent_ahead_have_their_answers(patient_connection: socket.socket) -> None:
+    patient_connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n" * MAX_PIPELINED)
+
+    assert [answer_on(patient_connection)[:12] for _ in range(MAX_PIPELINED)] == [b"HTTP/1.1 200"] * MAX_PIPELINED
+
+
+def test_cookies_are_never_read() -> None:
+    """FastAPI reads them for each request; some versions of Python take seconds for a few kilobytes of quotes."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse([name.decode() for name, _ in scope["headers"]])(scope, receive, send)
+
+    with serving(app) as url:
+        names = requests.get(url, headers={"COOKIE": "a=1", "X-Other": "b"}, timeout=LONG_S).json()
+
+    assert "x-other" in names
+    assert "cookie" not in names
+
+
+@pytest.mark.parametrize(("num_unread", "num_taken", "is_cut"), [
+    (2_000_000, 100_000, False),
+    (2_000_000, 99_999, True),
+    (1 << 16, MIN_TAKEN_BYTES, False),
+    (1 << 16, MIN_TAKEN_BYTES - 1, True),
+])  # fmt: skip
+def test_a_client_has_to_take_its_part_of_what_waits_for_it(num_unread: int, num_taken: int, is_cut: bool) -> None:
+    loop, transport = Mock(), Mock()
+    transport.get_write_buffer_size.return_value = num_unread
+    _Progress(loop, transport, 1.0).watch()
+    _, check, *before = loop.call_later.call_args.args
+    transport.get_write_buffer_size.return_value = num_unread - num_taken
+
+    check(*before)
+
+    assert transport.abort.called == is_cut
+    assert loop.call_later.call_count == (1 if is_cut else 2)
 
 
 def test_a_large_body_is_no_head_without_end(patient_connection: socket.socket) -> None:
@@ -269,7 +319,7 @@ def test_a_line_that_begins_no_request_leaves_no_connection_open(patient_connect
 
 def test_a_connection_that_ended_waits_for_no_collection(patient: RunningServer) -> None:
     def num_connections() -> int:
-        return sum(isinstance(each, HttpToolsProtocol) for each in gc.get_objects())
+        return sum(issubclass(type(each), HttpToolsProtocol) for each in gc.get_objects())
 
     gc.collect()
     before = num_connections()
