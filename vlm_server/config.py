@@ -46,6 +46,7 @@ class RequestLimits:
     max_schema_characters: int = MAX_SCHEMA_CHARACTERS  # of a schema or grammar, or of all tools, as JSON
     max_json_depth: int = 128  # levels of lists and objects in a body
     max_json_values: int = 2_000_000  # in a body; each takes about a hundred bytes of memory, however short it was written
+    max_json_containers: int = 20_000  # lists and objects among them; a message of parts and calls is a few
     max_prompt_characters: int = 1 << 20  # of one prompt's text
     template_timeout_s: float = 3.0  # processor time of the chat template for one prompt
 

@@ -42,7 +42,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
         ("too_many_messages", (400,), "More messages than `--max-messages`, those that the server kept included."),
         ("invalid_json", (400,), "The body is no JSON."),
         ("json_too_deep", (400,), "Lists and objects in the body in more levels than `--max-json-depth`."),
-        ("json_too_large", (400,), "More values in the body than `--max-json-values`."),
+        (
+            "json_too_large",
+            (400,),
+            "More values in the body than `--max-json-values`, or lists and objects than `--max-json-containers`.",
+        ),
         ("invalid_content_type", (400,), "The header `Content-Type` is missing, or another one than the route reads."),
         ("invalid_request", (400,), "The request cannot be read as HTTP, JSON or a form."),
         ("request_too_large", (413,), "The body has more bytes than `--max-body-bytes`."),

@@ -230,6 +230,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("max-schema-characters", "limits", "characters of a schema or grammar, or of all tools", int),
         Flag("max-json-depth", "limits", "levels of lists and objects in its body", int),
         Flag("max-json-values", "limits", "values in its body", int),
+        Flag("max-json-containers", "limits", "lists and objects in its body", int),
         Flag("max-prompt-characters", "limits", "characters of a prompt's text", int),
         Flag("template-timeout-s", "limits", "seconds of processor time of the chat template", float),
     ),

@@ -1,7 +1,8 @@
 """Bodies of JSON, read under limits: how deeply they may be nested, and of how many values they may be.
 
 A few megabytes of `{},{},…` fill gigabytes of memory once they are read, and a thousand brackets end every recursion over them. So values
-are counted in the bytes, before anything is made of them. Knows nothing of what the values mean.
+are counted in the bytes, before anything is made of them; lists and objects once more, before they are checked against a route's fields,
+which takes the time of hundreds of plain values for each. Knows nothing of what the values mean.
 """
 
 import json
@@ -14,7 +15,7 @@ from starlette.responses import Response
 
 from vlm_server.config import RequestLimits
 from vlm_server.errors import ApiError, RefusedBodyError, bad_request
-from vlm_server.nesting import is_too_deep
+from vlm_server.nesting import is_too_deep, levels
 
 _MARKS = (b",", b"[", b"{")  # each value but the first comes behind one
 _NUM_HOPS = 10_000  # from one mark to the next; bodies with more are full of them, where counting byte by byte is quicker
@@ -57,8 +58,14 @@ def read_json(body: bytes, limits: RequestLimits) -> Any:
         raise
     except ValueError:  # other text than UTF-8, or a number of thousands of digits
         raise bad_request("invalid_json", "the body is not JSON in UTF-8, or holds a number that is too long") from None
-    if is_too_deep(value, limits.max_json_depth):
-        raise _too_deep(_deep_field(value, limits.max_json_depth), limits)
+    num_containers = 0
+    for depth, level in enumerate(levels(value), 1):
+        if depth > limits.max_json_depth:
+            raise _too_deep(_deep_field(value, limits.max_json_depth), limits)
+        num_containers += len(level)
+        if num_containers > limits.max_json_containers:
+            message = f"the body has more than the allowed {limits.max_json_containers} lists and objects (--max-json-containers)"
+            raise bad_request("json_too_large", message)
     return value
 
 

@@ -28,6 +28,7 @@ from vlm_server.nesting import MAX_DEPTH, is_too_deep
 from vlm_server.tool_schema import NamedTool, Tool, ToolChoice, Tools, forces_a_call, may_be_called, names_in
 
 MAX_BEAMS = 32
+MAX_LOGIT_BIASES = 1024
 RETURN_TIMINGS = "Say in timings how many milliseconds each stage took, beside the usage; streamed, in the last chunk."
 _MAX_INT64 = 2**63 - 1
 
@@ -44,6 +45,7 @@ StopStrings = Annotated[
     BeforeValidator(_stop_list),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
 ]
+LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIASES)]
 
 
 class StreamOptions(BaseModel):
@@ -69,9 +71,7 @@ class GenerationFields(BaseModel):
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="Above 1: tokens of prompt and output get less likely.")
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="Above 0: tokens that the output has already get less likely.")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="The same, once for each time that the output has them.")
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="Token id to what is added to its logit."
-    )
+    logit_bias: LogitBias | None = Field(None, description="Token id to what is added to its logit.")
     seed: int | None = Field(
         None, ge=-_MAX_INT64 - 1, le=_MAX_INT64, description="The same request with the same seed gives the same answer."
     )

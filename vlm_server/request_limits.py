@@ -21,6 +21,7 @@ from vlm_server.message_schema import ChatMessage, ImagePart, TextPart
 from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, GenerationFields
 from vlm_server.token_protocol import EncodeRequest, PerplexityRequest, TokenizeRequest
 
+MAX_SENT_SCHEMA_CHARACTERS = 16 << 20  # to the engine, with which each answer is a request of its own
 Field = tuple[str, Any]  # a field's path in the request, and what it holds
 
 
@@ -170,7 +171,7 @@ def _check_answers(body: GenerationFields, limits: RequestLimits) -> None:
         asked = _declared(body, name) or 1
         if asked > limits.max_choices:
             raise bad_request("invalid_value", f"{name}: at most {limits.max_choices} is allowed (--max-n)", param=name)
-    num_prompts = len(body.prompts()) if isinstance(body, CompletionRequest) else 1
+    num_prompts = _num_prompts(body)
     num_answers = num_prompts * body.num_candidates
     if num_answers > limits.max_answers:
         allowed = f"at most {limits.max_answers} are allowed in a request (--max-answers)"
@@ -183,6 +184,16 @@ def _check_schemas(body: GenerationFields, limits: RequestLimits) -> None:
         if size > limits.max_schema_characters:
             message = f"{field}: {size} characters; at most {limits.max_schema_characters} are allowed (--max-schema-characters)"
             raise bad_request("invalid_value", message, param=field)
+        num_answers = _num_prompts(body) * body.num_candidates
+        if size * num_answers > MAX_SENT_SCHEMA_CHARACTERS:
+            message = (
+                f"{field}: {size} characters for each of {num_answers} answers; at most {MAX_SENT_SCHEMA_CHARACTERS} in all are allowed"
+            )
+            raise bad_request("invalid_value", message, param=field)
+
+
+def _num_prompts(body: GenerationFields) -> int:
+    return len(body.prompts()) if isinstance(body, CompletionRequest) else 1
 
 
 def _schemas(body: GenerationFields) -> Iterator[tuple[str, int]]:

@@ -229,6 +229,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    ({"logit_bias": {f"{token_id:0{width}}": 1 for token_id in range(256) for width in range(3, 8)}}, "logit_bias"),
     ({"chat_template_kwargs": {"chat_template": "{{ x }}"}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"not a name": 1}}, "chat_template_kwargs"),
     ({"stream_options": {"include_usage": "maybe"}}, "stream_options.include_usage"),

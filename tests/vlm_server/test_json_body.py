@@ -27,6 +27,11 @@ def num_values(value: Any) -> int:
     return 1 + sum(map(num_values, items))
 
 
+def num_containers(value: Any) -> int:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, list | dict) + sum(map(num_containers, items))
+
+
 def refusal(body: bytes, **limits: int) -> ApiError:
     with pytest.raises(ApiError) as caught:
         read_json(body, RequestLimits(**limits))  # type: ignore[arg-type]
@@ -48,6 +53,15 @@ def test_more_values_than_are_allowed_are_never_read(value: Any) -> None:
 
     if count > 1 and len(body) > count - 1:
         assert refusal(body, max_json_values=count - 1).code == "json_too_large"
+
+
+@given(JSON)
+def test_as_many_lists_and_objects_as_are_allowed_are_taken(value: Any) -> None:
+    body, count = json.dumps(value).encode(), num_containers(value)
+
+    assert read_json(body, RequestLimits(max_json_containers=max(1, count))) == value
+    if count > 1:
+        assert refusal(body, max_json_containers=count - 1).code == "json_too_large"
 
 
 def test_the_field_that_is_too_deep_is_named() -> None:

@@ -10,7 +10,7 @@ import requests
 from tests.contract.running import RunningServer, fake_config, running_server
 from vlm_server.app import create_app
 from vlm_server.backend import MAX_TEMPLATE_CHARACTERS, render_limits
-from vlm_server.config import ALPACA, RequestLimits
+from vlm_server.config import ALPACA, MAX_SCHEMA_CHARACTERS, RequestLimits
 from vlm_server.docs import openapi_schema
 
 LIMITS = RequestLimits(
@@ -23,6 +23,7 @@ LIMITS = RequestLimits(
     max_schema_characters=200,
     max_json_depth=20,
     max_json_values=500,
+    max_json_containers=100,
     max_prompt_characters=400,  # more than the template of Alpaca
 )
 PICTURE = "data:image/png;base64,AAAA"
@@ -139,6 +140,7 @@ OVER: dict[str, list[tuple[str, dict[str, Any], str]]] = {
     ],
     "max-json-depth": [(route, {"a_field": json.loads("[" * 20 + "]" * 20)}, "a_field") for route in SMALL],
     "max-json-values": [(route, {"a_field": [0] * 500}, "") for route in SMALL],
+    "max-json-containers": [(route, {"a_field": [[]] * 100}, "") for route in SMALL],
 }
 ALPACAS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
     "max-messages": [(CHAT, {"messages": [{"role": "user", "message": "hi"}] * 4}, "messages")],
@@ -154,6 +156,7 @@ ALPACAS: dict[str, list[tuple[str, dict[str, Any], str]]] = {
     ],
     "max-json-depth": [(route, {"a_field": json.loads("[" * 20 + "]" * 20)}, "a_field") for route in (CHAT, COMPLETIONS, EMBEDDINGS)],
     "max-json-values": [(route, {"a_field": [0] * 500}, "") for route in (CHAT, COMPLETIONS, EMBEDDINGS)],
+    "max-json-containers": [(route, {"a_field": [[]] * 100}, "") for route in (CHAT, COMPLETIONS, EMBEDDINGS)],
 }
 CASES = [pytest.param(flag, *case, id=f"{flag}-{case[0]}-{case[2]}") for flag, cases in OVER.items() for case in cases]
 ALPACA_CASES = [pytest.param(flag, *case, id=f"{flag}-{case[0]}-{case[2]}") for flag, cases in ALPACAS.items() for case in cases]
@@ -232,6 +235,17 @@ def test_as_much_as_a_limit_is_allowed(narrow: RunningServer) -> None:
     assert post(narrow, CHAT, at_all_limits).status_code == 200
     assert post(narrow, COMPLETIONS, {"prompt": ["a", "x" * 400], "n": 2}).status_code == 200
     assert post(narrow, CHAT, {"a_field": json.loads("[" * 19 + "]" * 19)}).status_code == 200
+
+
+def test_a_schema_counts_once_for_each_answer(server: RunningServer) -> None:
+    """Each answer is a request of its own to the engine."""
+    schema = {"type": "string", "enum": ["x" * (MAX_SCHEMA_CHARACTERS - 50)]}
+
+    refused = post(server, COMPLETIONS, {"prompt": ["hi", "ho"], "n": 33, "structured_outputs": {"json": schema}}).json()["error"]
+
+    assert refused["param"] == "structured_outputs.json"
+    assert "for each of 66 answers" in refused["message"]
+    assert post(server, COMPLETIONS, {"n": 66, "structured_outputs": {"choice": ["x" * 100_000]}}).status_code == 200
 
 
 def test_a_session_grows_to_the_limits_of_a_request(narrow: RunningServer) -> None:

@@ -14,7 +14,7 @@ from vlm_server.format_protocol import JsonObjectFormat, JsonSchema, StructuredO
 from vlm_server.image_protocol import OnMediaError, ReturnImageSizes
 from vlm_server.message_schema import UnicodeText
 from vlm_server.nesting import MAX_DEPTH, is_too_deep
-from vlm_server.protocol import ChatCompletionRequest, StopStrings, TemplateVariables
+from vlm_server.protocol import ChatCompletionRequest, LogitBias, StopStrings, TemplateVariables
 from vlm_server.responses.items import (
     FunctionCallOutput,
     FunctionToolCall,
@@ -207,7 +207,7 @@ class CreateResponse(BaseModel):
     repetition_penalty: float | None = _as_in_chats("repetition_penalty")
     presence_penalty: float | None = _as_in_chats("presence_penalty")
     frequency_penalty: float | None = _as_in_chats("frequency_penalty")
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = _as_in_chats("logit_bias")
+    logit_bias: LogitBias | None = _as_in_chats("logit_bias")
     seed: int | None = _as_in_chats("seed")
     min_tokens: int | None = _as_in_chats("min_tokens")
     do_sample: bool | None = _as_in_chats("do_sample")
