@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from vlm_server import __version__
@@ -86,19 +86,25 @@ _ERRORS = {
 
 def add_docs(app: FastAPI, config: ServerConfig) -> None:
     page = _PAGE.format(title=html.escape(f"{config.model_name} · vlm-server"))
-    schemas: dict[str, dict[str, Any]] = {}  # built at the first request
+    schemas: list[bytes] = []  # built at the first request
+    building = asyncio.Lock()
 
     async def swagger(request: Request) -> HTMLResponse:
         return HTMLResponse(page)
 
-    async def openapi(request: Request) -> JSONResponse:
-        if "openapi" not in schemas:
-            schemas["openapi"] = await asyncio.to_thread(openapi_schema, app, config)  # a second or two, in which streams go on
-        return JSONResponse(schemas["openapi"])
+    async def openapi(request: Request) -> Response:
+        async with building:
+            if not schemas:
+                schemas.append(await asyncio.to_thread(_openapi_json, app, config))  # a second or two, in which streams go on
+        return Response(schemas[0], media_type="application/json")
 
     app.add_route("/", swagger, include_in_schema=False)
     app.add_route("/openapi.json", openapi, include_in_schema=False)
     app.mount("/swagger-ui", StaticFiles(directory=ASSETS), name="swagger-ui")
+
+
+def _openapi_json(app: FastAPI, config: ServerConfig) -> bytes:
+    return bytes(JSONResponse(openapi_schema(app, config)).body)
 
 
 def openapi_schema(app: FastAPI, config: ServerConfig) -> dict[str, Any]:

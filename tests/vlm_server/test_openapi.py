@@ -1,14 +1,17 @@
 """`openapi.json`: the rules that every route's part of it keeps, whoever adds it, and the names that clients know."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import requests
+from fastapi import FastAPI
 
-from tests.contract.running import MODEL, RunningServer, fake_config
+from tests.contract.running import MODEL, RunningServer, fake_config, running_server
 from vlm_server.app import create_app
 from vlm_server.client_schemas import COMPONENTS, MEANINGS, NAMES, fit_for_clients
+from vlm_server.config import ServerConfig
 from vlm_server.docs import openapi_schema
 from vlm_server.response_schema import HTTPValidationError
 
@@ -213,3 +216,18 @@ def test_objects_that_differ_in_their_type_are_told_apart_by_it() -> None:
     mapping = {"one": COMPONENTS + "First", "two": COMPONENTS + "Second"}
     assert components["APart"]["discriminator"] == {"propertyName": "type", "mapping": mapping}
     assert components["First"]["properties"]["type"]["enum"] == ["one"]
+
+
+def test_the_document_is_built_once_however_many_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[FastAPI] = []
+
+    def build(app: FastAPI, config: ServerConfig) -> Schema:
+        built.append(app)
+        return {"openapi": "3.1.0"}
+
+    monkeypatch.setattr("vlm_server.docs.openapi_schema", build)
+    with running_server() as server, ThreadPoolExecutor(5) as threads:
+        answers = list(threads.map(lambda _: requests.get(f"{server.url}/openapi.json", timeout=10).json(), range(5)))
+
+    assert answers == [{"openapi": "3.1.0"}] * 5
+    assert len(built) == 1
