@@ -75,6 +75,11 @@ class RedisStore:
             found = await self._redis.hmget(self._key("record", record_id), [_PART + name.encode() for name in names])
         return {name: bytes(data) for name, data in zip(names, found, strict=True) if data is not None}
 
+    async def num_bytes(self, record_id: RecordId) -> int | None:
+        async with _translated():
+            sizes = await self._field_sizes(record_id)
+        return sum(sizes.values()) if sizes else None
+
     async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
         record, index = self._key("record", record_id), self._index(record_id)
         ttl_ms, ends_s = _milliseconds(limits.ttl_s), time.time() + limits.ttl_s
@@ -168,6 +173,15 @@ class RedisStore:
     async def revoke(self, record_id: RecordId) -> None:
         async with _translated():
             await self._redis.delete(self._key("lease", record_id))
+
+    async def _field_sizes(self, record_id: RecordId) -> dict[bytes, int]:
+        """Bytes of a record's value and parts; empty where there is none."""
+        record = self._key("record", record_id)
+        names = await self._redis.hkeys(record)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hstrlen(record, name)
+            return dict(zip(names, map(int, await pipe.execute()), strict=True))
 
     def _forget(self, pipe: Any, record_id: RecordId) -> None:
         pipe.delete(self._key("record", record_id))

@@ -39,6 +39,10 @@ CREATE TABLE IF NOT EXISTS leases (
 );
 """
 _THIS = "namespace = ? AND tenant = ? AND key = ?"
+_NUM_BYTES = (  # of one of `records`; SQLite reads no blob for its length
+    "LENGTH(value) + (SELECT COALESCE(SUM(LENGTH(data)), 0) FROM parts WHERE "
+    "parts.namespace = records.namespace AND parts.tenant = records.tenant AND parts.key = records.key)"
+)
 
 Result = TypeVar("Result")
 
@@ -82,6 +86,11 @@ class SqliteStore:
             return {name: bytes(row[0]) for name, row in rows.items() if row is not None}
 
         return await self._run(read)
+
+    async def num_bytes(self, record_id: RecordId) -> int | None:
+        query = f"SELECT {_NUM_BYTES} FROM records WHERE {_THIS} AND expires_s > ?"
+        row = await self._run(lambda db: db.execute(query, (*_row(record_id), self._clock())).fetchone())
+        return None if row is None else int(row[0])
 
     async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
         def write(db: sqlite3.Connection) -> None:

@@ -74,6 +74,9 @@ class RecordStore(Protocol):
     async def get_parts(self, record_id: RecordId, names: Collection[str]) -> dict[str, bytes]:
         """Those of the named parts that a record has which has not ended."""
 
+    async def num_bytes(self, record_id: RecordId) -> int | None:
+        """Of a record that has not ended, its value and all of its parts, which are not read for it."""
+
     async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
         """Write the value, and the parts that the record does not have yet, all or nothing; then end the tenant's oldest surplus records.
 

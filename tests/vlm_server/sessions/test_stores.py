@@ -48,6 +48,20 @@ async def test_a_record_is_read_as_it_was_written(store: RecordStore) -> None:
     assert await store.get_parts(record, []) == {}
 
 
+async def test_a_record_tells_how_large_it_is(store: RecordStore) -> None:
+    record = a_record()
+    assert await store.num_bytes(record) is None
+
+    await store.put(record, b"", parts={}, limits=PLENTY)
+    assert await store.num_bytes(record) == 0
+    await store.put(record, b"value", parts={"a": bytes(100_000), "b": b"\0"}, limits=PLENTY)
+    await store.put(a_record("2", tenant=record.tenant), b"other", parts={"a": b"A"}, limits=PLENTY)
+    assert await store.num_bytes(record) == 100_006
+
+    await store.put(record, b"x", parts={}, limits=A_MOMENT)
+    assert await becomes(None, lambda: store.num_bytes(record))
+
+
 async def test_a_deleted_record_is_gone_with_its_parts(store: RecordStore) -> None:
     record = a_record()
     await store.put(record, b"x", parts={"a": b"A"}, limits=PLENTY)
