@@ -98,7 +98,7 @@ class SqliteStore:
             _require_lease(db, record_id, token, now_s)
             _delete_ended(db, now_s)
             _write(db, record_id, value, parts, now_s, limits.ttl_s)
-            _delete_surplus(db, record_id, limits.max_records)
+            _delete_surplus(db, record_id, limits)
 
         await self._run(write)
 
@@ -241,9 +241,9 @@ def _held(connection: sqlite3.Connection, namespace: str, tenant: str) -> tuple[
     return num_records, num_bytes
 
 
-def _delete_surplus(connection: sqlite3.Connection, record_id: RecordId, max_records: int) -> None:
-    connection.execute(
-        "DELETE FROM records WHERE rowid IN "
-        "(SELECT rowid FROM records WHERE namespace = ? AND tenant = ? ORDER BY written_s DESC, rowid DESC LIMIT -1 OFFSET ?)",
-        (record_id.namespace, record_id.tenant, max_records),
-    )
+def _delete_surplus(connection: sqlite3.Connection, record_id: RecordId, limits: Limits) -> None:
+    """Of the tenant's records; `record_id` is the newest."""
+    query = f"SELECT rowid, {_NUM_BYTES} FROM records WHERE namespace = ? AND tenant = ? ORDER BY key = ? DESC, written_s DESC, rowid DESC"
+    rows = connection.execute(query, _row(record_id)).fetchall()
+    num_kept = limits.num_kept([num_bytes for _, num_bytes in rows])
+    connection.executemany("DELETE FROM records WHERE rowid = ?", [(rowid,) for rowid, _ in rows[num_kept:]])
