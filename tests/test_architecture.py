@@ -136,7 +136,7 @@ MAY_IMPORT = {
         ".config .detokenizer .jinja_process .jinja_worker .picture_report .pipeline .probe .readiness .stage_timings .transcript "
         "engine.client engine.request vision.config vision.image vision.media_budgets vision.request_room vision.service"
     ),
-    "vlm_server.body_budget": ".auth vision.budget vision.media_budgets",
+    "vlm_server.body_budget": ".auth .errors vision.budget vision.media_budgets",
     "vlm_server.built_in_templates": ".alpaca .role_template",
     "vlm_server.chat_client": ".client",
     "vlm_server.chat_page": ".config .examples",
@@ -233,7 +233,7 @@ MAY_IMPORT = {
     "vlm_server.responses.field_paths": ".errors engine.request vision.image",
     "vlm_server.responses.items": ".message_schema",
     "vlm_server.responses.output": ".parsing.events .responses.items .responses.token_texts",
-    "vlm_server.responses.records": ".sessions.store",
+    "vlm_server.responses.records": ".sessions.store vision.media_budgets",
     "vlm_server.responses.request": ".format_protocol .image_protocol .message_schema .nesting .protocol .responses.items .tool_schema",
     "vlm_server.responses.schema": ".format_protocol .response_schema .responses.items .responses.request",
     "vlm_server.responses.shape": (
@@ -293,7 +293,7 @@ MAY_IMPORT = {
         "engine.log_lines engine.request"
     ),
     "vlm_server.sessions": "",
-    "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript",
+    "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript vision.media_budgets",
     "vlm_server.sessions.lease": ".sessions.store",
     "vlm_server.sessions.opening": ".sessions.redis_store .sessions.sqlite_store .sessions.store",
     "vlm_server.sessions.redis_store": ".sessions.store",
@@ -317,7 +317,7 @@ MAY_IMPORT = {
     "vlm_server.transcript": "engine.request",
     "vlm_server.turns": (
         ".backend .config .errors .generation .picture_report .request_limits .sessions.history .sessions.store .stage_timings "
-        "engine.request vision.image vision.media_budgets"
+        "engine.request vision.image"
     ),
     "vlm_server.uploads": ".errors .file_protocol vision.image",
     "vlm_server.waiting_room": ".auth .backend .errors .middleware engine.request",

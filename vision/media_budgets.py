@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from vision.budget import Budget, Reservation
 from vision.config import VisionConfig
 
+FREE_BYTES = 64 << 10  # of a body, of what is kept, of an answer: chats without pictures pass whatever pictures do
 BYTES_PER_PIXEL = 3  # RGB; what is kept otherwise counts as so many pixels
 
 
@@ -19,12 +20,12 @@ class MediaBudgets:
 
     def __init__(self, config: VisionConfig) -> None:
         wait_s = config.budget_wait_s
-        # Request bodies, pictures on their way, files that were read: until nobody holds them.
+        # Request bodies, pictures on their way, what was read from the store, large answers: until nobody holds them.
         self.bytes = Budget(
             "media_bytes",
             config.max_media_bytes_in_flight,
             wait_s=wait_s,
-            unit="bytes for pictures and bodies (--max-media-bytes-in-flight)",
+            unit="bytes for pictures, bodies and answers (--max-media-bytes-in-flight)",
         )
         # From before decoding until the engine has what became of them.
         self.pixels = Budget("pixels", config.max_pixels_in_flight, wait_s=wait_s, unit="pixels (--max-pixels-in-flight)")
@@ -41,19 +42,30 @@ class Holding:
         self.owner = owner
         self.is_admitted = False  # whether one of its prompts was let into the engine's waiting room
         self._budgets = budgets
-        self._bytes = ExitStack()
+        self._bytes: list[Reservation] = []
         self._arrays: dict[bytes, ExitStack] = {}  # by the picture's content hash
         self._is_closed = False
+
+    @property
+    def num_bytes(self) -> int:
+        """That count for it now."""
+        return sum(reservation.asked for reservation in self._bytes)
 
     async def add_bytes(self, num_bytes: int) -> Reservation:
         """Count bytes until the request ends. The reservation may be changed, by one task at a time. Raises BudgetFullError."""
         reservation = await self._budgets.bytes.reserve(num_bytes, self.owner, continues=True)
-        self._keep(self._bytes, reservation.release)
+        if self._is_closed:
+            reservation.release()
+        else:
+            self._bytes.append(reservation)
         return reservation
 
     def keep_arrays(self, content_hash: bytes, let_go: Callable[[], None]) -> None:
         """Have `let_go` called when the engine has the picture, or the request ends."""
-        self._keep(self._arrays.setdefault(content_hash, ExitStack()), let_go)
+        if self._is_closed:  # work that outlives its request, such as the saving of a turn
+            let_go()
+        else:
+            self._arrays.setdefault(content_hash, ExitStack()).callback(let_go)
 
     def give_arrays(self, content_hashes: Iterable[bytes]) -> None:
         """The engine has these pictures."""
@@ -64,13 +76,8 @@ class Holding:
         """Give everything back."""
         self._is_closed = True
         self.give_arrays(tuple(self._arrays))
-        self._bytes.close()
-
-    def _keep(self, stack: ExitStack, let_go: Callable[[], None]) -> None:
-        if self._is_closed:  # work that outlives its request, such as the saving of a turn
-            let_go()
-        else:
-            stack.callback(let_go)
+        for reservation in self._bytes:
+            reservation.release()
 
 
 _HOLDING: ContextVar[Holding | None] = ContextVar("holding", default=None)
@@ -103,6 +110,12 @@ async def hold_bytes(num_bytes: int) -> None:
     """As `Holding.add_bytes`, for the request of this moment; nothing where there is none."""
     if holding := current_holding():
         await holding.add_bytes(num_bytes)
+
+
+async def hold_kept_bytes(num_bytes: int) -> None:
+    """As `hold_bytes`, before a conversation of so many bytes is read; a short one is free."""
+    if num_bytes > FREE_BYTES:
+        await hold_bytes(num_bytes)
 
 
 def owner_or(tenant: str) -> str:

@@ -1,6 +1,7 @@
-"""Opens a request's holding of media, counts its body in it as the bytes arrive, and gives everything back when the request ends.
+"""Opens a request's holding of media, counts its body in it as the bytes arrive, and gives everything back when its answer is taken.
 
-Who waits for room is not read from meanwhile; who finds none is refused. Knows nothing of what a body holds.
+Who waits for room is not read from meanwhile; who finds none is refused. A large answer counts too, and leaves in pieces, so that the
+request lasts until its client has it. Knows nothing of what bodies and answers hold.
 """
 
 import ipaddress
@@ -9,10 +10,11 @@ from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vision.budget import BudgetFullError, Reservation
-from vision.media_budgets import Holding, MediaBudgets, held_by
+from vision.media_budgets import FREE_BYTES, Holding, MediaBudgets, held_by
 from vlm_server.auth import holder_of
+from vlm_server.errors import to_api_error
 
-FREE_BYTES = 64 << 10  # of each body: as much as the connection buffers anyway; chats without pictures pass whatever pictures do
+PIECE_BYTES = 64 << 10  # of an answer: about as much as the connection buffers anyway
 
 
 class HoldsMedia:
@@ -28,7 +30,7 @@ class HoldsMedia:
         budgets: MediaBudgets = scope["app"].state.context.backend.media
         holding = Holding(budgets, owner_of(scope))
         with held_by(holding):
-            await self._app(scope, _Body(receive, holding).receive, send)
+            await self._app(scope, _Body(receive, holding).receive, _Answer(scope, receive, send, holding).send)
 
 
 class _Body:
@@ -54,6 +56,61 @@ class _Body:
             await self._held.resize(self._num_bytes)
         except BudgetFullError as error:  # HTTPException is the one kind that FastAPI lets through while it reads a body
             raise HTTPException(503, str(error), {"retry-after": str(error.retry_after_s)}) from None
+
+
+class _Answer:
+    """One answer as it is taken. The head of a large whole one waits for its body, so that it becomes a refusal where there is no room.
+
+    A server waits, before it takes a message, until the client has taken those before; what it takes at once is nobody's to count.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, holding: Holding) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._holding = holding
+        self._head: Message | None = None
+        self._is_refused = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and _stated_length(message) > FREE_BYTES:
+            self._head = message
+            return
+        if self._head is not None:
+            await self._send_head(self._head, message)
+        if not self._is_refused:
+            await self._send_piecewise(message)
+
+    async def _send_head(self, head: Message, body: Message) -> None:
+        self._head = None
+        try:
+            if not body.get("more_body"):
+                await self._count(len(body.get("body", b"")))
+        except BudgetFullError as error:
+            self._is_refused = True
+            await to_api_error(error).response(self._scope)(self._scope, self._receive, self._send)
+        else:
+            await self._send(head)
+
+    async def _count(self, num_bytes: int) -> None:
+        """Beyond what the request holds already: what the answer was made of is mostly gone by now."""
+        if (more := num_bytes - self._holding.num_bytes) > 0:
+            await self._holding.add_bytes(more)
+
+    async def _send_piecewise(self, message: Message) -> None:
+        body = message.get("body", b"")
+        if len(body) <= PIECE_BYTES:
+            await self._send(message)
+            return
+        last = (len(body) - 1) // PIECE_BYTES * PIECE_BYTES
+        for begin in range(0, last, PIECE_BYTES):
+            await self._send({"type": message["type"], "body": body[begin : begin + PIECE_BYTES], "more_body": True})
+        await self._send({**message, "body": body[last:]})
+
+
+def _stated_length(head: Message) -> int:
+    """0 for a stream, whose pieces are small."""
+    return next((int(value) for name, value in head.get("headers", ()) if name == b"content-length"), 0)
 
 
 def owner_of(scope: Scope) -> str:

@@ -16,7 +16,6 @@ from vlm_server.config import ConnectionLimits
 MAX_HEAD_BYTES = 64 << 10  # of what is no body: request line and headers, or trailers behind a body; the parser itself has no limit
 MAX_PIPELINED = 64  # requests that are sent before earlier ones of their connection have their answers
 MIN_TAKEN_BYTES = 32 << 10  # of a large answer, in each `send_s`: slow clients get on, one that takes a byte now and then does not
-MIN_TAKEN_SHARE = 1 / 20  # of what waits for the client, too: nobody holds a very large answer for hours
 
 
 def limited_protocol(limits: ConnectionLimits) -> type[HttpToolsProtocol]:
@@ -66,8 +65,7 @@ class _Progress:
             self._timer = None
 
     def _check(self, num_unread_before: int) -> None:
-        num_taken = num_unread_before - self._transport.get_write_buffer_size()
-        if num_taken >= max(MIN_TAKEN_BYTES, MIN_TAKEN_SHARE * num_unread_before):
+        if num_unread_before - self._transport.get_write_buffer_size() >= MIN_TAKEN_BYTES:
             self.watch()
         else:
             self._transport.abort()

@@ -69,9 +69,13 @@ class Files:
             raise _unknown(param)
         return msgspec.msgpack.decode(value, type=StoredFile)
 
-    async def content(self, tenant: str, file_id: str, *, param: str = "file_id") -> bytes:
-        """The bytes that were uploaded. Raises as `get`."""
-        parts = await self.store.get_parts(_record_id(tenant, file_id), [_CONTENT]) if _FILE_ID.fullmatch(file_id) else {}
+    async def content(self, tenant: str, file_id: str) -> bytes:
+        """The bytes that were uploaded, which count for the request of the moment until it ends. Raises as `get`, and BudgetFullError."""
+        await hold_bytes((await self.get(tenant, file_id)).num_bytes)
+        return await self._read(tenant, file_id, "file_id")
+
+    async def _read(self, tenant: str, file_id: str, param: str) -> bytes:
+        parts = await self.store.get_parts(_record_id(tenant, file_id), [_CONTENT])
         if _CONTENT not in parts:
             raise _unknown(param)
         return parts[_CONTENT]
@@ -109,7 +113,7 @@ class Files:
                 room_bytes -= num_bytes
                 self._require_room(room_bytes, param)
                 await hold_bytes(num_bytes)
-                pictures[url] = await self.content(tenant, file_id, param=param)
+                pictures[url] = await self._read(tenant, file_id, param)
             except ApiError as error:
                 if lost is None or error.status != 404:
                     raise

@@ -192,7 +192,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(
             "max-media-bytes-in-flight",
             "vision",
-            "memory for request bodies and pictures' files of all requests; over it one waits --budget-wait-s, then 503",
+            "memory for bodies, pictures' files, kept conversations and large answers of all requests; over it one waits, then 503",
             int,
         ),
         Flag(

@@ -14,7 +14,6 @@ from typing import Any
 
 from engine.request import Prompt
 from vision.image import ImageRef
-from vision.media_budgets import hold_bytes
 from vlm_server.backend import PromptPipeline
 from vlm_server.config import RequestLimits
 from vlm_server.errors import ApiError
@@ -174,7 +173,6 @@ class Turns:
         async with self._sessions.open(session_id, on_lost=turn.abort) as session:
             self._running[session_id] = turn
             try:
-                await hold_bytes(session.num_picture_bytes)
                 messages, pictures = await self._with_kept_pictures(turn.request, session)
                 reply, history = await self._answer(turn, session.history, messages, pictures)
                 turn.is_final = True

@@ -6,7 +6,6 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from unittest.mock import Mock
 
 import pytest
 import requests
@@ -16,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tests.contract.running import RunningServer, fake_config, running_server, serving
 from vlm_server.config import ConnectionLimits
-from vlm_server.connections import MAX_HEAD_BYTES, MAX_PIPELINED, MIN_TAKEN_BYTES, _Progress
+from vlm_server.connections import MAX_HEAD_BYTES, MAX_PIPELINED
 
 SOON = ConnectionLimits(head_s=0.2, body_pause_s=0.2, body_s=0.5, send_s=0.3)
 LONG_S = 10.0  # no test waits as long unless it fails
@@ -168,25 +167,6 @@ def test_cookies_are_never_read() -> None:
 
     assert "x-other" in names
     assert "cookie" not in names
-
-
-@pytest.mark.parametrize(("num_unread", "num_taken", "is_cut"), [
-    (2_000_000, 100_000, False),
-    (2_000_000, 99_999, True),
-    (1 << 16, MIN_TAKEN_BYTES, False),
-    (1 << 16, MIN_TAKEN_BYTES - 1, True),
-])  # fmt: skip
-def test_a_client_has_to_take_its_part_of_what_waits_for_it(num_unread: int, num_taken: int, is_cut: bool) -> None:
-    loop, transport = Mock(), Mock()
-    transport.get_write_buffer_size.return_value = num_unread
-    _Progress(loop, transport, 1.0).watch()
-    _, check, *before = loop.call_later.call_args.args
-    transport.get_write_buffer_size.return_value = num_unread - num_taken
-
-    check(*before)
-
-    assert transport.abort.called == is_cut
-    assert loop.call_later.call_count == (1 if is_cut else 2)
 
 
 def test_a_large_body_is_no_head_without_end(patient_connection: socket.socket) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from vision.media_budgets import hold_kept_bytes
 from vlm_server.sessions.store import Limits, RecordId, RecordStore, StoreError
 
 NAMESPACE = "responses"
@@ -40,7 +41,7 @@ class KeptResponse(msgspec.Struct, frozen=True):
 class ResponseRecords:
     """All kept responses; each belongs to its tenant. `max_bytes`: of the items of one response.
 
-    Every method may raise StoreError.
+    Every method may raise StoreError. What is read counts for the request of the moment until it ends.
     """
 
     def __init__(self, store: RecordStore, *, limits: Limits, max_bytes: int) -> None:
@@ -59,9 +60,13 @@ class ResponseRecords:
         await self._store.put(_record(tenant, kept.response["id"]), value, parts={}, limits=self._limits)
 
     async def find(self, tenant: str, response_id: str) -> KeptResponse | None:
-        """None for one that was never kept, has ended, or is another tenant's."""
-        value = await self._store.get(_record(tenant, response_id)) if _ID.fullmatch(response_id) else None
-        if value is None:
+        """None for one that was never kept, has ended, or is another tenant's. Raises BudgetFullError."""
+        num_bytes = await self._num_bytes(tenant, response_id)
+        if num_bytes is None:
+            return None
+        await hold_kept_bytes(num_bytes)
+        value = await self._store.get(_record(tenant, response_id))
+        if value is None:  # it has just ended
             return None
         try:
             return await asyncio.to_thread(msgspec.json.decode, value, type=KeptResponse)
@@ -70,10 +75,17 @@ class ResponseRecords:
 
     async def delete(self, tenant: str, response_id: str) -> bool:
         """Whether there was one."""
-        if await self.find(tenant, response_id) is None:
+        if not await self.has(tenant, response_id):
             return False
         await self._store.delete(_record(tenant, response_id))
         return True
+
+    async def has(self, tenant: str, response_id: str) -> bool:
+        """Whether `find` would find it, which is not read for it."""
+        return await self._num_bytes(tenant, response_id) is not None
+
+    async def _num_bytes(self, tenant: str, response_id: str) -> int | None:
+        return await self._store.num_bytes(_record(tenant, response_id)) if _ID.fullmatch(response_id) else None
 
 
 def new_response_id() -> str:

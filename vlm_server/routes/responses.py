@@ -95,7 +95,8 @@ async def delete_response(request: Request, response_id: str) -> HttpResponse:
 @router.post("/v1/responses/{response_id}/cancel", response_model=Response, summary="Always refused: nothing runs in the background")
 async def cancel_response(request: Request, response_id: str) -> HttpResponse:
     """A running response ends when its client closes the connection."""
-    await _found(request, response_id)
+    if not await context_of(request).responses.has(tenant_of(request.scope), response_id):
+        raise _not_found("response_id", response_id)
     raise bad_request("not_cancellable", "response_id: only responses with background: true can be cancelled", param="response_id")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from vision.media_budgets import hold_kept_bytes
 from vlm_server.sessions.lease import LeaseTimes, RecordBusyError, leased
 from vlm_server.sessions.store import Limits, RecordId, RecordStore, StoreError
 from vlm_server.transcript import Transcript
@@ -80,10 +81,11 @@ class Sessions:
     async def open(self, session_id: RecordId, *, on_lost: Callable[[], None]) -> AsyncIterator[OpenSession]:
         """The session, for one turn alone; empty where there is none yet. `on_lost`: the turn was cancelled from elsewhere.
 
-        Raises SessionBusyError or StoreError.
+        Its bytes count for the request of the moment until that ends. Raises SessionBusyError, StoreError or BudgetFullError.
         """
         try:
             async with leased(self._store, session_id, times=self._times, on_lost=on_lost) as token:
+                await hold_kept_bytes(await self._store.num_bytes(session_id) or 0)
                 history = await self._load(session_id)
                 pictures = await self._load_pictures(session_id, history)
                 yield OpenSession(history, pictures, self._store, session_id, self._limits, token)

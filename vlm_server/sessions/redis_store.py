@@ -1,8 +1,8 @@
 """A store of records in Redis, for several servers.
 
 A record is one hash (its value, and a field per part) that Redis itself ends in time; a lease is a key with a lifetime; beside them, per
-tenant, a sorted set of its records by their ends, and a hash with the sizes of those that count against a quota. Writes that depend on a
-lease or a quota are transactions that fail where it changes.
+tenant, a sorted set of its records by their ends, and a hash with their sizes (of added ones the parts', which
+are what a quota counts). Writes that depend on a lease or a quota are transactions that fail where it changes.
 """
 
 import asyncio
@@ -75,24 +75,31 @@ class RedisStore:
             found = await self._redis.hmget(self._key("record", record_id), [_PART + name.encode() for name in names])
         return {name: bytes(data) for name, data in zip(names, found, strict=True) if data is not None}
 
+    async def num_bytes(self, record_id: RecordId) -> int | None:
+        async with _translated():
+            sizes = await self._field_sizes(record_id)
+        return sum(sizes.values()) if sizes else None
+
     async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
-        record, index = self._key("record", record_id), self._index(record_id)
+        record, index, sizes = self._key("record", record_id), self._index(record_id), self._sizes(record_id)
         ttl_ms, ends_s = _milliseconds(limits.ttl_s), time.time() + limits.ttl_s
 
         async def write(pipe: Any) -> None:
             await pipe.watch(record)  # not the index, which every write changes: the next one ends what two at once leave too many
-            known = set(await pipe.hkeys(record))
+            known = await self._field_sizes(record_id)
             new = {name: data for name, data in ((_PART + name.encode(), data) for name, data in parts.items()) if name not in known}
-            surplus = await _surplus(pipe, index, record_id.key.encode(), limits.max_records)
+            num_bytes = sum((known | {name: len(data) for name, data in new.items()} | {_VALUE: len(value)}).values())
+            surplus = await _surplus(pipe, index, sizes, record_id.key.encode(), num_bytes, limits)
             pipe.multi()
             pipe.hset(record, mapping={_VALUE: value, **new})
             pipe.pexpire(record, ttl_ms)
             pipe.zadd(index, {record_id.key: ends_s})
-            pipe.pexpire(index, ttl_ms)
+            pipe.hset(sizes, record_id.key, num_bytes)
+            for name in (index, sizes):
+                pipe.pexpire(name, ttl_ms)
             pipe.sadd(self._tenants(record_id.namespace), record_id.tenant)
             for key in surplus:
-                pipe.delete(self._key("record", RecordId(record_id.namespace, record_id.tenant, key.decode())))
-                pipe.zrem(index, key)
+                self._forget(pipe, RecordId(record_id.namespace, record_id.tenant, key.decode()))
 
         await self._transaction(record_id, token, write)
 
@@ -169,6 +176,15 @@ class RedisStore:
         async with _translated():
             await self._redis.delete(self._key("lease", record_id))
 
+    async def _field_sizes(self, record_id: RecordId) -> dict[bytes, int]:
+        """Bytes of a record's value and parts; empty where there is none."""
+        record = self._key("record", record_id)
+        names = await self._redis.hkeys(record)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hstrlen(record, name)
+            return dict(zip(names, map(int, await pipe.execute()), strict=True))
+
     def _forget(self, pipe: Any, record_id: RecordId) -> None:
         pipe.delete(self._key("record", record_id))
         pipe.zrem(self._index(record_id), record_id.key)
@@ -217,12 +233,14 @@ def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
 
-async def _surplus(pipe: Any, index: str, key: bytes, max_records: int) -> list[bytes]:
-    """The tenant's records that have ended, and its oldest ones beyond the limit once `key` is written."""
-    ended = await pipe.zrangebyscore(index, "-inf", time.time())
-    others = [other for other in await pipe.zrange(index, 0, -1) if other != key]
-    num_surplus = max(0, len(others) + 1 - max_records)
-    return list({*(other for other in ended if other != key), *others[:num_surplus]})
+async def _surplus(pipe: Any, index: str, sizes: str, key: bytes, num_bytes: int, limits: Limits) -> list[bytes]:
+    """The tenant's records that have ended, and its oldest ones beyond the limits once `key` is written with so many bytes."""
+    now_s, size_of = time.time(), await pipe.hgetall(sizes)
+    others = [other for other in await pipe.zrevrange(index, 0, -1, withscores=True) if other[0] != key]
+    newest = [other for other, end_s in others if end_s > now_s]
+    ended = [other for other, end_s in others if end_s <= now_s]
+    num_kept = limits.num_kept([num_bytes, *(int(size_of.get(other, 0)) for other in newest)])
+    return [*ended, *newest[num_kept - 1 :]]
 
 
 @asynccontextmanager

@@ -39,6 +39,10 @@ CREATE TABLE IF NOT EXISTS leases (
 );
 """
 _THIS = "namespace = ? AND tenant = ? AND key = ?"
+_NUM_BYTES = (  # of one of `records`; SQLite reads no blob for its length
+    "LENGTH(value) + (SELECT COALESCE(SUM(LENGTH(data)), 0) FROM parts WHERE "
+    "parts.namespace = records.namespace AND parts.tenant = records.tenant AND parts.key = records.key)"
+)
 
 Result = TypeVar("Result")
 
@@ -83,13 +87,18 @@ class SqliteStore:
 
         return await self._run(read)
 
+    async def num_bytes(self, record_id: RecordId) -> int | None:
+        query = f"SELECT {_NUM_BYTES} FROM records WHERE {_THIS} AND expires_s > ?"
+        row = await self._run(lambda db: db.execute(query, (*_row(record_id), self._clock())).fetchone())
+        return None if row is None else int(row[0])
+
     async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
         def write(db: sqlite3.Connection) -> None:
             now_s = self._clock()
             _require_lease(db, record_id, token, now_s)
             _delete_ended(db, now_s)
             _write(db, record_id, value, parts, now_s, limits.ttl_s)
-            _delete_surplus(db, record_id, limits.max_records)
+            _delete_surplus(db, record_id, limits)
 
         await self._run(write)
 
@@ -232,9 +241,9 @@ def _held(connection: sqlite3.Connection, namespace: str, tenant: str) -> tuple[
     return num_records, num_bytes
 
 
-def _delete_surplus(connection: sqlite3.Connection, record_id: RecordId, max_records: int) -> None:
-    connection.execute(
-        "DELETE FROM records WHERE rowid IN "
-        "(SELECT rowid FROM records WHERE namespace = ? AND tenant = ? ORDER BY written_s DESC, rowid DESC LIMIT -1 OFFSET ?)",
-        (record_id.namespace, record_id.tenant, max_records),
-    )
+def _delete_surplus(connection: sqlite3.Connection, record_id: RecordId, limits: Limits) -> None:
+    """Of the tenant's records; `record_id` is the newest."""
+    query = f"SELECT rowid, {_NUM_BYTES} FROM records WHERE namespace = ? AND tenant = ? ORDER BY key = ? DESC, written_s DESC, rowid DESC"
+    rows = connection.execute(query, _row(record_id)).fetchall()
+    num_kept = limits.num_kept([num_bytes for _, num_bytes in rows])
+    connection.executemany("DELETE FROM records WHERE rowid = ?", [(rowid,) for rowid, _ in rows[num_kept:]])

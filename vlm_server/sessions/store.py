@@ -1,16 +1,19 @@
 """What a store of records promises, whatever keeps it.
 
 A record is one value and named parts, all bytes, under a namespace, a tenant and a key. It ends after a time without a write, or when its
-tenant has too many in its namespace. A lease on a record lets one writer at a time work on it, on whichever server; a lease that is
-not renewed ends by itself. Knows nothing of what the bytes mean.
+tenant has too many, or too much, in its namespace. A lease on a record lets one writer at a time work on it, on whichever server; a lease
+that is not renewed ends by itself. Knows nothing of what the bytes mean.
 
 A namespace's records are written either with `put`, where old records make room for new ones, or with `add`, which refuses what is too
 much.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
+
+MAX_KEPT_BYTES = 1 << 30  # a small request that continues a conversation keeps all of it again
 
 
 class StoreError(Exception):
@@ -46,10 +49,16 @@ class RecordId:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a record stays after its last write, and how many of them one tenant has in one namespace."""
+    """How long a record stays after its last write; how many of them, with how many bytes together, one tenant has in one namespace."""
 
     ttl_s: float
     max_records: int
+    max_bytes: int = MAX_KEPT_BYTES
+
+    def num_kept(self, sizes: Sequence[int]) -> int:
+        """How many of a tenant's records stay. sizes: theirs, the newest first, which stays whatever its own."""
+        num_fitting = sum(num_bytes <= self.max_bytes for num_bytes in accumulate(sizes))
+        return max(1, min(self.max_records, num_fitting))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,9 @@ class RecordStore(Protocol):
 
     async def get_parts(self, record_id: RecordId, names: Collection[str]) -> dict[str, bytes]:
         """Those of the named parts that a record has which has not ended."""
+
+    async def num_bytes(self, record_id: RecordId) -> int | None:
+        """Of a record that has not ended, its value and all of its parts, which are not read for it."""
 
     async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
         """Write the value, and the parts that the record does not have yet, all or nothing; then end the tenant's oldest surplus records.

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from vision.budget import BudgetFullError
+from vision.config import VisionConfig
+from vision.media_budgets import Holding, MediaBudgets, held_by
 from vlm_server.errors import ApiError
 from vlm_server.files import Files, images_in
 from vlm_server.sessions.store import Quota, RecordStore
@@ -38,6 +41,30 @@ async def test_a_file_is_its_owners_and_comes_back_bit_by_bit(store: RecordStore
         with pytest.raises(ApiError, match="no such file"):
             await attempt
     assert (await files.get(tenant, ids[1])).num_bytes == 1
+
+
+class UnreadableStore:
+    """A store that says what it has, and from which no part may be read."""
+
+    def __init__(self, store: RecordStore) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        assert name != "get_parts"
+        return getattr(self._store, name)
+
+
+async def test_the_bytes_of_a_file_count_before_they_are_read(store: RecordStore, tenant: str) -> None:
+    budgets = MediaBudgets(VisionConfig(max_media_bytes_in_flight=60_000, budget_wait_s=0.0))
+    file_id = await add(files_in(store), tenant)
+
+    with held_by(Holding(budgets, "a")):
+        assert await files_in(store).content(tenant, file_id) == DATA
+        assert budgets.bytes.used == len(DATA)
+        with await budgets.bytes.reserve(20_000), held_by(Holding(budgets, "b")), pytest.raises(BudgetFullError):
+            await files_in(UnreadableStore(store)).content(tenant, file_id)
+
+    assert budgets.bytes.used == 0
 
 
 async def test_what_messages_name_is_read_once_and_stands_there_as_a_url(store: RecordStore, tenant: str) -> None:

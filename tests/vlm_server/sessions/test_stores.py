@@ -48,6 +48,20 @@ async def test_a_record_is_read_as_it_was_written(store: RecordStore) -> None:
     assert await store.get_parts(record, []) == {}
 
 
+async def test_a_record_tells_how_large_it_is(store: RecordStore) -> None:
+    record = a_record()
+    assert await store.num_bytes(record) is None
+
+    await store.put(record, b"", parts={}, limits=PLENTY)
+    assert await store.num_bytes(record) == 0
+    await store.put(record, b"value", parts={"a": bytes(100_000), "b": b"\0"}, limits=PLENTY)
+    await store.put(a_record("2", tenant=record.tenant), b"other", parts={"a": b"A"}, limits=PLENTY)
+    assert await store.num_bytes(record) == 100_006
+
+    await store.put(record, b"x", parts={}, limits=A_MOMENT)
+    assert await becomes(None, lambda: store.num_bytes(record))
+
+
 async def test_a_deleted_record_is_gone_with_its_parts(store: RecordStore) -> None:
     record = a_record()
     await store.put(record, b"x", parts={"a": b"A"}, limits=PLENTY)
@@ -93,6 +107,42 @@ async def test_the_tenants_longest_unwritten_records_make_room(store: RecordStor
     assert kept == ["1", "3", "4"]
     assert await store.get_parts(a_record("2", tenant=tenant), ["a"]) == {}
     assert await store.get(neighbour) == b"x"
+
+
+async def test_the_tenants_longest_unwritten_records_make_room_for_bytes(store: RecordStore) -> None:
+    tenant, neighbour = uuid.uuid4().hex, a_record()
+    limits = Limits(ttl_s=3600, max_records=100, max_bytes=100)
+    await store.put(neighbour, bytes(90), parts={}, limits=limits)
+
+    async def kept_after(key: str, num_bytes: int, **parts: int) -> list[str]:
+        record = a_record(key, tenant=tenant)
+        await store.put(record, bytes(num_bytes), parts={name: bytes(number) for name, number in parts.items()}, limits=limits)
+        return [key for key in "12345" if await store.get(a_record(key, tenant=tenant)) is not None]
+
+    assert await kept_after("1", 10, a=20) == ["1"]
+    assert await kept_after("2", 30) == ["1", "2"]
+    assert await kept_after("3", 40) == ["1", "2", "3"]
+    assert await kept_after("1", 10, a=20) == ["1", "2", "3"], "a part that is there already does not count again"
+    assert await kept_after("1", 11, b=9) == ["1", "3"], "its value, its new part and its old one are 40 bytes"
+    assert await kept_after("4", 20) == ["1", "3", "4"]
+    await store.delete(a_record("3", tenant=tenant))
+    assert await kept_after("5", 40) == ["1", "4", "5"]
+    assert await kept_after("2", 101) == ["2"], "the newest one stays, whatever its size"
+    assert await store.get_parts(a_record("1", tenant=tenant), ["a", "b"]) == {}
+    assert await kept_after("3", 1) == ["3"]
+    assert await store.get(neighbour) == bytes(90)
+
+
+async def test_bytes_of_records_that_have_ended_do_not_count(store: RecordStore) -> None:
+    tenant = uuid.uuid4().hex
+    limits = Limits(ttl_s=3600, max_records=100, max_bytes=100)
+    await store.put(a_record("1", tenant=tenant), bytes(60), parts={}, limits=limits)
+    await store.put(a_record("2", tenant=tenant), bytes(40), parts={}, limits=A_MOMENT)
+    assert await becomes(None, lambda: store.get(a_record("2", tenant=tenant)))
+
+    await store.put(a_record("3", tenant=tenant), bytes(40), parts={}, limits=limits)
+
+    assert await store.num_bytes(a_record("1", tenant=tenant)) == 60
 
 
 async def test_records_are_counted_over_all_tenants_until_they_end(store: RecordStore) -> None:
@@ -273,9 +323,9 @@ SHORT = st.binary(max_size=3)
 OPERATIONS = st.lists(
     st.one_of(
         st.tuples(
-            st.just("put"), st.sampled_from("abc"), st.binary(max_size=3), st.dictionaries(st.sampled_from("xy"), st.binary(max_size=3))
+            st.just("put"), st.sampled_from("abcd"), st.binary(max_size=3), st.dictionaries(st.sampled_from("xy"), st.binary(max_size=3))
         ),
-        st.tuples(st.just("delete"), st.sampled_from("abc")),
+        st.tuples(st.just("delete"), st.sampled_from("abcd")),
         st.tuples(st.just("wait"), st.floats(0.5, 6)),
     ),
     max_size=12,
@@ -288,8 +338,12 @@ def test_any_sequence_of_writes_leaves_what_a_plain_dictionary_would_hold(operat
     asyncio.run(_compare_with_a_dictionary(operations))
 
 
+def size_of(entry: tuple[float, bytes, dict[str, bytes]]) -> int:
+    return len(entry[1]) + sum(map(len, entry[2].values()))
+
+
 async def _compare_with_a_dictionary(operations: list[Any]) -> None:
-    """Two records at most, each for ten seconds of a clock that the test moves."""
+    """Three records at most, of twelve bytes together, each for ten seconds of a clock that the test moves."""
     now_s = 1000.0
     expected: dict[str, tuple[float, bytes, dict[str, bytes]]] = {}
     store = await SqliteStore.open(":memory:", clock=lambda: now_s)
@@ -302,13 +356,13 @@ async def _compare_with_a_dictionary(operations: list[Any]) -> None:
         else:
             now_s += 0.001
             key, value, parts = rest
-            await store.put(a_record(key, tenant="t"), value, parts=parts, limits=Limits(ttl_s=10, max_records=2))
+            await store.put(a_record(key, tenant="t"), value, parts=parts, limits=Limits(ttl_s=10, max_records=3, max_bytes=12))
             known = expected.pop(key)[2] if key in expected else {}
             expected[key] = (now_s + 10, value, parts | known)
-            if len(expected) > 2:
+            while len(expected) > 3 or (len(expected) > 1 and sum(map(size_of, expected.values())) > 12):
                 del expected[min(expected, key=lambda key: expected[key][0])]
         expected = {key: entry for key, entry in expected.items() if entry[0] > now_s}
-        for key in "abc":
+        for key in "abcd":
             end = expected.get(key)
             assert await store.get(a_record(key, tenant="t")) == (end[1] if end else None)
             if end:
