@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from yarl import URL
 
 from tests.vision.picture_server import Gate, PictureServer, body, in_turn, redirect_to
 from tests.vision.pictures import data_url, png
@@ -15,6 +16,7 @@ from tests.vision.processes import num_descriptors, until
 from vision.config import VisionConfig
 from vision.fetcher import Fetcher
 from vision.image import MediaError
+from vision.urls import MAX_URL_CHARACTERS, redirected
 
 
 @pytest.fixture
@@ -167,6 +169,32 @@ async def test_redirects_to_nowhere_are_a_failed_fetch(server: PictureServer, lo
 )
 async def test_what_is_not_a_url_is_refused(url: str) -> None:
     assert (await refusal(unopened(), url)).code == "url_invalid"
+
+
+@pytest.mark.parametrize("prefix", ["http://a/", "HTTPS://a/", "file:///", "http://a/\n"])
+async def test_urls_are_bounded_in_length_before_anyone_looks_at_their_letters(prefix: str) -> None:
+    error = await refusal(unopened(), prefix.ljust(MAX_URL_CHARACTERS + 1, "a"))
+
+    assert (error.code, f"more than the allowed {MAX_URL_CHARACTERS} characters" in error.message) == ("url_invalid", True)
+
+
+async def test_the_longest_url_is_asked_for_and_its_letters_count_as_they_are_asked_for(server: PictureServer, fetcher: Fetcher) -> None:
+    longest = server.url("/picture?").ljust(MAX_URL_CHARACTERS, "a")
+
+    assert await fetcher.fetch(longest) == png()
+    with pytest.raises(MediaError, match="characters"):
+        await fetcher.fetch(longest[:-1] + "ü")  # quoted, it is six
+
+
+async def test_redirects_are_bounded_in_length(server: PictureServer) -> None:
+    prefix = server.url("/")
+    server.pages["/away"] = redirect_to("/".ljust(MAX_URL_CHARACTERS + 2 - len(prefix), "a"))
+
+    error = await refusal(unopened(), server.url("/away"))
+
+    assert (error.code, "characters" in error.message, len(server.requests)) == ("url_invalid", True, 1)
+    with pytest.raises(MediaError, match="characters"):
+        redirected(URL(prefix), "//[" + "a" * MAX_URL_CHARACTERS)  # not parsed
 
 
 async def test_signed_urls_are_asked_for_as_they_were_written(server: PictureServer, fetcher: Fetcher) -> None:
