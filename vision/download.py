@@ -19,6 +19,7 @@ from vision.config import VisionConfig
 from vision.host_slots import HostSlots
 from vision.http_cache import HttpCache
 from vision.image import MediaError
+from vision.look_ups import LookUps
 from vision.urls import redirected
 
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -58,7 +59,7 @@ class Downloader:
         self._downloads = downloads
         self._policy = AddressPolicy(config.private_networks)
         self._domains = DomainPolicy(config.allowed_media_domains)
-        self._resolver = CheckedResolver(self._policy, look_up)
+        self._resolver = CheckedResolver(self._policy, look_up or LookUps().addresses)
         self._hosts = HostSlots(config.max_downloads_per_host)
         self._session: aiohttp.ClientSession | None = None
         self.cache = HttpCache(config.download_cache_bytes)
