@@ -90,7 +90,7 @@ class Downloader:
                 return await self._follow(url, claim)
         except TimeoutError:  # aiohttp's own timeouts are among these
             raise MediaError("image_fetch_timeout", "the picture's server took too long to send it") from None
-        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, UnicodeError):  # the last one of a host that no name server could know
             raise MediaError("url_invalid", "the picture's URL is not valid") from None
         except (aiohttp.ClientError, OSError, zlib.error) as error:
             raise _unreachable(error) from None

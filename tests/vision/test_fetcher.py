@@ -171,6 +171,12 @@ async def test_what_is_not_a_url_is_refused(url: str) -> None:
     assert (await refusal(unopened(), url)).code == "url_invalid"
 
 
+@pytest.mark.parametrize("host", ["a..example", "a" * 64 + ".example", ".example"])
+@pytest.mark.parametrize("media_proxy", [None, "http://127.0.0.1:1"])
+async def test_a_host_that_is_no_name_is_not_a_url(host: str, media_proxy: str | None) -> None:
+    assert (await refusal(Fetcher(VisionConfig(media_proxy=media_proxy)), f"http://{host}/")).code == "url_invalid"
+
+
 @pytest.mark.parametrize("prefix", ["http://a/", "HTTPS://a/", "file:///", "http://a/\n"])
 async def test_urls_are_bounded_in_length_before_anyone_looks_at_their_letters(prefix: str) -> None:
     error = await refusal(unopened(), prefix.ljust(MAX_URL_CHARACTERS + 1, "a"))
