@@ -16,6 +16,7 @@ from vision.addresses import AddressPolicy, BlockedAddressError, CheckedResolver
 from vision.body import CappedBody
 from vision.budget import Budget, Reservation
 from vision.config import VisionConfig
+from vision.connector import Connector
 from vision.host_slots import HostSlots
 from vision.http_cache import HttpCache
 from vision.image import MediaError
@@ -69,7 +70,7 @@ class Downloader:
         through_proxy = config.media_proxy is not None  # then nothing but the proxy is dialled
         resolver = aiohttp.ThreadedResolver() if through_proxy else self._resolver
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, limit=0),
+            connector=Connector(resolver=resolver, use_dns_cache=False, limit=0),
             timeout=aiohttp.ClientTimeout(total=None, connect=config.connect_timeout_s, sock_read=config.first_byte_timeout_s),
             headers=_HEADERS | {"User-Agent": config.user_agent},
             cookie_jar=aiohttp.DummyCookieJar(),

@@ -14,6 +14,7 @@ from tests.vision.picture_server import Gate, PictureServer, body, in_turn, redi
 from tests.vision.pictures import data_url, png
 from tests.vision.processes import num_descriptors, until
 from vision.config import VisionConfig
+from vision.connector import MAX_IDLE_CONNECTIONS
 from vision.fetcher import Fetcher
 from vision.image import MediaError
 from vision.urls import MAX_URL_CHARACTERS, redirected
@@ -636,6 +637,51 @@ async def test_files_over_the_limit_are_refused(local: Path) -> None:
     fetcher = unopened(allowed_local_media_path=str(local), max_picture_bytes=10)
 
     assert (await refusal(fetcher, f"file://{local}/link.png")).code == "image_too_large"
+
+
+async def test_few_connections_are_kept_open_whatever_their_hosts(server: PictureServer, fetcher: Fetcher) -> None:
+    await fetcher.fetch(server.url())
+    before = num_descriptors() - 2  # both ends of a connection are ours
+
+    await asyncio.gather(*(fetcher.fetch(server.url(host=f"host{at}.example")) for at in range(100)))
+
+    await until(lambda: num_descriptors() == before + 2 * MAX_IDLE_CONNECTIONS)
+
+
+async def test_connections_that_are_kept_are_used_again(server: PictureServer, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vision.connector.MAX_IDLE_CONNECTIONS", 1)
+    ports = list[int]()
+
+    async def page(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        ports.append(request.transport.get_extra_info("peername")[1])
+        return web.Response(body=png())
+
+    server.pages["/page"] = page
+
+    for host in ("a.example", "a.example", "b.example", "b.example", "a.example"):
+        assert await fetcher.fetch(server.url("/page", host=host)) == png()
+
+    first, second, third, fourth, fifth = ports
+    assert (first, third) == (second, fourth), "kept"
+    assert len({first, third, fifth}) == 3, "the last one only"
+
+
+async def test_a_connection_that_its_host_closes_takes_no_place(
+    server: PictureServer, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vision.connector.MAX_IDLE_CONNECTIONS", 2)
+    before = num_descriptors()
+    await fetcher.fetch(server.url(host="a.example"))
+    other = PictureServer()
+    await other.open()
+    await fetcher.fetch(other.url())
+    await other.close()
+    await until(lambda: num_descriptors() == before + 2)
+
+    await fetcher.fetch(server.url(host="b.example"))
+
+    await until(lambda: num_descriptors() == before + 4)
 
 
 async def test_nothing_stays_open_after_fetches_of_all_kinds(server: PictureServer) -> None:
