@@ -1,9 +1,8 @@
 """Which network addresses a picture may be fetched from.
 
-Only globally routable ones, and those that the operator opened. Resolves names, but dials nothing and knows nothing of HTTP.
+Only globally routable ones, and those that the operator opened. Dials nothing and knows nothing of HTTP.
 """
 
-import asyncio
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -76,9 +75,9 @@ class DomainPolicy:
 class CheckedResolver(AbstractResolver):
     """Gives aiohttp only addresses that the policy permits, so that a checked address is the one dialled."""
 
-    def __init__(self, policy: AddressPolicy, look_up: LookUp | None = None) -> None:
+    def __init__(self, policy: AddressPolicy, look_up: LookUp) -> None:
         self._policy = policy
-        self._look_up = look_up or _look_up
+        self._look_up = look_up
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
         """Raises BlockedAddressError where there is none, OSError where the name has no address."""
@@ -100,11 +99,6 @@ class CheckedResolver(AbstractResolver):
 
     async def close(self) -> None:
         pass
-
-
-async def _look_up(host: str) -> list[str]:
-    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return [str(socket_address[0]) for *_, socket_address in found]
 
 
 def _carried(address: IPAddress) -> IPAddress:

@@ -3,12 +3,14 @@
 import asyncio
 import base64
 import binascii
+from collections.abc import Iterator
 from urllib.parse import unquote_to_bytes
 
 from vision.image import MediaError
 
 _IN_PLACE = 64 << 10  # letters; longer ones are decoded beside the event loop
 _SLICE = 1 << 20  # letters, a multiple of 4: the interpreter lock is given up between slices
+_ESCAPED_SLICE = 16 << 10  # letters; while `unquote_to_bytes` is at work it takes up to 80 times as much
 _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
@@ -30,14 +32,16 @@ async def decode_data_url(url: str, *, limit_bytes: int) -> bytes:
 
 
 def _decode_percent(payload: str, limit_bytes: int) -> bytes:
-    data = unquote_to_bytes(payload)
-    if len(data) > limit_bytes:
-        raise too_many_bytes(limit_bytes)
-    return data
+    data = bytearray()
+    for piece in _unquoted(payload):
+        data += piece
+        if len(data) > limit_bytes:
+            raise too_many_bytes(limit_bytes)
+    return bytes(data)
 
 
 def _decode_base64(payload: str, limit_bytes: int) -> bytes:
-    raw = unquote_to_bytes(payload) if "%" in payload else payload.encode("ascii", "replace")
+    raw = b"".join(_unquoted(payload)) if "%" in payload else payload.encode("ascii", "replace")
     letters = raw.translate(_FROM_URL_SAFE, b" \t\r\n").rstrip(b"=")
     if len(letters) * 3 // 4 > limit_bytes:
         raise too_many_bytes(limit_bytes)
@@ -46,6 +50,18 @@ def _decode_base64(payload: str, limit_bytes: int) -> bytes:
         return b"".join(base64.b64decode(letters[at : at + _SLICE], validate=True) for at in range(0, len(letters), _SLICE))
     except binascii.Error:
         raise MediaError("url_invalid", "the data: URL does not hold valid base64") from None
+
+
+def _unquoted(payload: str) -> Iterator[bytes]:
+    """As `unquote_to_bytes` of the whole, piece by piece. No escape (`%41`) is divided."""
+    at = 0
+    while at < len(payload):
+        end = at + _ESCAPED_SLICE
+        if end < len(payload):
+            begun = payload.rfind("%", end - 2, end)
+            end = begun if begun >= 0 else end
+        yield unquote_to_bytes(payload[at:end])
+        at = end
 
 
 def too_many_bytes(limit_bytes: int) -> MediaError:

@@ -16,9 +16,11 @@ from vision.addresses import AddressPolicy, BlockedAddressError, CheckedResolver
 from vision.body import CappedBody
 from vision.budget import Budget, Reservation
 from vision.config import VisionConfig
+from vision.connector import Connector
 from vision.host_slots import HostSlots
 from vision.http_cache import HttpCache
 from vision.image import MediaError
+from vision.look_ups import LookUps
 from vision.urls import redirected
 
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -58,7 +60,7 @@ class Downloader:
         self._downloads = downloads
         self._policy = AddressPolicy(config.private_networks)
         self._domains = DomainPolicy(config.allowed_media_domains)
-        self._resolver = CheckedResolver(self._policy, look_up)
+        self._resolver = CheckedResolver(self._policy, look_up or LookUps().addresses)
         self._hosts = HostSlots(config.max_downloads_per_host)
         self._session: aiohttp.ClientSession | None = None
         self.cache = HttpCache(config.download_cache_bytes)
@@ -68,7 +70,7 @@ class Downloader:
         through_proxy = config.media_proxy is not None  # then nothing but the proxy is dialled
         resolver = aiohttp.ThreadedResolver() if through_proxy else self._resolver
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, limit=0),
+            connector=Connector(resolver=resolver, use_dns_cache=False, limit=0),
             timeout=aiohttp.ClientTimeout(total=None, connect=config.connect_timeout_s, sock_read=config.first_byte_timeout_s),
             headers=_HEADERS | {"User-Agent": config.user_agent},
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -89,7 +91,7 @@ class Downloader:
                 return await self._follow(url, claim)
         except TimeoutError:  # aiohttp's own timeouts are among these
             raise MediaError("image_fetch_timeout", "the picture's server took too long to send it") from None
-        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, UnicodeError):  # the last one of a host that no name server could know
             raise MediaError("url_invalid", "the picture's URL is not valid") from None
         except (aiohttp.ClientError, OSError, zlib.error) as error:
             raise _unreachable(error) from None

@@ -4,6 +4,7 @@ Nothing stale is ever used, and nothing is guessed: a picture to which its serve
 Dials nothing.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from vision.cache import ByteBoundedCache
 
 MAX_LIFETIME_S = 86400.0  # whatever a server says
-_OVERHEAD_BYTES = 1 << 10  # of an entry beside its data, generously
+_OVERHEAD_BYTES = 1 << 10  # of an entry beside its data and texts, generously
 
 Key = tuple[str, str]  # tenant, URL
 
@@ -70,7 +71,7 @@ class HttpCache:
         if stored is None:
             self._pictures.discard(key)
         else:
-            self._pictures.put(key, stored, len(data) + _OVERHEAD_BYTES)
+            self._keep(key, stored)
 
     def revalidated(self, key: Key, stored: StoredPicture, headers: Mapping[str, str], *, asked_s: float) -> bytes:
         """The picture after a 304, whose headers replace those of before."""
@@ -78,11 +79,15 @@ class HttpCache:
         renewed = _storable(stored.data, headers, asked_s)
         if renewed is not None:
             kept = replace(renewed, etag=renewed.etag or stored.etag, last_modified=renewed.last_modified or stored.last_modified)
-            self._pictures.put(key, kept, len(stored.data) + _OVERHEAD_BYTES)
+            self._keep(key, kept)
         return stored.data
 
     def clear(self) -> None:
         self._pictures.clear()
+
+    def _keep(self, key: Key, picture: StoredPicture) -> None:
+        texts = sum(sys.getsizeof(text) for text in (*key, *picture.conditions.values()))
+        self._pictures.put(key, picture, len(picture.data) + texts + _OVERHEAD_BYTES)
 
 
 def _storable(data: bytes, headers: Mapping[str, str], asked_s: float) -> StoredPicture | None:

@@ -4,9 +4,12 @@ from yarl import URL
 
 from vision.image import MediaError
 
+MAX_URL_CHARACTERS = 8 << 10  # as written, and as it is asked for; servers and proxies take no longer ones
+
 
 def parse_url(url: str) -> URL:
     """An http, https or file URL. Raises MediaError url_invalid."""
+    _check_length(url)
     if "\\" in url or any(ord(letter) < 0x20 or letter == "\x7f" for letter in url):
         raise MediaError("url_invalid", "the picture's URL holds a backslash or a control character")
     try:
@@ -16,11 +19,13 @@ def parse_url(url: str) -> URL:
         is_valid = False
     if not is_valid:
         raise MediaError("url_invalid", "the picture's URL is not valid")
+    _check_length(str(parsed))
     return parsed
 
 
 def redirected(url: URL, location: str) -> URL:
     """Where a redirect from `url` leads. Raises MediaError."""
+    _check_length(location)
     try:
         target = str(url.join(_as_written(location)))
     except ValueError:
@@ -28,6 +33,13 @@ def redirected(url: URL, location: str) -> URL:
     if not target.startswith(("http://", "https://")):
         raise MediaError("url_blocked", "the picture's server redirects to something that is not http or https")
     return parse_url(target)
+
+
+def _check_length(url: str) -> None:
+    """Comes before all that looks at each letter, and before yarl, which keeps what it parsed."""
+    if len(url) > MAX_URL_CHARACTERS:
+        message = f"the picture's URL, or one that it redirects to, has more than the allowed {MAX_URL_CHARACTERS} characters"
+        raise MediaError("url_invalid", message)
 
 
 def _as_written(url: str) -> URL:

@@ -1,8 +1,13 @@
 import base64
+import tracemalloc
+from contextlib import suppress
+from urllib.parse import unquote_to_bytes
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vision.data_url import decode_data_url
+from vision.data_url import _unquoted, decode_data_url
 from vision.image import MediaError
 
 DATA = bytes(range(256)) * 3
@@ -62,3 +67,25 @@ async def test_a_huge_payload_is_refused_before_it_is_decoded() -> None:
         await read("data:;base64," + "!" * 10_000, 100)
 
     assert caught.value.code == "image_too_large", "its invalid letters were never looked at"
+
+
+@given(st.text(st.sampled_from("%%%%04aFgü€😀")), st.text(st.sampled_from("%4a"), max_size=5), st.integers(3, 9))
+def test_escapes_are_read_piece_by_piece_as_they_are_at_once(text: str, begun: str, slice_length: int) -> None:
+    payload = (text + begun) * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vision.data_url._ESCAPED_SLICE", slice_length)
+
+        assert b"".join(_unquoted(payload)) == unquote_to_bytes(payload)
+
+
+@pytest.mark.parametrize("prefix", ["data:,", "data:;base64,"])
+@pytest.mark.parametrize("payload", ["%41" * 400_000, "%" * 1_200_000, "A%41%4" * 200_000, "A" * 1_200_000])
+async def test_escapes_take_a_few_times_their_size_in_memory(prefix: str, payload: str) -> None:
+    url = prefix + payload
+    tracemalloc.start()
+    with suppress(MediaError):  # what is no base64
+        assert len(await read(url, 4 << 20)) >= 300_000
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak_bytes < 5 * len(url) + (2 << 20)

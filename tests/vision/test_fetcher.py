@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from yarl import URL
 
 from tests.vision.picture_server import Gate, PictureServer, body, in_turn, redirect_to
 from tests.vision.pictures import data_url, png
 from tests.vision.processes import num_descriptors, until
 from vision.config import VisionConfig
+from vision.connector import MAX_IDLE_CONNECTIONS
 from vision.fetcher import Fetcher
 from vision.image import MediaError
+from vision.urls import MAX_URL_CHARACTERS, redirected
 
 
 @pytest.fixture
@@ -167,6 +170,38 @@ async def test_redirects_to_nowhere_are_a_failed_fetch(server: PictureServer, lo
 )
 async def test_what_is_not_a_url_is_refused(url: str) -> None:
     assert (await refusal(unopened(), url)).code == "url_invalid"
+
+
+@pytest.mark.parametrize("host", ["a..example", "a" * 64 + ".example", ".example"])
+@pytest.mark.parametrize("media_proxy", [None, "http://127.0.0.1:1"])
+async def test_a_host_that_is_no_name_is_not_a_url(host: str, media_proxy: str | None) -> None:
+    assert (await refusal(Fetcher(VisionConfig(media_proxy=media_proxy)), f"http://{host}/")).code == "url_invalid"
+
+
+@pytest.mark.parametrize("prefix", ["http://a/", "HTTPS://a/", "file:///", "http://a/\n"])
+async def test_urls_are_bounded_in_length_before_anyone_looks_at_their_letters(prefix: str) -> None:
+    error = await refusal(unopened(), prefix.ljust(MAX_URL_CHARACTERS + 1, "a"))
+
+    assert (error.code, f"more than the allowed {MAX_URL_CHARACTERS} characters" in error.message) == ("url_invalid", True)
+
+
+async def test_the_longest_url_is_asked_for_and_its_letters_count_as_they_are_asked_for(server: PictureServer, fetcher: Fetcher) -> None:
+    longest = server.url("/picture?").ljust(MAX_URL_CHARACTERS, "a")
+
+    assert await fetcher.fetch(longest) == png()
+    with pytest.raises(MediaError, match="characters"):
+        await fetcher.fetch(longest[:-1] + "ü")  # quoted, it is six
+
+
+async def test_redirects_are_bounded_in_length(server: PictureServer) -> None:
+    prefix = server.url("/")
+    server.pages["/away"] = redirect_to("/".ljust(MAX_URL_CHARACTERS + 2 - len(prefix), "a"))
+
+    error = await refusal(unopened(), server.url("/away"))
+
+    assert (error.code, "characters" in error.message, len(server.requests)) == ("url_invalid", True, 1)
+    with pytest.raises(MediaError, match="characters"):
+        redirected(URL(prefix), "//[" + "a" * MAX_URL_CHARACTERS)  # not parsed
 
 
 async def test_signed_urls_are_asked_for_as_they_were_written(server: PictureServer, fetcher: Fetcher) -> None:
@@ -602,6 +637,51 @@ async def test_files_over_the_limit_are_refused(local: Path) -> None:
     fetcher = unopened(allowed_local_media_path=str(local), max_picture_bytes=10)
 
     assert (await refusal(fetcher, f"file://{local}/link.png")).code == "image_too_large"
+
+
+async def test_few_connections_are_kept_open_whatever_their_hosts(server: PictureServer, fetcher: Fetcher) -> None:
+    await fetcher.fetch(server.url())
+    before = num_descriptors() - 2  # both ends of a connection are ours
+
+    await asyncio.gather(*(fetcher.fetch(server.url(host=f"host{at}.example")) for at in range(100)))
+
+    await until(lambda: num_descriptors() == before + 2 * MAX_IDLE_CONNECTIONS)
+
+
+async def test_connections_that_are_kept_are_used_again(server: PictureServer, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vision.connector.MAX_IDLE_CONNECTIONS", 1)
+    ports = list[int]()
+
+    async def page(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        ports.append(request.transport.get_extra_info("peername")[1])
+        return web.Response(body=png())
+
+    server.pages["/page"] = page
+
+    for host in ("a.example", "a.example", "b.example", "b.example", "a.example"):
+        assert await fetcher.fetch(server.url("/page", host=host)) == png()
+
+    first, second, third, fourth, fifth = ports
+    assert (first, third) == (second, fourth), "kept"
+    assert len({first, third, fifth}) == 3, "the last one only"
+
+
+async def test_a_connection_that_its_host_closes_takes_no_place(
+    server: PictureServer, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vision.connector.MAX_IDLE_CONNECTIONS", 2)
+    before = num_descriptors()
+    await fetcher.fetch(server.url(host="a.example"))
+    other = PictureServer()
+    await other.open()
+    await fetcher.fetch(other.url())
+    await other.close()
+    await until(lambda: num_descriptors() == before + 2)
+
+    await fetcher.fetch(server.url(host="b.example"))
+
+    await until(lambda: num_descriptors() == before + 4)
 
 
 async def test_nothing_stays_open_after_fetches_of_all_kinds(server: PictureServer) -> None:

@@ -118,3 +118,13 @@ def test_no_header_is_an_error_or_makes_a_picture_fresh_for_longer_than_a_day(he
 
     assert cache.fresh(KEY) is None
     assert cache.num_bytes <= 1 << 20
+
+
+def test_a_pictures_url_and_what_it_is_asked_for_with_count() -> None:
+    cache, _ = kept({"ETag": "e" * 8000, "Last-Modified": "l" * 8000, "Cache-Control": "max-age=60"})
+
+    num_bytes = cache.num_bytes
+    cache.put(("tenant", KEY[1] + "a" * 8000), b"picture", {"Cache-Control": "max-age=60"}, asked_s=cache.now_s())
+
+    assert num_bytes > len(b"picture") + 16_000
+    assert cache.num_bytes - num_bytes > len(b"picture") + 8000
