@@ -299,7 +299,7 @@ MAY_IMPORT = {
     "vlm_server.sessions.redis_store": ".sessions.store",
     "vlm_server.sessions.sqlite_store": ".sessions.store",
     "vlm_server.sessions.store": "",
-    "vlm_server.shapes": ".backend .echo .errors .generation .logprobs .parsing.events .protocol .stage_timings .streaming",
+    "vlm_server.shapes": ".backend .echo .errors .generation .logprobs .parsing.events .protocol .stage_timings .streaming engine.request",
     "vlm_server.stage_timings": "",
     "vlm_server.stage_totals": ".backend engine.request",
     "vlm_server.status_board": ".backend .stage_totals engine.request vision.service vision.single_flight",

@@ -23,6 +23,8 @@ from vlm_server.streaming import answer, unless_client_leaves
 
 router = APIRouter(route_class=JsonRoute)
 
+MAX_ECHOED_LOGPROBS = 1 << 20  # 30 MB of JSON; 16 prompts of 32k tokens, each with the likeliest one beside it
+
 
 @router.post("/v1/completions", response_model=CompletionResponse, tags=["completions"], summary="Continue a text")
 async def completions(request: Request, body: CompletionRequest) -> Response:
@@ -38,6 +40,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         work = _prompts(context, body, infill, tenant_of(request.scope))
         no_prompts = [NO_PROMPT for _ in body.prompts()]
         prompts = await unless_client_leaves(request, unless_aborted(abort, work, instead=no_prompts))
+    _check_echo(body, prompts)
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("cmpl")
     ends = infill_end_ids(infill, context.backend.pipeline.tokenizer) if infill is not None else ()
@@ -52,6 +55,17 @@ def _check(body: CompletionRequest) -> None:
     """Raises ApiError 400 for what fields ask for together and cannot have."""
     if body.max_tokens == 0 and not body.max_completion_tokens and not body.echo:
         raise bad_request("invalid_value", "max_tokens: at least 1, or 0 with echo: true, which gives the prompt alone", param="max_tokens")
+
+
+def _check_echo(body: CompletionRequest, prompts: list[Prompt]) -> None:
+    """Raises ApiError 400 for prompts whose log probabilities would be out of proportion."""
+    num_others = body.num_prompt_logprobs
+    if num_others is None:
+        return
+    num_logprobs = sum(len(prompt.token_ids) for prompt in prompts) * body.num_choices * (1 + num_others)
+    if num_logprobs > MAX_ECHOED_LOGPROBS:
+        asked = f"{num_logprobs} log probabilities of echoed prompts (their tokens × n × (1 + logprobs))"
+        raise bad_request("invalid_value", f"logprobs: {asked}; at most {MAX_ECHOED_LOGPROBS} are allowed", param="logprobs")
 
 
 def _echoes(context: ServerContext, body: CompletionRequest, prompts: list[Prompt]) -> list[Echo]:
