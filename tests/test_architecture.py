@@ -214,7 +214,7 @@ MAY_IMPORT = {
     "vlm_server.pipeline": (
         ".announcing .chat_template .detokenizer .jinja_process .picture_loading .picture_parts .picture_places .picture_report "
         ".prompt_tokens .stage_timings .template_choice .tokenizer .transcript engine.request vision.config vision.families vision.image "
-        "vision.request_room"
+        "vision.budget vision.media_budgets vision.request_room"
     ),
     "vlm_server.probe": (
         ".chat_template .jinja_process .pipeline .readiness .stage_timings engine.request vision.image vision.request_room vision.workers"

@@ -1,6 +1,6 @@
 """`POST /v1/completions`."""
 
-import asyncio
+from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -45,7 +45,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     response_id = new_id("cmpl")
     ends = infill_end_ids(infill, context.backend.pipeline.tokenizer) if infill is not None else ()
     generation = context.generation(body, prompts, grammar=grammar, stop_token_ids=ends, request_id=response_id, abort=abort)
-    echoes = await asyncio.to_thread(_echoes, context, body, prompts) if body.echo else []
+    echoes = await context.backend.pipeline.in_thread(lambda: _echoes(context, body, prompts)) if body.echo else []
     tokenizer, report = context.backend.pipeline.tokenizer, request_timings(request.scope).report_if(body.return_timings)
     shape = CompletionShape(body, tokenizer, response_id=response_id, warnings=warnings, echoes=echoes, report=report)
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
@@ -89,8 +89,9 @@ def _infill_format(context: ServerContext, body: CompletionRequest) -> InfillFor
 async def _prompts(context: ServerContext, body: CompletionRequest, infill: InfillFormat | None, tenant: str) -> list[Prompt]:
     given = body.prompts()
     if infill is not None:
-        tokenizer, suffix = context.backend.pipeline.tokenizer, body.suffix or ""
-        given = [await asyncio.to_thread(infill_tokens, infill, str(prefix), suffix, tokenizer) for prefix in given]
+        pipeline, suffix = context.backend.pipeline, body.suffix or ""
+        writing = [partial(infill_tokens, infill, str(prefix), suffix, pipeline.tokenizer) for prefix in given]
+        given = [await pipeline.in_thread(write) for write in writing]
     try:
         return [await context.text_prompt(prompt, tenant=tenant) for prompt in given]
     except InvalidRequestError as error:
