@@ -6,11 +6,13 @@ Knows nothing of tensors, of requests' lives or of HTTP.
 """
 
 import os
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -19,11 +21,15 @@ from engine.request import InvalidRequestError
 
 MAX_GRAMMAR_BYTES = 1 << 18
 MAX_COMPILED = 8  # grammars that are kept for the next request with the same
+STACK_BYTES = 512 << 20  # of address space: the library recurses into rules, 4 to 8 KiB for each; MAX_GRAMMAR_BYTES hold 36,000
 WAIT_S = 20.0  # for one step's masks; llguidance's own limits end them within a fraction of a second
 
 # A hostile grammar fills memory with the lexer's states (1 to 2 KiB each) and takes seconds with its symbols (20,000 are 4,000 properties).
 _LIMITS = LLParserLimits(max_lexer_states=50_000, max_grammar_size=20_000, verbose_errors=False)
 
+_ON_A_DEEP_STACK = threading.Lock()  # one at a time: the deepest grammar fills 200 MiB
+
+Result = TypeVar("Result")
 Mask = np.ndarray  # (ceil(vocab_size / 32),) int32: bit i of word j says whether token 32 j + i may come
 
 
@@ -35,9 +41,20 @@ def check_grammar(grammar: str) -> None:
     """Raises GrammarError saying what is wrong. Takes milliseconds, at worst some hundred."""
     if len(grammar) > MAX_GRAMMAR_BYTES:
         raise GrammarError(f"{len(grammar)} characters, at most {MAX_GRAMMAR_BYTES} are allowed")
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=_LIMITS)
+    is_error, messages = _on_a_deep_stack(lambda: LLMatcher.validate_grammar_with_warnings(grammar, limits=_LIMITS))
     if is_error:
         raise GrammarError(messages[0])
+
+
+def _on_a_deep_stack(work: Callable[[], Result]) -> Result:
+    """The result of `work`, from a thread of its own: where a stack ends, so does the process."""
+    with _ON_A_DEEP_STACK, ThreadPoolExecutor(1, thread_name_prefix="deep grammar") as thread:
+        usual_bytes = threading.stack_size(STACK_BYTES)
+        try:
+            future = thread.submit(work)  # starts the thread
+        finally:
+            threading.stack_size(usual_bytes)
+        return future.result()
 
 
 @dataclass(slots=True)
@@ -114,8 +131,9 @@ class Guides:
         """At the grammar's beginning. Raises ValueError where the vocabulary is of an unknown kind."""
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(vocabulary, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
+        tokenizer = self._tokenizer
         if grammar not in self._compiled:
-            self._compiled[grammar] = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+            self._compiled[grammar] = _on_a_deep_stack(lambda: LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS))
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)

@@ -216,7 +216,7 @@ MAY_IMPORT = {
     "vlm_server.pipeline": (
         ".announcing .chat_template .detokenizer .jinja_process .picture_loading .picture_parts .picture_places .picture_report "
         ".prompt_tokens .stage_timings .template_choice .tokenizer .transcript engine.request vision.config vision.families vision.image "
-        "vision.request_room"
+        "vision.budget vision.media_budgets vision.request_room"
     ),
     "vlm_server.probe": (
         ".chat_template .jinja_process .pipeline .readiness .stage_timings engine.request vision.image vision.request_room vision.workers"
@@ -301,7 +301,7 @@ MAY_IMPORT = {
     "vlm_server.sessions.redis_store": ".sessions.store",
     "vlm_server.sessions.sqlite_store": ".sessions.store",
     "vlm_server.sessions.store": "",
-    "vlm_server.shapes": ".backend .echo .errors .generation .logprobs .parsing.events .protocol .stage_timings .streaming",
+    "vlm_server.shapes": ".backend .echo .errors .generation .logprobs .parsing.events .protocol .stage_timings .streaming engine.request",
     "vlm_server.stage_timings": "",
     "vlm_server.stage_totals": ".backend engine.request",
     "vlm_server.status_board": ".backend .stage_totals engine.request vision.service vision.single_flight",

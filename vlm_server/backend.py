@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from engine.request import EngineInfo, EngineStats, Prompt, SamplingParams, StepOutput
 from vision.config import VisionConfig
@@ -67,6 +67,9 @@ class Template(Protocol):
 
     @property
     def shows_tools(self) -> bool: ...
+
+
+Result = TypeVar("Result")
 
 
 class PromptPipeline(Protocol):
@@ -154,6 +157,8 @@ class PromptPipeline(Protocol):
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt: ...
 
     def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    async def in_thread(self, work: Callable[[], Result]) -> Result: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """What the routes of one app share: settings, backend, sampling defaults, metrics. Built by the lifespan, read from the app's state."""
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -76,10 +75,11 @@ class ServerContext:
         return switch
 
     async def text_prompt(self, text_or_ids: str | list[int], *, tenant: str) -> Prompt:
-        """A prompt without a template, tokenized in a thread. Raises InvalidRequestError."""
+        """A prompt without a template, tokenized in one of the pipeline's threads. Raises InvalidRequestError."""
         if not isinstance(text_or_ids, str):
             self.check_token_ids(text_or_ids)
-        return await asyncio.to_thread(self.backend.pipeline.text_prompt, text_or_ids, tenant=tenant)
+        pipeline = self.backend.pipeline
+        return await pipeline.in_thread(lambda: pipeline.text_prompt(text_or_ids, tenant=tenant))
 
     def check_token_ids(self, token_ids: Sequence[int]) -> None:
         """As the engine does, for those who decode a prompt before it gets there. Raises InvalidRequestError."""

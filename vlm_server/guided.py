@@ -5,23 +5,32 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from llguidance import LLMatcher, grammar_from
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from engine.guided import GrammarError, check_grammar
 from vlm_server.errors import ApiError, bad_request
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchema, JsonSchemaFormat, RegexFormat, ResponseFormat, StructuredOutputs
 from vlm_server.protocol import GenerationFields
 
+MAX_GBNF_CHARACTERS = 1 << 14  # with as many rules as below, 0.9 s of a thread at worst
+MAX_GBNF_RULES = 500
+MAX_REPETITIONS = 500  # so many within one another take 0.1 s of a step of the engine, with numbers 0.8 s; 5,000 take 8 s
+
+_LARK = re.compile(r"^[^\S\n]*(%llguidance\b|start\s*:)", re.MULTILINE)  # what no grammar in GBNF has
+_REPETITION = re.compile(r"[*+{~&]")  # in texts and comments, too
+
 
 @dataclass(frozen=True, slots=True)
 class _Constraint:
-    """A grammar and the field that it comes from."""
+    """What writes a grammar, and the field that it comes from."""
 
-    grammar: str
+    write: Callable[[], str]
     param: str
 
 
@@ -34,11 +43,7 @@ async def grammar_of(request: GenerationFields) -> str | None:
         raise _refusal("structured_outputs", "only without a response_format")
     if request.ignore_eos:
         raise _refusal("ignore_eos", "a grammar says where the answer ends; only false is allowed with one")
-    try:
-        await asyncio.to_thread(check_grammar, given[0].grammar)
-    except GrammarError as error:
-        raise _refusal(given[0].param, str(error)) from error
-    return given[0].grammar
+    return await asyncio.to_thread(_checked, given[0])
 
 
 def json_grammar(schema: JsonSchema | str) -> str:
@@ -53,11 +58,21 @@ def json_grammar(schema: JsonSchema | str) -> str:
 _ANY_OBJECT = json_grammar({"type": "object"})
 
 
+def _checked(constraint: _Constraint) -> str:
+    """The grammar. Blocks; raises ApiError 400."""
+    try:
+        grammar = constraint.write()
+        check_grammar(grammar)
+    except (GrammarError, ValueError, RecursionError) as error:
+        raise _refusal(constraint.param, str(error)) from error
+    return grammar
+
+
 def _of_response_format(request: GenerationFields) -> _Constraint | None:
     response_format: ResponseFormat | None = request.response_format
     match response_format:
         case JsonObjectFormat():
-            return _Constraint(_ANY_OBJECT, "response_format")
+            return _Constraint(lambda: _ANY_OBJECT, "response_format")
         case JsonSchemaFormat(json_schema=described):
             return _constraint(json_grammar, described.schema_, "response_format.json_schema.schema")
         case RegexFormat(regex_schema=expression):
@@ -80,7 +95,7 @@ def _of_structured_outputs(request: GenerationFields) -> _Constraint | None:
         case "json_":
             return _constraint(json_grammar, value, param)
         case "json_object":
-            return _Constraint(_ANY_OBJECT, param)
+            return _Constraint(lambda: _ANY_OBJECT, param)
         case "regex":
             return _constraint(LLMatcher.grammar_from_regex, value, param)
         case "choice":
@@ -94,15 +109,28 @@ def _choice_grammar(choices: list[str]) -> str:
 
 
 def _read_grammar(text: str) -> str:
-    """Lark's notation or llama.cpp's GBNF, whichever it is."""
-    return grammar_from("grammar", text)
+    """Lark's notation or llama.cpp's GBNF, whichever it is. Raises ValueError or RecursionError."""
+    _check_number(len(_REPETITION.findall(text)), MAX_REPETITIONS, "repetitions (any of * + { ~ &)")
+    return LLMatcher.grammar_from_lark(text if _LARK.search(text) else _lark_of(text))
+
+
+def _lark_of(gbnf: str) -> str:
+    """Takes time by the product of the rules' number and their length."""
+    _check_number(len(gbnf), MAX_GBNF_CHARACTERS, "characters of GBNF")
+    _check_number(gbnf.count("::="), MAX_GBNF_RULES, "rules of GBNF")
+    try:
+        return gbnf_to_lark(gbnf)
+    except Exception as error:  # the library raises no narrower one
+        raise ValueError(f"it cannot be read as GBNF: {error}") from error
+
+
+def _check_number(number: int, limit: int, unit: str) -> None:
+    if number > limit:
+        raise ValueError(f"{number} {unit}; at most {limit} are allowed")
 
 
 def _constraint(write: Callable[[Any], str], value: object, param: str) -> _Constraint:
-    try:
-        return _Constraint(write(value), param)
-    except (ValueError, RecursionError) as error:
-        raise _refusal(param, str(error)) from error
+    return _Constraint(lambda: write(value), param)
 
 
 def _refusal(param: str, message: str) -> ApiError:

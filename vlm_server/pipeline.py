@@ -5,17 +5,20 @@ of how pictures are fetched or encoded.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.request import Prompt
+from vision.budget import Budget, Reservation, places_for
 from vision.config import MAX_PICTURE_PIXELS
 from vision.families import Family, load_family
 from vision.image import ImageRef, MediaError, ProcessedImage
+from vision.media_budgets import owner_or
 from vision.request_room import RequestRoom
 from vlm_server.announcing import OpenAnnouncement
 from vlm_server.chat_template import Message
@@ -69,6 +72,7 @@ class Pipeline:
         self._loading = PictureLoading(images if family is not None else None, announce=announce)
         self._pictures = PictureParts(family, max_picture_pixels)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenize")
+        self._places = Budget("texts to be tokenized", places_for(NUM_THREADS), wait_s=None)
 
     @classmethod
     def load(
@@ -183,7 +187,7 @@ class Pipeline:
         """
         report, timings = report or PictureReport(), timings or StageTimings()
         refs, write, marker = self._writing(messages, report, timings, names=names, pictures=pictures)
-        fingerprint = await self._in_thread(lambda: self.tokenizer.fingerprint)
+        fingerprint = await self.in_thread(lambda: self.tokenizer.fingerprint)
         segments = known.segments if known.tokenizer == fingerprint else ()
         turn = await self._loaded_prompt(refs, write, marker, tenant, timings, report, segments)
         return replace(turn, transcript=Transcript(turn.transcript.segments, fingerprint))
@@ -237,7 +241,7 @@ class Pipeline:
         measured = report.take(refs, results)
         if len(measured) < len(refs):
             text = await write(failed(results))
-        return await self._in_thread(lambda: self._tokens.chat_tokens(text, measured, marker))
+        return await self.in_thread(lambda: self._tokens.chat_tokens(text, measured, marker))
 
     def request_room(self) -> RequestRoom | None:
         """What the pictures of several `parts_prompt` of one request share; None where there are no pictures."""
@@ -317,8 +321,15 @@ class Pipeline:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def in_thread(self, work: Callable[[], Result]) -> Result:
+        """The result of `work`, from one of the threads that tokenize. No client has all of them and the places before them.
+
+        Work that runs cannot be stopped: it keeps its place until its end, even where nobody waits for it any more.
+        """
+        place = await self._places.reserve(1, owner_or(""))
+        future = self._threads.submit(work)
+        future.add_done_callback(partial(_release, place, asyncio.get_running_loop()))
+        return await asyncio.wrap_future(future)
 
     def _writing(
         self,
@@ -343,7 +354,7 @@ class Pipeline:
         async def write(left_out: Collection[int]) -> str:
             kept = self._pictures.without(plain, left_out) if left_out else plain
             with timings.stage("template"):
-                return await self._in_thread(lambda: rendered(kept))
+                return await self.in_thread(lambda: rendered(kept))
 
         return held(refs, pictures, report), write, marker
 
@@ -366,7 +377,7 @@ class Pipeline:
             if len(loaded) < len(refs):
                 text = await write(failed(results))
             with timings.stage("tokenize"):
-                return await self._in_thread(lambda: self._tokens.prompt(text, loaded, marker, tenant, known))
+                return await self.in_thread(lambda: self._tokens.prompt(text, loaded, marker, tenant, known))
 
     async def _ids_prompt(
         self, token_ids: Sequence[int], refs: Sequence[ImageRef], family: Family, tenant: str, timings: StageTimings, report: PictureReport
@@ -383,7 +394,7 @@ class Pipeline:
             return self._tokens.prompt_of(tuple(written), loaded, tenant)
 
         with timings.stage("tokenize"), closing_on_error(loaded):
-            return await self._in_thread(prompt)
+            return await self.in_thread(prompt)
 
     async def _loaded(
         self, refs: Sequence[ImageRef], tenant: str, timings: StageTimings, report: PictureReport, room: RequestRoom | None = None
@@ -391,3 +402,9 @@ class Pipeline:
         as_input = partial(self._tokens.input_of, tenant=tenant)
         salt = self._tokens.salt(tenant)
         return await self._loading.load(refs, salt=salt, as_input=as_input, timings=timings, report=report, room=room)
+
+
+def _release(place: Reservation, loop: asyncio.AbstractEventLoop, work: "Future[Result]") -> None:
+    """In whatever thread the work ended."""
+    with contextlib.suppress(RuntimeError):  # the loop may be closed by then
+        loop.call_soon_threadsafe(place.release)

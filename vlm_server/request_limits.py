@@ -121,7 +121,9 @@ def _texts(body: BaseModel) -> Iterator[tuple[str, int]]:
         case CompletionRequest():
             yield from _lengths("prompt", body.prompt)
             yield from _lengths("suffix", body.suffix)
-        case EmbeddingsRequest() | EncodeRequest() | PerplexityRequest():
+        case EncodeRequest():  # all together: no waiting room bounds how many such requests there are
+            yield "input", len(body.input) if isinstance(body.input, str) else sum(map(len, body.input))
+        case EmbeddingsRequest() | PerplexityRequest():
             yield from _lengths("input", body.input)
         case ChatCompletionRequest() | AlpacaChatRequest() | GenerateReqInput() | GenerateRequest() | TokenizeRequest():
             name, messages = _messages(body)

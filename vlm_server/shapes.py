@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
+from engine.request import TokenLogprobs
 from vlm_server.backend import Tokenizer
 from vlm_server.echo import Echo
 from vlm_server.errors import ApiError
@@ -15,6 +18,8 @@ from vlm_server.parsing.events import ArgumentPiece, CallBegun, CallEnded, Conte
 from vlm_server.protocol import CompletionRequest, GenerationFields
 from vlm_server.stage_timings import Report, no_report
 from vlm_server.streaming import OPENAI_EVENTS
+
+_encode = msgspec.json.Encoder().encode
 
 
 class ChatShape:
@@ -69,7 +74,7 @@ class ChatShape:
         return error.body()
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
-        choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
+        choices = [_written(self._choice(index, answer)) for index, answer in enumerate(answers)]
         head = {**self._head, "object": "chat.completion"}
         return {**head, "choices": choices, "usage": usage.as_dict(), "service_tier": None, **self._warnings, **self._report()}
 
@@ -142,6 +147,9 @@ class CompletionShape:
         self._shows_logprobs = request.logprobs is not None
         self._num_candidates, self._num_choices = request.num_candidates, request.num_choices
         self._echoes = echoes
+        self._echoed: dict[
+            int, tuple[dict[str, list[object]], int]
+        ] = {}  # prompts' log probabilities, and how many choices still need them
         self._report = report
         self._begun: set[int] = set()  # answers that have a chunk
 
@@ -162,7 +170,7 @@ class CompletionShape:
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
         chosen = self._chosen(answers)
-        choices = [self._choice(place, index, answers[index], begins=True) for place, index in enumerate(chosen)]
+        choices = [_written(self._choice(place, index, answers[index], begins=True)) for place, index in enumerate(chosen)]
         return {**self._head, "choices": choices, "usage": usage.as_dict(), **self._warnings, **self._report()}
 
     def _chosen(self, answers: list[FinishedAnswer]) -> list[int]:
@@ -181,13 +189,27 @@ class CompletionShape:
             offsets = [len(echo.text) + offset for offset in piece.offsets]
             logprobs = completion_logprobs(piece.logprobs or (), self._tokenizer, offsets=offsets)
         if logprobs is not None and piece.prompt_logprobs is not None:
-            before = echo.logprobs(piece.prompt_logprobs, self._tokenizer)
+            before = self._echoed_logprobs(index // self._num_candidates, piece.prompt_logprobs)
             logprobs = {name: before[name] + values for name, values in logprobs.items()}
         text = echo.text + piece.text if begins else piece.text
         return {"index": place, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
+    def _echoed_logprobs(self, prompt: int, scored: Sequence[TokenLogprobs]) -> dict[str, list[object]]:
+        """Of a prompt's tokens, written once for all of its choices that are shown."""
+        written, num_left = self._echoed.pop(prompt, (None, self._num_choices))
+        if written is None:
+            written = self._echoes[prompt].logprobs(scored, self._tokenizer)
+        if num_left > 1:
+            self._echoed[prompt] = written, num_left - 1
+        return written
+
 
 _NO_ECHO = Echo("", ())
+
+
+def _written(choice: dict[str, Any]) -> msgspec.Raw:
+    """One choice as JSON: the encoder keeps the interpreter's lock, and all of them at once may be tens of megabytes."""
+    return msgspec.Raw(_encode(choice))
 
 
 def usage_chunks(head: dict[str, Any], usage: Usage | None, more: dict[str, Any]) -> list[dict[str, Any]]:

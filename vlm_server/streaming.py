@@ -29,6 +29,8 @@ UNFINISHED = "unfinished"  # in the log: answers that failed, or that nobody wai
 
 _UNTIL_THE_SERVER_ENDS_IT = 86400.0  # seconds: sse-starlette's own end at a signal; how long requests may finish is the server's to say
 
+MAX_SCORED_ON_LOOP = 256  # tokens with log probabilities, 50 µs each with 20 others beside it; more are written in a thread
+
 Result = TypeVar("Result")
 
 
@@ -92,7 +94,8 @@ async def respond(request: Request, generation: Generation, shape: Shape, *, bef
     finally:
         _note_usage(request, generation)
     generation.tell(request_timings(request.scope))
-    response = shape.response(answers, generation.usage())
+    usage, num_scored = generation.usage(), sum(map(_num_scored, answers))
+    response = await _unless_long(num_scored, lambda: shape.response(answers, usage))
     if before_end is not None:
         await before_end()
     return Response(_encode(response), media_type="application/json")
@@ -140,12 +143,12 @@ async def _events(
     try:
         async with aclosing(deltas):
             beginning = shape.first_chunks(generation.num_answers, generation.usage())
-            yield b"".join(event(chunk) for chunk in [*beginning, *shape.chunks(first)])
+            yield b"".join([*map(event, beginning), await _written(shape, first)])
             async for delta in deltas:
                 if delta.finish_reason is not None:
                     generation.tell(request_timings(request.scope))
-                if chunks := shape.chunks(delta):
-                    yield b"".join(event(chunk) for chunk in chunks)
+                if written := await _written(shape, delta):
+                    yield written
         ending = shape.last_chunks(generation.usage())
         if before_end is not None:
             await before_end()
@@ -158,6 +161,21 @@ async def _events(
         yield event(shape.error_chunk(api_error)) + closing
     finally:
         _note_usage(request, generation)
+
+
+async def _written(shape: Shape, delta: Delta) -> bytes:
+    event = shape.events.event
+    return await _unless_long(_num_scored(delta), lambda: b"".join(map(event, shape.chunks(delta))))
+
+
+def _num_scored(piece: Delta | FinishedAnswer) -> int:
+    """Tokens with log probabilities."""
+    return len(piece.logprobs or ()) + len(piece.prompt_logprobs or ())
+
+
+async def _unless_long(num_scored: int, write: Callable[[], Result]) -> Result:
+    """What `write` gives, from a thread where it would hold up the event loop."""
+    return write() if num_scored <= MAX_SCORED_ON_LOOP else await asyncio.to_thread(write)
 
 
 def _note_usage(request: Request, generation: Generation) -> None:

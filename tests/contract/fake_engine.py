@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.request import (
     EngineDeadError,
@@ -196,6 +196,9 @@ class FakeTemplate:
         self.generation_prompt = "assistant: "
 
 
+Result = TypeVar("Result")
+
+
 class FakePipeline:
     """Writes `role: text` lines; a picture is four tokens, known by its URL, or by its bytes where they are at hand.
 
@@ -206,6 +209,7 @@ class FakePipeline:
         self.activity = activity
         self.tokenizer = ByteTokenizer()
         self.template = FakeTemplate()
+        self.num_in_thread = 0  # calls of `in_thread`
         self.template_kwargs: dict[str, Any] | None = None
         self.image_settings: Mapping[str, Any] | None = None
         self.rooms: list[RequestRoom | None] = []  # of every `parts_prompt`
@@ -372,6 +376,10 @@ class FakePipeline:
 
     def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
         return Transcript((*transcript.segments, Segment("", tuple(token_ids))))
+
+    async def in_thread(self, work: Callable[[], Result]) -> Result:
+        self.num_in_thread += 1
+        return await asyncio.to_thread(work)
 
     def text_tokens(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)

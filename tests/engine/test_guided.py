@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 
@@ -228,3 +230,38 @@ def test_what_is_wrong_with_a_grammar_is_said(grammar, message):
     with pytest.raises(GrammarError, match=message):
         check_grammar(grammar)
     check_grammar(WORD)
+
+
+FOLLOW = """
+import sys
+from engine.guided import Guides, check_grammar
+grammar = sys.stdin.read()
+check_grammar(grammar)
+guides = Guides(vocab_size=400, eos_token_ids=[2])
+guides.vocabulary = open(sys.argv[1]).read()
+guides.begin("request", grammar).result(60)
+masks, errors = guides.masks(["request"])
+guides.close()
+print(sum(bin(word & 0xFFFFFFFF).count("1") for word in masks["request"].tolist()), errors)
+"""
+
+
+def rules(num_rules: int) -> str:
+    return "start: r0\n" + "".join(f"r{index}: r{index + 1}\n" for index in range(num_rules)) + f'r{num_rules}: "a"\n'
+
+
+def references(num_references: int) -> str:
+    definitions = {f"d{index}": {"$ref": f"#/$defs/d{index + 1}"} for index in range(num_references)}
+    return LLMatcher.grammar_from_json_schema({"$ref": "#/$defs/d0", "$defs": {**definitions, f"d{num_references}": {"const": "a"}}})
+
+
+@pytest.mark.parametrize("grammar", [rules(18_000), references(7_000)], ids=["rules", "references"])
+def test_a_chain_of_many_rules_ends_no_process(grammar, tokenizer, tmp_path):
+    """Regression: the library recurses into them, and 3000 were a segmentation fault of the server."""
+    assert 200_000 < len(grammar) <= MAX_GRAMMAR_BYTES
+    (tmp_path / "vocabulary").write_text(tokenizer.vocabulary())
+
+    command = [sys.executable, "-c", FOLLOW, str(tmp_path / "vocabulary")]
+    process = subprocess.run(command, input=grammar, capture_output=True, text=True, timeout=120)
+
+    assert (process.returncode, process.stdout) == (0, "1 {}\n"), process.stderr

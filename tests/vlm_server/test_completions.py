@@ -1,6 +1,7 @@
 """`/v1/completions` over a scripted engine: echoed prompts, their log-probabilities, candidates, and what cannot be had together."""
 
 import json
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.vlm_server.byte_tokenizer import BOS, EOS, FIRST_PIECE, VOCAB_SIZE, B
 from tests.vlm_server.test_detokenizer import SentencePieces
 from vlm_server.detokenizer import Detokenizer
 from vlm_server.echo import Echo, echo_of
+from vlm_server.routes.completions import MAX_ECHOED_LOGPROBS
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
 THE = FIRST_PIECE  # " the"
@@ -83,6 +85,38 @@ def test_echoed_log_probabilities_begin_with_null_and_go_on_in_the_answer(server
     assert logprobs["top_logprobs"][0] is None
     assert logprobs["top_logprobs"][3] == {"x": -0.25, "o": -1.5}
     assert logprobs["text_offset"] == [0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_echoed_prompt_is_written_once_for_all_choices_beside_the_event_loop(
+    server: RunningServer, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: it was written once for each choice, on the loop, which stood still for seconds."""
+    server.backend.engine.script = says("ok")
+    threads: list[str] = []
+    write = Echo.logprobs
+
+    def recorded(echo: Echo, *given: Any) -> dict[str, list[object]]:
+        threads.append(threading.current_thread().name)
+        return write(echo, *given)
+
+    monkeypatch.setattr(Echo, "logprobs", recorded)
+    choices = choices_of(server, prompt=["a" * 300, "b" * 300], echo=True, logprobs=1, n=3, stream=stream)
+
+    assert [choice["logprobs"]["tokens"] for choice in choices] == [[*letter * 300, "o", "k"] for letter in "aaabbb"]
+    assert [name.startswith("asyncio_") for name in threads] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"n": 128}, {"best_of": 8, "n": 8, "prompt": [[65] * 7000] * 16}, {"prompt": [[65] * 8000] * 16}], ids=str
+)
+def test_echoed_log_probabilities_out_of_proportion_are_refused(server: RunningServer, fields: dict[str, Any]) -> None:
+    response = post(server, **{"prompt": [65] * 4000, "echo": True, "logprobs": 20, "max_tokens": 1, **fields})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "logprobs"
+    assert f"at most {MAX_ECHOED_LOGPROBS} are allowed" in response.json()["error"]["message"]
+    assert not server.backend.engine.requests
 
 
 @pytest.mark.parametrize("stream", [False, True])

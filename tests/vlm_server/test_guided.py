@@ -1,14 +1,18 @@
 """`response_format` and `structured_outputs`: which grammar the engine gets, and what is refused by name."""
 
 import json
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import requests
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, grammar_from
 
 from tests.contract.running import RunningServer
 from tests.vlm_server.test_fields import post_chat, post_completion, sampled_with
+from vlm_server import guided
+from vlm_server.guided import _read_grammar
 
 PERSON = {
     "type": "object",
@@ -101,6 +105,9 @@ def nested(depth: int) -> dict[str, Any]:
         ({"structured_outputs": {"json": "[1]"}}, "structured_outputs.json", ""),
         ({"structured_outputs": {"grammar": "start: %%%"}}, "structured_outputs.grammar", ""),
         ({"structured_outputs": {"grammar": "root ::= ("}}, "structured_outputs.grammar", ""),
+        ({"structured_outputs": {"grammar": "\n" * 200_000}}, "structured_outputs.grammar", "at most 16384 are allowed"),
+        ({"structured_outputs": {"grammar": "root ::= r0\n" * 501}}, "structured_outputs.grammar", "501 rules of GBNF; at most 500"),
+        ({"structured_outputs": {"grammar": "start: " + '("a")+' * 501}}, "structured_outputs.grammar", "501 repetitions"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "not supported"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs", "response_format"),
         ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos", "grammar"),
@@ -117,6 +124,47 @@ def test_a_format_that_cannot_be_followed_is_refused_by_name(
     assert error["param"].startswith(param)
     assert message in error["message"]
     assert server.backend.engine.requests == []
+
+
+# How llguidance itself tells the two apart and converts them: the grammars below must be read as it reads them.
+NOTATIONS = {
+    "lark": 'start: "a"',
+    "lark behind blanks": ' \n\t\r\n\x0b start \n : "a"',
+    "lark with a header": '%llguidance {}\nstart: "a"',
+    "lark with another rule first": 'x: "a"\nstart: x',
+    "a header alone": "  %llguidance {}",
+    "no header": '%llguidanceX\nroot ::= "a"',
+    "start within a line": 'root ::= start: "a"',
+    "starting": 'starting: "a"',
+    "GBNF with a start": 'root ::= start\nstart ::= "a"',
+    "GBNF": 'root ::= item ("," item)*\nitem ::= [a-z]+ | some-rule\nsome-rule ::= "x"{2,3} # twice\n',
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("name", NOTATIONS)
+def test_both_notations_are_read_as_the_library_reads_them(name: str) -> None:
+    def outcome(read: Callable[[str], str]) -> str:
+        try:
+            return read(NOTATIONS[name])
+        except ValueError:
+            return "refused"
+
+    assert outcome(_read_grammar) == outcome(lambda text: grammar_from("grammar", text))
+
+
+def test_a_grammar_is_written_beside_the_event_loop(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: telling Lark from GBNF took minutes of the loop, for newlines alone."""
+    threads: list[str] = []
+
+    def convert(text: str) -> str:
+        threads.append(threading.current_thread().name)
+        return 'start: "a"'
+
+    monkeypatch.setattr(guided, "gbnf_to_lark", convert)
+
+    assert post_chat(server, structured_outputs={"grammar": 'root ::= "a"'}).status_code == 200
+    assert [name.startswith("asyncio_") for name in threads] == [True]
 
 
 def test_unknown_keys_of_a_format_are_warned_about(server: RunningServer) -> None:

@@ -1,8 +1,10 @@
 import asyncio
 import json
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ from engine.request import ImageInput, InvalidRequestError, Prompt
 from tests.image_fixtures import EMBEDDED, SIZES, FakeImages, images_of, picture, reference_model, reference_processor, tiny_folder
 from tests.tiny_gguf import write_gguf
 from tests.tiny_models import image_model_names
+from vision.config import VisionConfig
 from vision.image import MediaError
+from vision.media_budgets import Holding, MediaBudgets, held_by
 from vlm_server.chat_template import TemplateError
 from vlm_server.detokenizer import StopWords
 from vlm_server.jinja_process import JinjaProcess
 from vlm_server.picture_loading import ImagesNotSupportedError
-from vlm_server.pipeline import Pipeline
+from vlm_server.pipeline import NUM_THREADS, Pipeline
 from vlm_server.stage_timings import StageTimings
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
@@ -523,3 +527,43 @@ async def test_stop_words_are_tokens_where_the_tokenizer_has_them_whole(pipeline
     assert pipeline.stop_words.token_ids == (pipeline.tokenizer.token_id("<|im_end|>"),)
     assert pipeline.stop_words.strings == ("Human:", "the", "<|im_end|>x")
     assert pipelines("llava").stop_words == StopWords()
+
+
+def tasks_of(owner: str, pipeline: Pipeline, works: Sequence[Callable[[], object]]) -> list[asyncio.Task[object]]:
+    with held_by(Holding(MediaBudgets(VisionConfig()), owner)):
+        return [asyncio.create_task(pipeline.in_thread(work)) for work in works]
+
+
+async def test_a_client_with_many_texts_leaves_others_a_place(text_pipeline: Pipeline) -> None:
+    is_over, ended = threading.Event(), list[str]()
+
+    def work(owner: str) -> None:
+        assert is_over.wait(30)
+        ended.append(owner)
+
+    tasks = tasks_of("greedy", text_pipeline, [partial(work, "greedy")] * 20) + tasks_of("other", text_pipeline, [partial(work, "other")])
+    await asyncio.sleep(0)  # until all of them have asked for a place
+    is_over.set()
+    await asyncio.gather(*tasks)
+
+    assert ended.index("other") <= 2 * NUM_THREADS + 1, "behind those that ran, those before the threads, and one beside it"
+
+
+async def test_work_that_nobody_waits_for_keeps_its_place_until_it_ends(text_pipeline: Pipeline) -> None:
+    is_over, has_begun = threading.Event(), threading.Semaphore(0)
+
+    def work() -> None:
+        has_begun.release()
+        assert is_over.wait(30)
+
+    tasks = tasks_of("left", text_pipeline, [work] * 20)
+    for _ in range(NUM_THREADS):
+        assert await asyncio.to_thread(has_begun.acquire, timeout=30)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.sleep(0)  # the places of those that had not begun are given back
+
+    assert text_pipeline._places.used == NUM_THREADS
+    is_over.set()
+    assert await text_pipeline.in_thread(lambda: "next") == "next"

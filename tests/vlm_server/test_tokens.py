@@ -144,3 +144,24 @@ def test_a_field_of_the_other_kind_of_request_is_warned_about(server: RunningSer
     assert post(server, path, **body).json()["warnings"] == [f"{field}: it has no effect here"]
     without = {name: value for name, value in body.items() if name != field}
     assert "warnings" not in post(server, path, **without).json()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "num_pieces"),
+    [
+        ("/tokenize", {"prompt": "hi", "return_token_strs": True}, 2),
+        ("/detokenize", {"tokens": [104]}, 1),
+        ("/v1/encode", {"input": ["a", "b"]}, 2),
+        ("/v1/completions", {"model": "fake", "prompt": ["a", "b"], "echo": True}, 3),
+        ("/get_ppl", {"input": "hi"}, 1),
+    ],
+)
+def test_texts_are_tokenized_in_the_threads_of_the_pipeline(
+    server: RunningServer, path: str, body: dict[str, Any], num_pieces: int
+) -> None:
+    """Regression: they took the threads of all other work, and the texts of tokens were written on the event loop."""
+    if "model" in body:
+        body = {**body, "model": server.model}
+
+    assert post(server, path, **body).status_code == 200
+    assert server.backend.pipeline.num_in_thread == num_pieces

@@ -1,6 +1,6 @@
 """`POST /v1/completions`."""
 
-import asyncio
+from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -23,6 +23,8 @@ from vlm_server.streaming import answer, unless_client_leaves
 
 router = APIRouter(route_class=JsonRoute)
 
+MAX_ECHOED_LOGPROBS = 1 << 20  # 30 MB of JSON; 16 prompts of 32k tokens, each with the likeliest one beside it
+
 
 @router.post("/v1/completions", response_model=CompletionResponse, tags=["completions"], summary="Continue a text")
 async def completions(request: Request, body: CompletionRequest) -> Response:
@@ -38,11 +40,12 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         work = _prompts(context, body, infill, tenant_of(request.scope))
         no_prompts = [NO_PROMPT for _ in body.prompts()]
         prompts = await unless_client_leaves(request, unless_aborted(abort, work, instead=no_prompts))
+    _check_echo(body, prompts)
     context.metrics.prompt_prepared(watch.elapsed_s)
     response_id = new_id("cmpl")
     ends = infill_end_ids(infill, context.backend.pipeline.tokenizer) if infill is not None else ()
     generation = context.generation(body, prompts, grammar=grammar, stop_token_ids=ends, request_id=response_id, abort=abort)
-    echoes = await asyncio.to_thread(_echoes, context, body, prompts) if body.echo else []
+    echoes = await context.backend.pipeline.in_thread(lambda: _echoes(context, body, prompts)) if body.echo else []
     tokenizer, report = context.backend.pipeline.tokenizer, request_timings(request.scope).report_if(body.return_timings)
     shape = CompletionShape(body, tokenizer, response_id=response_id, warnings=warnings, echoes=echoes, report=report)
     return await answer(request, generation, shape, streams=bool(body.stream), ping_s=context.config.sse_ping_s)
@@ -52,6 +55,17 @@ def _check(body: CompletionRequest) -> None:
     """Raises ApiError 400 for what fields ask for together and cannot have."""
     if body.max_tokens == 0 and not body.max_completion_tokens and not body.echo:
         raise bad_request("invalid_value", "max_tokens: at least 1, or 0 with echo: true, which gives the prompt alone", param="max_tokens")
+
+
+def _check_echo(body: CompletionRequest, prompts: list[Prompt]) -> None:
+    """Raises ApiError 400 for prompts whose log probabilities would be out of proportion."""
+    num_others = body.num_prompt_logprobs
+    if num_others is None:
+        return
+    num_logprobs = sum(len(prompt.token_ids) for prompt in prompts) * body.num_choices * (1 + num_others)
+    if num_logprobs > MAX_ECHOED_LOGPROBS:
+        asked = f"{num_logprobs} log probabilities of echoed prompts (their tokens × n × (1 + logprobs))"
+        raise bad_request("invalid_value", f"logprobs: {asked}; at most {MAX_ECHOED_LOGPROBS} are allowed", param="logprobs")
 
 
 def _echoes(context: ServerContext, body: CompletionRequest, prompts: list[Prompt]) -> list[Echo]:
@@ -75,8 +89,9 @@ def _infill_format(context: ServerContext, body: CompletionRequest) -> InfillFor
 async def _prompts(context: ServerContext, body: CompletionRequest, infill: InfillFormat | None, tenant: str) -> list[Prompt]:
     given = body.prompts()
     if infill is not None:
-        tokenizer, suffix = context.backend.pipeline.tokenizer, body.suffix or ""
-        given = [await asyncio.to_thread(infill_tokens, infill, str(prefix), suffix, tokenizer) for prefix in given]
+        pipeline, suffix = context.backend.pipeline, body.suffix or ""
+        writing = [partial(infill_tokens, infill, str(prefix), suffix, pipeline.tokenizer) for prefix in given]
+        given = [await pipeline.in_thread(write) for write in writing]
     try:
         return [await context.text_prompt(prompt, tenant=tenant) for prompt in given]
     except InvalidRequestError as error:

@@ -1,7 +1,7 @@
 """`POST /tokenize`, `/detokenize` and LMDeploy's `/v1/encode`: text and chats to token ids and back, without generating."""
 
-import asyncio
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -40,8 +40,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     tokens = await unless_client_leaves(request, _tokens(context, body, tenant_of(request.scope), report))
     content: dict[str, Any] = {"count": len(tokens), "max_model_len": context.engine_info.session_len, "tokens": tokens}
     if body.return_token_strs:
-        tokenizer = context.backend.pipeline.tokenizer
-        content["token_strs"] = [tokenizer.token_bytes(token_id).decode("utf-8", "replace") for token_id in tokens]
+        content["token_strs"] = await unless_client_leaves(request, _token_strs(context, tokens))
     return _json(content, warnings + report.warnings())
 
 
@@ -51,11 +50,12 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     context = context_of(request)
     warnings = context.accept(request, body)
     vocab_size = context.engine_info.vocab_size
-    for index, token_id in enumerate(body.tokens):
-        if token_id >= vocab_size:
-            raise bad_request("invalid_value", f"tokens[{index}]: only 0 … {vocab_size - 1} are allowed", param=f"tokens[{index}]")
-    decode = context.backend.pipeline.tokenizer.decode
-    text = await asyncio.to_thread(decode, body.tokens, skip_special_tokens=body.skip_special_tokens)
+    if max(body.tokens) >= vocab_size:
+        index = next(index for index, token_id in enumerate(body.tokens) if token_id >= vocab_size)
+        raise bad_request("invalid_value", f"tokens[{index}]: only 0 … {vocab_size - 1} are allowed", param=f"tokens[{index}]")
+    pipeline = context.backend.pipeline
+    decode = partial(pipeline.tokenizer.decode, body.tokens, skip_special_tokens=body.skip_special_tokens)
+    text = await unless_client_leaves(request, pipeline.in_thread(decode))
     return _json({"prompt": text}, warnings)
 
 
@@ -76,7 +76,7 @@ async def _tokens(context: ServerContext, body: TokenizeRequest, tenant: str, re
     pipeline = context.backend.pipeline
     if body.messages is None:
         assert body.prompt is not None
-        return await asyncio.to_thread(pipeline.text_tokens, body.prompt, add_special_tokens=body.add_special_tokens)
+        return await pipeline.in_thread(partial(pipeline.text_tokens, body.prompt, add_special_tokens=body.add_special_tokens))
     if body.tools:
         check_tools(context.formats)
     messages = [message.as_dict() for message in body.messages]
@@ -98,7 +98,13 @@ async def _encoded(context: ServerContext, texts: list[str], body: EncodeRequest
     pipeline = context.backend.pipeline
     if body.do_preprocess:
         return [await pipeline.chat_tokens([{"role": "user", "content": text}], tenant=tenant) for text in texts]
-    return [await asyncio.to_thread(pipeline.text_tokens, text, add_special_tokens=body.add_bos) for text in texts]
+    return [await pipeline.in_thread(partial(pipeline.text_tokens, text, add_special_tokens=body.add_bos)) for text in texts]
+
+
+async def _token_strs(context: ServerContext, token_ids: list[int]) -> list[str]:
+    pipeline = context.backend.pipeline
+    token_bytes = pipeline.tokenizer.token_bytes
+    return await pipeline.in_thread(lambda: [token_bytes(token_id).decode("utf-8", "replace") for token_id in token_ids])
 
 
 def _without_effect(body: TokenRequest, names: Collection[str]) -> list[str]:
