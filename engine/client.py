@@ -274,8 +274,10 @@ class EngineClient:
                 self._ready_since_s = asyncio.get_running_loop().time()
                 if self._first_ready and not self._first_ready.done():
                     self._first_ready.set_result(info)
-            case StartFailed(reason):
+            case StartFailed(reason) if self.info is None:
                 self.failure, self.state = reason, EngineState.FAILED
+            case StartFailed(reason):  # of one that replaces another: what is missing may come back
+                logger.error("the engine cannot start again yet: %s", reason)
 
     def _fail_all(self, error: EngineDeadError) -> None:
         self._streams.fail_all(error)

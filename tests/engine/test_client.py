@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -289,6 +290,29 @@ async def test_a_checkpoint_that_cannot_be_served_is_a_final_failure(config, tmp
 
     assert failure.value.is_final
     assert client.state is EngineState.FAILED
+    await client.close()
+
+
+async def test_a_checkpoint_that_is_gone_for_a_while_ends_no_restarting(config, tmp_path: Path, monkeypatch):
+    """A network mount that hiccups, a device that comes back."""
+    monkeypatch.setattr(engine.client, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(engine.client, "MAX_START_BACKOFF_S", 0.1)
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(config.model_folder, folder)
+    client = EngineClient(replace(config, model_folder=str(folder)))
+    await client.start()
+    weights = list(folder.glob("*.safetensors"))
+    for file in weights:
+        file.rename(file.with_suffix(".away"))
+
+    os.kill(client.process_id, signal.SIGKILL)
+    await until(lambda: client.num_restarts >= 2)
+    assert client.state is EngineState.RESTARTING
+    for file in weights:
+        file.with_suffix(".away").rename(file)
+    await until(lambda: client.state is EngineState.READY)
+
+    assert await ask(client, "after")
     await client.close()
 
 
