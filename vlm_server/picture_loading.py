@@ -97,12 +97,17 @@ class PictureLoading:
             return []
         images = self._loader(refs)
         admit_pictures()
-        with timings.stage("pictures"), announcing(self._announce, len(refs), as_input) as on_loaded:
+        with timings.stage("pictures"), announcing(self._announce, len(refs), as_input) as announce:
+
+            def on_loaded(image: ProcessedImage) -> None:
+                charge_pixels(image.width * image.height)  # now: another one may fail, or the client leave
+                if announce is not None:
+                    announce(image)
+
             results = await report.gather(refs, lambda wanted: images.load(wanted, tenant=salt, room=room, on_loaded=on_loaded))
-        loaded = [result for result in results if isinstance(result, ProcessedImage)]
-        charge_pixels(sum(image.width * image.height for image in loaded))
-        for image in loaded:
-            timings.add_slowest("picture", image.timings_s)
+        for image in results:
+            if isinstance(image, ProcessedImage):
+                timings.add_slowest("picture", image.timings_s)
         return results
 
     async def measure(self, refs: Sequence[ImageRef], *, salt: str, report: PictureReport) -> list[MeasuredImage | MediaError]:

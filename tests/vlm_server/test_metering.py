@@ -1,7 +1,7 @@
 """The meter of one request: what is charged, when it is refused, and that pictures count by their size."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -11,12 +11,15 @@ from engine.request import EngineDeadError, Prompt, SamplingParams, StepOutput
 from tests.image_fixtures import FakeImages, picture, tiny_folder
 from tests.vlm_server.fake_clock import FakeClock
 from tests.vlm_server.test_pipeline import JINJA
-from vision.image import ImageRef, ProcessedImage
+from vision.image import ImageRef, MediaError, ProcessedImage
 from vlm_server.backend import Engine
 from vlm_server.metered_engine import metered_engine
 from vlm_server.metering import current_meter, metered
+from vlm_server.picture_loading import PictureLoading
+from vlm_server.picture_report import PictureReport
 from vlm_server.pipeline import Pipeline
 from vlm_server.quotas import PIXELS, TOKENS, Limits, Quota, QuotaExceededError
+from vlm_server.stage_timings import StageTimings
 
 PROMPT = Prompt(token_ids=(1, 2, 3, 4), cache_keys=(1, 2, 3, 4))
 PARAMS = SamplingParams()
@@ -136,6 +139,22 @@ class CountingImages(FakeImages):
 
 def question(*names: str) -> list[dict[str, object]]:
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": name}} for name in names]}]
+
+
+async def test_pictures_that_were_loaded_are_charged_though_another_fails() -> None:
+    class HalfBroken:
+        async def load(self, refs: Sequence[ImageRef], *, on_loaded: Callable[[ProcessedImage], None], **_: object) -> list[ProcessedImage]:
+            on_loaded(ProcessedImage(b"a", 1, {}, {}, 40, 30, {}))
+            raise MediaError("image_decode_failed", "broken")
+
+    limited = quota(pixels=5000)
+    refs = [ImageRef(url, param="messages") for url in ("a", "b")]
+    with metered(limited), pytest.raises(MediaError):
+        await PictureLoading(HalfBroken()).load(  # type: ignore[arg-type]
+            refs, salt="", as_input=lambda image: pytest.fail("nothing is announced"), timings=StageTimings(), report=PictureReport()
+        )
+
+    assert used(limited, PIXELS) == 1200
 
 
 async def test_pictures_are_charged_their_pixels_in_every_request_and_refused_before_they_are_loaded() -> None:
