@@ -5,6 +5,7 @@ refused; no older file makes room for it. Knows nothing of forms, of how picture
 """
 
 import asyncio
+import logging
 import re
 import secrets
 import time
@@ -18,6 +19,8 @@ from vision.image import MediaError
 from vision.media_budgets import hold_bytes
 from vlm_server.errors import ApiError, bad_request
 from vlm_server.sessions.store import Quota, QuotaError, RecordId, RecordStore
+
+logger = logging.getLogger(__name__)
 
 NAMESPACE = "files"
 URL_SCHEME = "uploaded-file:"  # what stands in a message in a file id's place; never fetched
@@ -64,10 +67,16 @@ class Files:
 
     async def get(self, tenant: str, file_id: str, *, param: str = "file_id") -> StoredFile:
         """Raises ApiError 404, which names `param`, where the tenant has no such file, or has it no more."""
+        file = _decoded(await self._value(tenant, file_id, param))
+        if file is None:
+            raise _unknown(param)
+        return file
+
+    async def _value(self, tenant: str, file_id: str, param: str) -> bytes:
         value = await self.store.get(_record_id(tenant, file_id)) if _FILE_ID.fullmatch(file_id) else None
         if value is None:
             raise _unknown(param)
-        return msgspec.msgpack.decode(value, type=StoredFile)
+        return value
 
     async def content(self, tenant: str, file_id: str) -> bytes:
         """The bytes that were uploaded, which count for the request of the moment until it ends. Raises as `get`, and BudgetFullError."""
@@ -83,12 +92,12 @@ class Files:
     async def all(self, tenant: str) -> list[StoredFile]:
         """The tenant's files, oldest first."""
         values = await self.store.values(NAMESPACE, tenant)
-        files = [msgspec.msgpack.decode(value, type=StoredFile) for value in values.values()]
+        files = [file for value in values.values() if (file := _decoded(value)) is not None]
         return sorted(files, key=lambda file: (file.created_s, file.id))
 
     async def delete(self, tenant: str, file_id: str) -> None:
         """Raises as `get`."""
-        await self.get(tenant, file_id)
+        await self._value(tenant, file_id, "file_id")
         await self.store.delete(_record_id(tenant, file_id))
 
     async def take(
@@ -153,6 +162,15 @@ def images_in_parts(content: object, path: str) -> Iterator[tuple[str, Image]]:
     for index, part in enumerate(content if isinstance(content, list) else ()):
         if part["type"] == "image_url" and "file_id" in part["image_url"]:
             yield f"{path}[{index}].image_url", part["image_url"]
+
+
+def _decoded(value: bytes) -> StoredFile | None:
+    """None where another version of this server wrote it."""
+    try:
+        return msgspec.msgpack.decode(value, type=StoredFile)
+    except msgspec.MsgspecError:
+        logger.warning("a file's record cannot be read; it ends in time, or when it is deleted")
+        return None
 
 
 def _record_id(tenant: str, file_id: str) -> RecordId:

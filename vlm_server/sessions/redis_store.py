@@ -23,7 +23,8 @@ from vlm_server.sessions.store import LeaseLostError, Limits, Quota, RecordId, S
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 5.0  # for Redis to be reached, and to answer
+TIMEOUT_S = 5.0  # for Redis to be reached, for one of these connections to be free, and to answer
+MAX_CONNECTIONS = 64  # operations at once; others wait
 MAX_RETRIES = 1  # of a command whose connection turns out to be closed: Redis was restarted; one that does not answer is not asked again
 MAX_TRIES = 20  # of a transaction that others disturb
 _MAX_PAUSE_S = 0.05  # between two tries; drawn, so that two servers do not go on disturbing each other
@@ -47,7 +48,15 @@ class RedisStore:
         """Raises StoreError where `url` leads to no Redis."""
         try:
             retry = Retry(NoBackoff(), MAX_RETRIES, supported_errors=(RedisConnectionError,))
-            client = redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=retry)
+            pool = redis.BlockingConnectionPool.from_url(
+                url,
+                max_connections=MAX_CONNECTIONS,
+                timeout=TIMEOUT_S,
+                socket_timeout=TIMEOUT_S,
+                socket_connect_timeout=TIMEOUT_S,
+                retry=retry,
+            )
+            client = redis.Redis.from_pool(pool)
         except (ValueError, RedisError) as error:
             raise StoreError(f"the session store's address is not valid: {error}") from error
         store = cls(client)

@@ -139,11 +139,10 @@ class SqliteStore:
         return await self._run(write)
 
     async def renew(self, record_id: RecordId, token: str, *, lifetime_s: float) -> bool:
-        query = f"UPDATE leases SET expires_s = ? WHERE {_THIS} AND token = ? AND expires_s > ?"
+        query = f"UPDATE leases SET expires_s = ? WHERE {_THIS} AND token = ?"  # one that has ended too, which nobody has taken since
 
         def write(db: sqlite3.Connection) -> bool:
-            now_s = self._clock()
-            return db.execute(query, (now_s + lifetime_s, *_row(record_id), token, now_s)).rowcount == 1
+            return db.execute(query, (self._clock() + lifetime_s, *_row(record_id), token)).rowcount == 1
 
         return await self._run(write)
 

@@ -10,8 +10,8 @@ from vision.budget import BudgetFullError
 from vision.config import VisionConfig
 from vision.media_budgets import Holding, MediaBudgets, held_by
 from vlm_server.errors import ApiError
-from vlm_server.files import Files, images_in
-from vlm_server.sessions.store import Quota, RecordStore
+from vlm_server.files import NAMESPACE, Files, images_in
+from vlm_server.sessions.store import Quota, RecordId, RecordStore
 
 PLENTY = Quota(max_records=100, max_bytes=1 << 20)
 DATA = bytes(range(256)) * 100
@@ -41,6 +41,18 @@ async def test_a_file_is_its_owners_and_comes_back_bit_by_bit(store: RecordStore
         with pytest.raises(ApiError, match="no such file"):
             await attempt
     assert (await files.get(tenant, ids[1])).num_bytes == 1
+
+
+async def test_a_file_of_another_version_is_left_out_and_can_be_deleted(store: RecordStore, tenant: str) -> None:
+    files = files_in(store)
+    kept, strange = await add(files, tenant), f"file-{uuid.uuid4().hex}"
+    await store.add(RecordId(NAMESPACE, tenant, strange), b"\xc1", parts={"content": DATA}, quota=PLENTY, ttl_s=3600)
+
+    assert [file.id for file in await files.all(tenant)] == [kept]
+    with pytest.raises(ApiError, match="no such file"):
+        await files.get(tenant, strange)
+    await files.delete(tenant, strange)
+    assert await store.get(RecordId(NAMESPACE, tenant, strange)) is None
 
 
 class UnreadableStore:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlm_server.sessions.opening import default_path, open_store
-from vlm_server.sessions.redis_store import RedisStore
+from vlm_server.sessions.redis_store import MAX_CONNECTIONS, RedisStore
 from vlm_server.sessions.sqlite_store import SqliteStore
 from vlm_server.sessions.store import LeaseLostError, Limits, Quota, QuotaError, RecordId, RecordStore, StoreError
 
@@ -287,6 +287,31 @@ async def test_a_lease_that_nobody_renews_ends(store: RecordStore) -> None:
 
     assert await becomes(True, lambda: store.acquire(record, "next", lifetime_s=60))
     assert not await store.renew(record, "dead", lifetime_s=60)
+
+
+async def test_a_lease_that_ended_while_its_renewal_waited_is_renewed(tmp_path: Path) -> None:
+    """Another tenant's large writes come first: nobody else has taken it meanwhile."""
+    now_s = 1000.0
+    store = await SqliteStore.open(tmp_path / "sessions.sqlite3", clock=lambda: now_s)
+    record = a_record()
+    assert await store.acquire(record, "mine", lifetime_s=10)
+
+    now_s += 11
+
+    assert await store.renew(record, "mine", lifetime_s=10)
+    assert not await store.acquire(record, "yours", lifetime_s=10)
+    await store.close()
+
+
+async def test_more_operations_at_once_than_connections_wait(redis_url: str) -> None:
+    store = await RedisStore.open(redis_url)
+    record = a_record()
+    await store.put(record, b"value", parts={}, limits=PLENTY)
+
+    values = await asyncio.gather(*(store.get(record) for _ in range(3 * MAX_CONNECTIONS)))
+
+    assert values == [b"value"] * 3 * MAX_CONNECTIONS
+    await store.close()
 
 
 async def test_nothing_is_written_under_a_lease_that_is_lost(store: RecordStore) -> None:
