@@ -113,12 +113,16 @@ def _entries(path: Path) -> list[Any]:
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise ApiKeysError(f"{path}: it has more than {_MAX_FILE_BYTES >> 20} MiB")
         content = tomllib.loads(path.read_text("utf-8"))
+    except ApiKeysError:
+        raise
     except OSError as error:
         raise ApiKeysError(f"{path}: it cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ApiKeysError(f"{path}: it is not UTF-8") from error
     except tomllib.TOMLDecodeError as error:
         raise ApiKeysError(f"{path}: it is not TOML, seen at {_place(error)}") from None
+    except ValueError as error:
+        raise ApiKeysError(f"{path}: it holds a number of thousands of digits") from error
     except RecursionError as error:
         raise ApiKeysError(f"{path}: it is nested too deeply") from error
     if unknown := sorted(content.keys() - {"keys"}):

@@ -32,6 +32,14 @@ from vlm_server.responses.schema import ResponseStreamEvent
 ASSETS = Path(__file__).parent / "ui" / "swagger"
 DOCS_PATHS = frozenset({"/", "/openapi.json"}).union(f"/swagger-ui/{path.name}" for path in ASSETS.iterdir())  # need no key
 
+# The page shares its origin with the chat page, whose storage may hold a key. Swagger writes styles into its elements.
+_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
 # All addresses are relative, so that the page also works behind a prefix.
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -90,7 +98,7 @@ def add_docs(app: FastAPI, config: ServerConfig) -> None:
     building = asyncio.Lock()
 
     async def swagger(request: Request) -> HTMLResponse:
-        return HTMLResponse(page)
+        return HTMLResponse(page, headers=_HEADERS)
 
     async def openapi(request: Request) -> Response:
         async with building:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
 MAX_PICTURES = 32  # of a request, with spans of their own
+MAX_STATE_CHARACTERS = 2048  # of traceparent and tracestate
 FLUSH_LIMIT_S = 3.0  # for spans that are not sent yet, when the server ends
 EXPORT_LIMIT_S = 5  # for one batch
 
@@ -107,7 +108,7 @@ class RequestSpan:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         headers = Headers(scope=scope)
-        carrier = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
+        carrier = {name: headers[name] for name in ("traceparent", "tracestate") if _is_plain(headers.get(name, ""))}
         parent = TraceContextTextMapPropagator().extract(carrier)
         self._tracer = tracer
         self._timings = timings
@@ -165,6 +166,11 @@ class RequestSpan:
     def _ns(self, monotonic_s: float) -> int:
         """Nanoseconds since 1970."""
         return round(1e9 * monotonic_s) + self._offset_ns
+
+
+def _is_plain(value: str) -> bool:
+    """What is not is left out: the library writes into the log what it cannot read."""
+    return 0 < len(value) <= MAX_STATE_CHARACTERS and value.isascii() and value.isprintable()
 
 
 def _is_missing(name: str) -> bool:

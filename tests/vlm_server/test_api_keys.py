@@ -56,6 +56,7 @@ def test_the_example_file_can_be_used() -> None:
         ("[keys]\nname = 'a'", "it has no entry [[keys]]"),
         ("keys = ['hush']", "keys entry 1: it is no table"),
         ("keys = [", "it is not TOML, seen at end of document"),
+        ("keys = " + "9" * 5000, "it holds a number of thousands of digits"),
         ("[[keys]]\nkey = hush", "it is not TOML, seen at line 2, column 7"),
         ("version = 1\n" + entry(name='"a"', key='"hush"'), "'version' is not known"),
         (entry(key='"hush"'), "keys entry 1: name: a string"),

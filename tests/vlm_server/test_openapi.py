@@ -231,3 +231,13 @@ def test_the_document_is_built_once_however_many_ask_for_it(monkeypatch: pytest.
 
     assert answers == [{"openapi": "3.1.0"}] * 5
     assert len(built) == 1
+
+
+def test_the_swagger_page_runs_its_own_scripts_alone_and_in_no_frame(server: RunningServer) -> None:
+    """Its origin's storage may hold a key."""
+    headers = requests.get(server.url, timeout=10).headers
+
+    policy = dict(directive.partition(" ")[::2] for directive in headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+    assert policy["script-src"] == policy["connect-src"] == "'self'"
+    assert headers["x-content-type-options"] == "nosniff"

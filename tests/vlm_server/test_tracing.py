@@ -116,6 +116,15 @@ def test_without_a_trace_that_can_be_read_a_request_begins_its_own(given: str | 
     assert f"{request.context.trace_id:032x}" not in (TRACE, "0" * 32)
 
 
+@pytest.mark.parametrize("state", ["a=1\u009b2J", "x" * 5000])
+def test_what_no_trace_writes_does_not_reach_the_log(state: str, caplog: pytest.LogCaptureFixture) -> None:
+    with traced() as found:
+        found.ask(headers={"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": state.encode("latin-1")})
+
+    assert len(found.requests) == 1
+    assert state[:3] not in caplog.text
+
+
 def test_a_caller_who_does_not_record_gets_no_spans() -> None:
     with traced() as found:
         assert found.ask(headers={"traceparent": f"00-{TRACE}-{PARENT}-00"}).status_code == 200
