@@ -386,6 +386,60 @@ def test_pictures_that_nobody_will_ask_for_are_not_encoded_to_their_end(slow):
     assert slow.stats().num_images_encoded == 0
 
 
+@pytest.mark.parametrize(
+    ("prompt", "params", "error"),
+    [
+        (text_prompt(*range(3, 259)), SamplingParams(), PromptTooLongError),
+        (text_prompt(1), SamplingParams(num_beams=17), InvalidRequestError),
+        (text_prompt(400), SamplingParams(), InvalidRequestError),
+    ],
+)
+def test_a_refused_request_ends_the_encoding_that_was_announced_for_it(slow, prompt, params, error):
+    slow.announce("prompt", fake_image(1))
+    slow.step()
+    slow.step()
+    slow.withdraw("prompt", request_follows=True)
+    assert slow.encoding is not None
+
+    with pytest.raises(error):
+        slow.add("request", prompt, params)
+
+    assert slow.encoding is None
+    assert not slow.has_work
+
+
+def test_a_refused_request_leaves_others_their_encoding(slow):
+    slow.add("image", image_prompt(1), SamplingParams(max_tokens=1, temperature=0))
+    slow.step()
+
+    with pytest.raises(PromptTooLongError):
+        slow.add("request", text_prompt(*range(3, 259)), SamplingParams())
+
+    assert slow.encoding is not None
+    assert "image" in run(slow)
+    assert slow.runner.encoder.batch_sizes == [1]
+
+
+def test_an_encoding_whose_request_has_not_come_makes_way_for_a_picture_that_one_needs(slow):
+    slow.announce("never", fake_image(1, side=3))
+    slow.step()
+    slow.step()
+    slow.withdraw("never", request_follows=True)
+
+    slow.add("image", image_prompt(2), SamplingParams(max_tokens=1, temperature=0))
+    slow.step()
+
+    assert [image.content_hash for image in slow.encoding.images] == [fake_image(2).content_hash]
+
+
+def test_a_picture_that_fills_the_window_is_not_encoded_ahead(seeing):
+    seeing.announce("prompt", fake_image(1, num_tokens=256))
+    assert not seeing.has_work
+
+    seeing.announce("prompt", fake_image(1, num_tokens=255))
+    assert seeing.has_work
+
+
 def test_what_the_prefix_cache_has_is_not_encoded_ahead_though_its_embedding_is_gone(seeing):
     seeing.embeddings.limit_bytes = 0
     seeing.add("first", image_prompt(50), SamplingParams(max_tokens=1, temperature=0))
