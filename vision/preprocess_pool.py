@@ -45,9 +45,11 @@ class PreprocessPool:
     def process_ids(self) -> list[int]:
         return self._pool.process_ids
 
-    async def process(self, pixels: SharedArray, options: ImageOptions) -> tuple[PreprocessResult, dict[str, SharedArray]]:
-        """Takes over `pixels`, `(height, width, 3)` uint8; the arrays are the caller's. Raises MediaError."""
-        reply = await self._call(PreprocessJob(options), {"pixels": pixels})
+    async def process(
+        self, pixels: SharedArray, options: ImageOptions, *, max_tokens: int | None = None
+    ) -> tuple[PreprocessResult, dict[str, SharedArray]]:
+        """Takes over `pixels`, `(height, width, 3)` uint8; the arrays are the caller's. Raises MediaError, also for over `max_tokens`."""
+        reply = await self._call(PreprocessJob(options, max_tokens=max_tokens), {"pixels": pixels})
         return msgspec.msgpack.decode(reply.body, type=PreprocessResult), reply.arrays
 
     async def measure(self, size: tuple[int, int], options: ImageOptions) -> PreprocessResult:

@@ -1,6 +1,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,32 @@ async def test_arrays_layout_and_number_of_tokens_come_back(pool: PreprocessPool
 
 async def test_a_size_is_measured(pool: PreprocessPool) -> None:
     assert await pool.measure((6, 8), ImageOptions()) == PreprocessResult(12, {"rows": 3})
+
+
+@pytest.mark.parametrize("options", [ImageOptions(), ImageOptions(min_pixels=1)], ids=str)
+async def test_a_picture_of_more_tokens_than_are_allowed_is_refused(pool: PreprocessPool, options: ImageOptions) -> None:
+    before = num_descriptors()
+
+    with pytest.raises(MediaError) as refused:
+        await pool.process(picture(), options, max_tokens=11)
+
+    assert (refused.value.code, refused.value.status) == ("context_length_exceeded", 400)
+    assert refused.value.message == "the picture has 12 tokens; at most 11 fit into a prompt (--session-len)"
+    assert num_descriptors() == before
+    result, arrays = await pool.process(picture(), options, max_tokens=12)
+    assert result.num_tokens == 12
+    for shared in arrays.values():
+        shared.close()
+
+
+@pytest.mark.parametrize("size", [{"min_pixels": 1}, {"max_pixels": 1}, {"settings": {"do_pan_and_scan": True}}], ids=str)
+async def test_a_picture_whose_size_the_request_chose_is_refused_before_it_is_processed(pool: PreprocessPool, size: dict[str, Any]) -> None:
+    fails_when_processed = ImageOptions(detail="high", **size)
+
+    with pytest.raises(MediaError) as refused:
+        await pool.process(picture(), fails_when_processed, max_tokens=11)
+
+    assert refused.value.code == "context_length_exceeded"
 
 
 async def test_errors_of_the_processor_reach_the_caller_without_their_text(pool: PreprocessPool) -> None:
