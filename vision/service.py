@@ -317,7 +317,7 @@ class VisionService:
             await self._fingerprint()  # the workers are there
             height, width = await self._decode_pool.measure(data, owner=owner_or(tenant))
             room.take_pixels(width * height)
-            result = await self._preprocess_pool.measure((height, width), ref.options)
+            result = await self._preprocess_pool.measure((height, width), ref.options, owner=owner_or(tenant))
             return MeasuredImage(result.num_tokens, result.layout)
 
     async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions, turn: asyncio.Lock) -> _Processed:
@@ -325,7 +325,7 @@ class VisionService:
         async with self._decoded_pixels(data, owner_or(key[0]), turn, timings_s) as (pixels, held):
             height, width, _ = pixels.shape
             with self._clock.stage("preprocess", timings_s):
-                result, arrays = await self._preprocess_pool.process(pixels, options, max_tokens=self._max_tokens())
+                result, arrays = await self._preprocess_pool.process(pixels, options, owner=owner_or(key[0]), max_tokens=self._max_tokens())
             image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s, result.views)
             await held.resize(_num_pixels(image))
             self._cache.put(key, _own_copy(image, timings_s), sum(shared.num_bytes for shared in arrays.values()))

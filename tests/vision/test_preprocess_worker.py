@@ -1,5 +1,7 @@
 import asyncio
-from collections.abc import AsyncIterator
+import os
+import signal
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.vision.pictures import noise
-from tests.vision.processes import is_gone, num_descriptors
+from tests.vision.processes import freeze, is_gone, num_descriptors
+from vision.budget import places_for
 from vision.config import VisionConfig
 from vision.image import ImageOptions, MediaError
 from vision.preprocess import PreprocessResult, PreprocessSettings
@@ -96,6 +99,48 @@ async def test_a_dead_worker_costs_its_own_picture_only(pool: PreprocessPool) ->
     assert not isinstance(living, BaseException)
     assert living[0].num_tokens == 12
     assert is_gone(process_id)
+
+
+async def test_a_picture_does_not_wait_behind_all_that_another_owner_sent_before_it(pool: PreprocessPool) -> None:
+    """As a request has that counts the tokens of its pictures, which waits in no waiting room."""
+    (process_id,) = pool.process_ids
+    ended: list[str] = []
+
+    async def work(job: Coroutine[Any, Any, object], owner: str) -> None:
+        await job
+        ended.append(owner)
+
+    freeze(process_id)
+    tasks = [asyncio.create_task(work(pool.measure((6, 8), ImageOptions(), owner="greedy"), "greedy")) for _ in range(16)]
+    tasks += [asyncio.create_task(work(processed(pool, "modest"), "modest"))]
+    await asyncio.sleep(0)
+    os.kill(process_id, signal.SIGCONT)
+    await asyncio.gather(*tasks)
+
+    assert ended.index("modest") <= places_for(1)
+    assert len(ended) == 17
+
+
+async def test_a_picture_that_is_given_up_before_its_turn_gives_its_pixels_back(pool: PreprocessPool) -> None:
+    (process_id,) = pool.process_ids
+    before = num_descriptors()
+    freeze(process_id)
+    tasks = [asyncio.create_task(processed(pool, "owner")) for _ in range(5)]
+    await asyncio.sleep(0)
+
+    for task in tasks[2:]:
+        task.cancel()
+    await asyncio.gather(*tasks[2:], return_exceptions=True)
+    os.kill(process_id, signal.SIGCONT)
+    await asyncio.gather(*tasks[:2])
+
+    assert num_descriptors() == before
+
+
+async def processed(pool: PreprocessPool, owner: str) -> None:
+    _, arrays = await pool.process(picture(), ImageOptions(), owner=owner)
+    for shared in arrays.values():
+        shared.close()
 
 
 async def test_the_worker_has_one_thread_of_arithmetic_and_no_device(pool: PreprocessPool, monkeypatch: pytest.MonkeyPatch) -> None:
