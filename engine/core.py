@@ -416,7 +416,7 @@ def _sampling_row(request: Request, mask: Mask | None) -> SamplingRow:
     assert request.params.seed is not None
     return SamplingRow(
         params=request.params,
-        prompt_token_ids=request.prompt.token_ids,
+        prompt_token_ids=request.distinct_prompt_ids,
         output_counts=request.output_counts,
         num_output_tokens=request.num_output_tokens,
         seed=request.params.seed,

@@ -135,7 +135,11 @@ def test_preempted_beams_equal_the_reference(folder, model):
 
 def test_a_repetition_penalty_works_on_log_probabilities_as_the_references_does(engine, model):
     engine.add("request", prompt_of(1), greedy_beams(3, repetition_penalty=1.3))
+    for _ in range(4):
+        engine.step()
 
+    read = {id(beam.distinct_prompt_ids) for beam in engine.scheduler.requests.values()}
+    assert len(read) == 1, "each beam has found the prompt's tokens for itself"
     assert tokens(run(engine)["request"]) == reference(model, prompt_of(1), 3, [EOS], repetition_penalty=1.3)
 
 

@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.encoding import Encoding
 from engine.request import FinishReason, ImageSpan, InvalidRequestError, Prompt, PromptTooLongError, SamplingParams, make_cache_keys
+from engine.sampler import sample
 from tests.engine.fake_encoder import NUM_TOKENS, FakeEncoder, SteppingClock, fake_image
 from tests.tiny_models import write_tiny
 
@@ -81,6 +82,25 @@ def test_what_the_model_cannot_take_is_refused_by_name(engine, prompt, params, m
 def test_a_prompt_over_the_window_is_refused_with_both_numbers(engine):
     with pytest.raises(PromptTooLongError, match=r"256 tokens.*at most 256.*--session-len"):
         engine.add("request", text_prompt(*range(3, 259)), SamplingParams())
+
+
+def test_a_repetition_penalty_reads_the_prompts_tokens_once_and_not_in_each_step(engine, monkeypatch):
+    read = []
+
+    def noted(logits, rows, **settings):
+        read.extend(row.prompt_token_ids for row in rows)
+        return sample(logits, rows, **settings)
+
+    monkeypatch.setattr("engine.core.sample", noted)
+    engine.add("penalized", text_prompt(4, 5, 4, 5, 6), SamplingParams(max_tokens=3, repetition_penalty=1.5, ignore_eos=True))
+    run(engine)
+
+    assert len(read) == 3
+    assert sorted(read[0]) == [4, 5, 6]
+    assert all(token_ids is read[0] for token_ids in read)
+    engine.add("plain", text_prompt(4, 5, 4, 5, 6), SamplingParams(max_tokens=3, ignore_eos=True))
+    run(engine)
+    assert not any(read[3:])
 
 
 def test_output_that_reaches_the_window_ends_with_length(engine):
