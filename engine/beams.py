@@ -56,15 +56,15 @@ class BeamSearch:
     def candidates(self, num_output_tokens: int) -> list[_Candidate]:
         """The best continuations of all beams, in the order in which they were chosen."""
         found = [
-            (
-                score + offer.logprob + offer.noise,
-                _Candidate(beam_id, offer.token_id, score + offer.logprob, self._ends(offer, num_output_tokens)),
-            )
+            (score + offer.logprob + offer.noise, beam_id, score, offer)
             for beam_id, score in self.scores.items()
             for offer in self.offers[beam_id]
         ]
-        found.sort(key=lambda pair: -pair[0])
-        return [candidate for _, candidate in found[: self.num_kept]]
+        found.sort(key=lambda entry: -entry[0])
+        return [
+            _Candidate(beam_id, offer.token_id, score + offer.logprob, self._ends(offer, num_output_tokens))
+            for _, beam_id, score, offer in found[: self.num_kept]
+        ]
 
     def keep_finished(self, candidates: Sequence[_Candidate], outputs: Mapping[str, list[int]]) -> None:
         """Those of the first `num_beams` candidates that end join the finished ones, of which as many stay."""

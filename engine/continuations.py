@@ -33,6 +33,8 @@ def continuations(logits: Tensor, row: SamplingRow, *, eos_token_ids: Sequence[i
 def _warp(scores: Tensor, row: SamplingRow, min_kept: int) -> Tensor:
     """scores: (vocab_size,), those that top_k, top_p and min_p drop set to -inf."""
     params = row.params
+    if not (0 < params.top_k < len(scores) or params.top_p < 1 or params.min_p):
+        return scores
     in_order, token_ids = scores.sort(descending=True)
     if 0 < params.top_k < len(scores):
         in_order[max(params.top_k, min_kept) :] = -torch.inf

@@ -22,6 +22,7 @@ from engine.guided import Guides, Mask
 from engine.pacing import Pace
 from engine.reading import Reading
 from engine.request import (
+    EngineError,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -95,14 +96,11 @@ class Engine:
 
     def add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
         """Queue a request. Raises InvalidRequestError, PromptTooLongError or QueueFullError."""
-        self._check_prompt(prompt, params)
-        if params.num_beams > 1:
-            self.beams.check(Request(request_id, prompt, params))
-        self._num_requests += 1
-        if params.seed is None:
-            params = replace(params, seed=self.config.seed + self._num_requests)
-        request = Request(request_id, prompt, params)
-        self.scheduler.add(request)
+        try:
+            request = self._queued(request_id, prompt, params)
+        except EngineError:
+            self._drop_unwanted_encoding()  # of its pictures, which were announced
+            raise
         if prompt.is_probe:
             self._probes[request_id] = prompt
         self.clock.added(request_id)
@@ -124,12 +122,16 @@ class Engine:
         return output
 
     def announce(self, owner: str, image: ImageInput) -> None:
-        """A picture of a prompt that is being made: encoded ahead while no request needs the encoder. `owner` stands for the prompt."""
-        if self.runner.encoder is not None and not self.embeddings.touch(image.content_hash):
+        """A picture of a prompt that is being made: encoded ahead while no request needs the encoder. `owner` stands for the prompt.
+
+        One that fills the window is ignored: no request can have it.
+        """
+        fits = image.num_tokens < self.scheduler.session_len
+        if self.runner.encoder is not None and fits and not self.embeddings.touch(image.content_hash):
             self.announced.announce(owner, image)
 
     def withdraw(self, owner: str, *, request_follows: bool) -> None:
-        """No more pictures of this prompt. A batch that is being encoded is finished where `request_follows`, and else given up."""
+        """No more pictures of this prompt. A batch that is being encoded goes on where `request_follows`, and else is given up."""
         self.announced.withdraw(owner)
         if not request_follows:
             self._drop_unwanted_encoding()
@@ -141,6 +143,8 @@ class Engine:
         self._release_compiled()
         num_decoding, num_prefilling = self.scheduler.prefill_load()
         others = {"num_prefilling": num_prefilling, "num_images": len(self.scheduler.images_needed())}
+        if others["num_images"]:
+            self._drop_unwanted_encoding()  # it was announced, and its request has not come
         budget = self.pace.prefill_tokens(num_decoding=num_decoding, **others)
         plan = self.scheduler.schedule(max_prefill_tokens=budget)
         for chunk in plan.chunks:
@@ -195,6 +199,18 @@ class Engine:
                 config.session_len,
             )
         return replace(config, session_len=min(config.session_len, num_slots))
+
+    def _queued(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Request:
+        """A request that the scheduler has taken."""
+        self._check_prompt(prompt, params)
+        if params.num_beams > 1:
+            self.beams.check(Request(request_id, prompt, params))
+        self._num_requests += 1
+        if params.seed is None:
+            params = replace(params, seed=self.config.seed + self._num_requests)
+        request = Request(request_id, prompt, params)
+        self.scheduler.add(request)
+        return request
 
     def _check_prompt(self, prompt: Prompt, params: SamplingParams) -> None:
         vocab_size = self.runner.vocab_size
@@ -400,7 +416,7 @@ def _sampling_row(request: Request, mask: Mask | None) -> SamplingRow:
     assert request.params.seed is not None
     return SamplingRow(
         params=request.params,
-        prompt_token_ids=request.prompt.token_ids,
+        prompt_token_ids=request.distinct_prompt_ids,
         output_counts=request.output_counts,
         num_output_tokens=request.num_output_tokens,
         seed=request.params.seed,

@@ -5,6 +5,7 @@ Plain data without tensors. Knows nothing of HTTP, of text or of how anything is
 
 import enum
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -137,8 +138,8 @@ class Prompt:
     def close(self) -> None:
         """Give the pictures' memory back, of which the engine has its own handles."""
         for image in self.images:
-            for array in image.arrays.values():
-                array.close()
+            for shared in image.arrays.values():
+                shared.close()
 
 
 def make_cache_keys(
@@ -186,8 +187,11 @@ class Request:
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
     output_counts: dict[int, int] = field(default_factory=dict)  # token id → times in the output, for penalties
+    distinct_prompt_ids: "array[int]" = field(default_factory=lambda: array("q"))  # each once, where a repetition penalty reads them
 
     def __post_init__(self) -> None:
+        if self.params.repetition_penalty != 1 and not self.distinct_prompt_ids:
+            self.distinct_prompt_ids = array("q", set(self.prompt.token_ids))
         if not self.token_ids:
             self.token_ids = list(self.prompt.token_ids)
             self.cache_keys = list(self.prompt.cache_keys)

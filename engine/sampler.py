@@ -84,7 +84,7 @@ class _Entry:
     """Some tokens of one row, with one number for all of them or one each."""
 
     row: int
-    token_ids: Sequence[int]
+    token_ids: Sequence[int] | np.ndarray
     values: float | Sequence[float]
 
 
@@ -94,7 +94,8 @@ def change(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[
     for index, row in enumerate(rows):
         params = row.params
         if params.repetition_penalty != 1:
-            repetitions.append(_Entry(index, [*row.prompt_token_ids, *row.output_counts], params.repetition_penalty))
+            prompt, output = np.asarray(row.prompt_token_ids, np.int64), np.fromiter(row.output_counts, np.int64)
+            repetitions.append(_Entry(index, np.concatenate((prompt, output)), params.repetition_penalty))
         if (params.presence_penalty or params.frequency_penalty) and row.output_counts:
             values = [-params.presence_penalty - params.frequency_penalty * count for count in row.output_counts.values()]
             additions.append(_Entry(index, list(row.output_counts), values))

@@ -156,6 +156,7 @@ class Scheduler:
             num_cached=source.num_cached,
             num_preemptions=source.num_preemptions,
             output_counts=dict(source.output_counts),
+            distinct_prompt_ids=source.distinct_prompt_ids,
         )
         row = Row(request, parent.order)
         request.block_ids = row.table.block_ids

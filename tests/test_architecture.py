@@ -93,7 +93,7 @@ MAY_IMPORT = {
     "vision.media_budgets": ".budget .config",
     "vision.pixels": ".image .shared_array",
     "vision.preprocess": ".frames .geometry .image .shared_array",
-    "vision.preprocess_pool": ".config .frames .image .preprocess .shared_array .workers",
+    "vision.preprocess_pool": ".budget .config .frames .image .preprocess .shared_array .workers",
     "vision.processor": ".families .geometry .image .resolution",
     "vision.request_room": ".config .image",
     "vision.resolution": ".image",

@@ -20,6 +20,11 @@ class ImageOptions:
     max_pixels: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # of the image processor, as `Resolution.settings` of its family allows
 
+    @property
+    def may_enlarge(self) -> bool:
+        """Whether a processor could be asked for far more of a picture than it is."""
+        return self.min_pixels is not None or self.max_pixels is not None or bool(self.settings)
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:

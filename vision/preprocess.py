@@ -45,6 +45,7 @@ class PreprocessJob(msgspec.Struct, frozen=True):
 
     options: ImageOptions
     size: tuple[int, int] | None = None  # (height, width)
+    max_tokens: int | None = None  # a picture of more is refused, before it is resized where the request says how large it is to be
 
 
 class PreprocessResult(msgspec.Struct, frozen=True):
@@ -103,7 +104,10 @@ def _answer(preprocessor: Preprocessor, request: Frame) -> Frame:
             layout, num_tokens = preprocessor.measure(job.size, job.options)
             result = PreprocessResult(num_tokens, layout)
         else:
+            if job.max_tokens is not None and job.options.may_enlarge:
+                _check_tokens(preprocessor.measure((height, width), job.options)[1], job.max_tokens)
             arrays, layout, num_tokens = preprocessor.process(request.arrays["pixels"].numpy(), job.options)
+            _check_tokens(num_tokens, job.max_tokens)
             views = preprocessor.views((height, width), job.options, arrays["pixel_values"], layout)
             result = PreprocessResult(num_tokens, layout, tuple(views))
         return Frame(msgspec.msgpack.encode(result), {name: SharedArray.copy_of(values) for name, values in arrays.items()})
@@ -115,6 +119,12 @@ def _answer(preprocessor: Preprocessor, request: Frame) -> Frame:
     except Exception:
         logger.exception("the image processor failed")
         return Frame(failure=Failure("image_preprocess_failed", "the model's image processor failed at the picture", 500))
+
+
+def _check_tokens(num_tokens: int, max_tokens: int | None) -> None:
+    if max_tokens is not None and num_tokens > max_tokens:
+        message = f"the picture has {num_tokens} tokens; at most {max_tokens} fit into a prompt (--session-len)"
+        raise MediaError("context_length_exceeded", message)
 
 
 if __name__ == "__main__":

@@ -171,8 +171,7 @@ def _resized(picture: torch.Tensor, plan: Plan) -> torch.Tensor:
 
 def _may_grow(size: tuple[int, int], options: ImageOptions) -> bool:
     """Whether a processor could make far more of a picture than it is."""
-    is_asked_for = options.min_pixels is not None or options.max_pixels is not None or bool(options.settings)
-    return is_asked_for or max(size) > MAX_USUAL_ASPECT * min(size)
+    return options.may_enlarge or max(size) > MAX_USUAL_ASPECT * min(size)
 
 
 class _TensorLimit(TorchDispatchMode):

@@ -95,12 +95,14 @@ class VisionService:
         processor: str = DEFAULT_PROCESSOR,
         look_up: LookUp | None = None,
         budgets: MediaBudgets | None = None,
+        max_tokens: Callable[[], int | None] = lambda: None,
     ) -> None:
         """`processor`: `module:class` in place of the model's own. `look_up`: host name → addresses in place of the system's resolver.
 
-        budgets: of all that this process does; None: of its own.
+        budgets: of all that this process does; None: of its own. max_tokens: of a picture that is loaded; None: any number.
         """
         self._config = config
+        self._max_tokens = max_tokens
         settings = PreprocessSettings(model_folder, trust_remote_code, processor)
         self._budgets = budgets or MediaBudgets(config)
         self._fetcher = Fetcher(config, self._budgets, look_up=look_up)
@@ -315,7 +317,7 @@ class VisionService:
             await self._fingerprint()  # the workers are there
             height, width = await self._decode_pool.measure(data, owner=owner_or(tenant))
             room.take_pixels(width * height)
-            result = await self._preprocess_pool.measure((height, width), ref.options)
+            result = await self._preprocess_pool.measure((height, width), ref.options, owner=owner_or(tenant))
             return MeasuredImage(result.num_tokens, result.layout)
 
     async def _process(self, key: tuple[str, bytes], data: bytes, options: ImageOptions, turn: asyncio.Lock) -> _Processed:
@@ -323,7 +325,7 @@ class VisionService:
         async with self._decoded_pixels(data, owner_or(key[0]), turn, timings_s) as (pixels, held):
             height, width, _ = pixels.shape
             with self._clock.stage("preprocess", timings_s):
-                result, arrays = await self._preprocess_pool.process(pixels, options)
+                result, arrays = await self._preprocess_pool.process(pixels, options, owner=owner_or(key[0]), max_tokens=self._max_tokens())
             image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s, result.views)
             await held.resize(_num_pixels(image))
             self._cache.put(key, _own_copy(image, timings_s), sum(shared.num_bytes for shared in arrays.values()))

@@ -201,7 +201,13 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         start = asyncio.create_task(engine.start())
         stack.callback(start.cancel)
         media = MediaBudgets(config.vision)
-        vision = VisionService(config.vision, model_folder=folder, trust_remote_code=trusts, budgets=media)
+        vision = VisionService(
+            config.vision,
+            model_folder=folder,
+            trust_remote_code=trusts,
+            budgets=media,
+            max_tokens=lambda: engine.info.session_len if engine.info else None,
+        )
         stack.push_async_callback(vision.close)
         jinja = JinjaProcess(render_limits(config.limits))
         stack.push_async_callback(asyncio.to_thread, jinja.close)

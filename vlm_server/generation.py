@@ -6,6 +6,7 @@ whatever happens. Knows nothing of HTTP or of the shape of a response.
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -77,6 +78,10 @@ class _PendingLogprobs:
     start: int  # characters decoded before it
     end: int | None = None  # after it; None while its character lacks bytes
 
+    def is_out(self, num_characters: int) -> bool:
+        """Whether its text is within the first `num_characters`."""
+        return self.end is not None and self.end <= num_characters
+
 
 class Answer:
     """One answer: counts its tokens, holds its text back as long as it may change."""
@@ -95,7 +100,7 @@ class Answer:
         self._detokenizer = detokenizer
         self._includes_stop = includes_stop
         self._parser = parser
-        self._pending: list[_PendingLogprobs] = []
+        self._pending: deque[_PendingLogprobs] = deque()  # those without an end last
         self._starts: list[int] = []  # of each token: characters decoded before it; kept where reasoning is counted
 
     @property
@@ -183,8 +188,10 @@ class Answer:
         if step.logprobs is not None:
             self._pending.append(_PendingLogprobs(step.logprobs[place], start))
         if self._pending and self._detokenizer.num_decoded > start:
-            for pending in self._pending:
-                pending.end = pending.end or self._detokenizer.num_decoded
+            for pending in reversed(self._pending):
+                if pending.end is not None:
+                    break
+                pending.end = self._detokenizer.num_decoded
         return text
 
     def _released(self) -> list[_PendingLogprobs]:
@@ -192,15 +199,11 @@ class Answer:
         num_characters = self._detokenizer.num_characters
         if self._detokenizer.is_stopped:
             released = [pending for pending in self._pending if pending.start < num_characters]
-            self._pending = []
+            self._pending.clear()
             return released
-        is_finished = self.finish_reason is not None
-        count = 0
-        for pending in self._pending:
-            if not is_finished and (pending.end is None or pending.end > num_characters):
-                break
-            count += 1
-        released, self._pending = self._pending[:count], self._pending[count:]
+        released = []
+        while self._pending and (self.finish_reason is not None or self._pending[0].is_out(num_characters)):
+            released.append(self._pending.popleft())
         return released
 
 

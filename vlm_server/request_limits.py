@@ -22,6 +22,7 @@ from vlm_server.protocol import ChatCompletionRequest, CompletionRequest, Genera
 from vlm_server.token_protocol import EncodeRequest, PerplexityRequest, TokenizeRequest
 
 MAX_SENT_SCHEMA_CHARACTERS = 16 << 20  # to the engine, with which each answer is a request of its own
+MAX_STOP_TOKEN_IDS_OF_BEAMS = 8  # each step of a search looks at num_beams² more continuations for each of them
 Field = tuple[str, Any]  # a field's path in the request, and what it holds
 
 
@@ -33,6 +34,7 @@ def check_limits(body: BaseModel, limits: RequestLimits) -> None:
     _check_stop_strings(_declared(body, "stop") or (), limits)
     if isinstance(body, GenerationFields):
         _check_answers(body, limits)
+        _check_beams(body)
         _check_schemas(body, limits)
     _check_tools(_declared(body, "tools") or (), limits)
 
@@ -179,6 +181,13 @@ def _check_answers(body: GenerationFields, limits: RequestLimits) -> None:
         allowed = f"at most {limits.max_answers} are allowed in a request (--max-answers)"
         message = f"{body.input_field}: {num_answers} answers to {num_prompts} prompts; {allowed}"
         raise bad_request("invalid_value", message, param=body.input_field)
+
+
+def _check_beams(body: GenerationFields) -> None:
+    num_ids = len(body.stop_token_ids or ())
+    if (body.num_beams or 1) > 1 and num_ids > MAX_STOP_TOKEN_IDS_OF_BEAMS:
+        message = f"stop_token_ids: {num_ids} token ids; at most {MAX_STOP_TOKEN_IDS_OF_BEAMS} are allowed with num_beams above 1"
+        raise bad_request("invalid_value", message, param="stop_token_ids")
 
 
 def _check_schemas(body: GenerationFields, limits: RequestLimits) -> None:

@@ -22,10 +22,14 @@ def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, ServerProcess]
         yield request.param, server
 
 
-def asked(server: ServerProcess, content: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+def posted(server: ServerProcess, content: list[dict[str, Any]], **fields: Any) -> requests.Response:
     model = requests.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]["id"]
     body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0, **fields}
-    response = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+    return requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+
+
+def asked(server: ServerProcess, content: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    response = posted(server, content, **fields)
     assert response.status_code == 200, response.text
     return dict(response.json())
 
@@ -42,6 +46,19 @@ def test_a_photograph_that_was_taken_upright_is_measured_as_it_is_shown(served: 
 
     expected = {"param": "messages[0].content[1].image_url", "width": 90, "height": 250, "seen": seen, "tiles": tiles}
     assert [answer["image_sizes"] for answer in answers] == [[expected], [expected]]
+
+
+@pytest.mark.parametrize("served", ["qwen2_5_vl"], indirect=True)
+def test_a_picture_that_the_request_makes_too_large_for_the_window_is_refused(served: tuple[str, ServerProcess]) -> None:
+    _, server = served
+    content = chat(file_of((28, 28), is_on_its_side=False))[0]["content"]
+
+    response = posted(server, content, mm_processor_kwargs={"min_pixels": 49_900_000})
+
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages[0].content[1].image_url")
+    assert "at most 4096 fit" in error["message"]
 
 
 def test_an_answer_without_the_lost_picture_is_the_answer_to_the_rest(served: tuple[str, ServerProcess]) -> None:

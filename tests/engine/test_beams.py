@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine.beams import BeamSearch, Continuation
 from engine.config import EngineConfig
 from engine.continuations import continuations
 from engine.core import Engine
-from engine.request import FinishReason, InvalidRequestError, Prompt, SamplingParams, make_cache_keys
+from engine.request import FinishReason, InvalidRequestError, Prompt, Request, SamplingParams, make_cache_keys
 from engine.sampler import SamplingRow
 from tests.tiny_models import write_tiny
 
@@ -133,7 +135,11 @@ def test_preempted_beams_equal_the_reference(folder, model):
 
 def test_a_repetition_penalty_works_on_log_probabilities_as_the_references_does(engine, model):
     engine.add("request", prompt_of(1), greedy_beams(3, repetition_penalty=1.3))
+    for _ in range(4):
+        engine.step()
 
+    read = {id(beam.distinct_prompt_ids) for beam in engine.scheduler.requests.values()}
+    assert len(read) == 1, "each beam has found the prompt's tokens for itself"
     assert tokens(run(engine)["request"]) == reference(model, prompt_of(1), 3, [EOS], repetition_penalty=1.3)
 
 
@@ -227,3 +233,44 @@ def test_dropped_tokens_are_no_continuations_but_two_stay(fields, kept):
     found = continuations(torch.tensor((0.5, 0.25, 0.15, 0.1)).log(), row, eos_token_ids=(), num_kept=8, min_kept=2)
 
     assert sorted(offer.token_id for offer in found) == list(range(kept))
+
+
+def test_nothing_is_sorted_where_nothing_is_dropped(monkeypatch):
+    """A vocabulary takes milliseconds to sort, for each beam of each step."""
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(1))
+
+    def drawn(**fields: Any) -> list[Continuation]:
+        row = SamplingRow(SamplingParams(num_beams=2, temperature=0.7, **fields), (), {}, 0, 5)
+        return continuations(logits, row, eos_token_ids=(), num_kept=8, min_kept=2)
+
+    expected = drawn(top_k=1999)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "sort", None)
+        assert drawn() == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_candidates_are_the_best_of_all_offers_and_no_others_are_made(monkeypatch, seed):
+    """Against all of them written out, scored and sorted; equal sums stay in the order of beams and offers."""
+    draw = random.Random(seed)
+    num_beams, ends = draw.randint(2, 5), frozenset(draw.sample(range(30), draw.randint(0, 3)))
+    search = BeamSearch(Request("request", prompt_of(seed), greedy_beams(num_beams)), num_beams, ends, draw.choice((5, 9)))
+    search.scores = {str(beam): -draw.randint(0, 4) / 2 for beam in range(num_beams)}
+    noise = draw.choice((0, 3))
+    search.offers = {
+        beam: [Continuation(token_id, -draw.randint(0, 9) / 2, draw.randint(0, noise) / 2) for token_id in draw.sample(range(30), 30)]
+        for beam in search.scores
+    }
+    plain = [
+        (score + offer.logprob + offer.noise, beam, offer.token_id, score + offer.logprob, offer.token_id in ends or search.max_tokens == 5)
+        for beam, score in search.scores.items()
+        for offer in search.offers[beam]
+    ]
+    made = []
+    monkeypatch.setattr("engine.beams._Candidate", lambda *parts: made.append(parts) or parts)
+
+    found = search.candidates(4)
+
+    assert found == [entry[1:] for entry in sorted(plain, key=lambda entry: -entry[0])][: search.num_kept]
+    assert made == found

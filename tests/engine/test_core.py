@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.core import Engine
 from engine.encoding import Encoding
 from engine.request import FinishReason, ImageSpan, InvalidRequestError, Prompt, PromptTooLongError, SamplingParams, make_cache_keys
+from engine.sampler import sample
 from tests.engine.fake_encoder import NUM_TOKENS, FakeEncoder, SteppingClock, fake_image
 from tests.tiny_models import write_tiny
 
@@ -81,6 +82,25 @@ def test_what_the_model_cannot_take_is_refused_by_name(engine, prompt, params, m
 def test_a_prompt_over_the_window_is_refused_with_both_numbers(engine):
     with pytest.raises(PromptTooLongError, match=r"256 tokens.*at most 256.*--session-len"):
         engine.add("request", text_prompt(*range(3, 259)), SamplingParams())
+
+
+def test_a_repetition_penalty_reads_the_prompts_tokens_once_and_not_in_each_step(engine, monkeypatch):
+    read = []
+
+    def noted(logits, rows, **settings):
+        read.extend(row.prompt_token_ids for row in rows)
+        return sample(logits, rows, **settings)
+
+    monkeypatch.setattr("engine.core.sample", noted)
+    engine.add("penalized", text_prompt(4, 5, 4, 5, 6), SamplingParams(max_tokens=3, repetition_penalty=1.5, ignore_eos=True))
+    run(engine)
+
+    assert len(read) == 3
+    assert sorted(read[0]) == [4, 5, 6]
+    assert all(token_ids is read[0] for token_ids in read)
+    engine.add("plain", text_prompt(4, 5, 4, 5, 6), SamplingParams(max_tokens=3, ignore_eos=True))
+    run(engine)
+    assert not any(read[3:])
 
 
 def test_output_that_reaches_the_window_ends_with_length(engine):
@@ -384,6 +404,60 @@ def test_pictures_that_nobody_will_ask_for_are_not_encoded_to_their_end(slow):
     assert slow.encoding is None
     assert not slow.has_work
     assert slow.stats().num_images_encoded == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error"),
+    [
+        (text_prompt(*range(3, 259)), SamplingParams(), PromptTooLongError),
+        (text_prompt(1), SamplingParams(num_beams=17), InvalidRequestError),
+        (text_prompt(400), SamplingParams(), InvalidRequestError),
+    ],
+)
+def test_a_refused_request_ends_the_encoding_that_was_announced_for_it(slow, prompt, params, error):
+    slow.announce("prompt", fake_image(1))
+    slow.step()
+    slow.step()
+    slow.withdraw("prompt", request_follows=True)
+    assert slow.encoding is not None
+
+    with pytest.raises(error):
+        slow.add("request", prompt, params)
+
+    assert slow.encoding is None
+    assert not slow.has_work
+
+
+def test_a_refused_request_leaves_others_their_encoding(slow):
+    slow.add("image", image_prompt(1), SamplingParams(max_tokens=1, temperature=0))
+    slow.step()
+
+    with pytest.raises(PromptTooLongError):
+        slow.add("request", text_prompt(*range(3, 259)), SamplingParams())
+
+    assert slow.encoding is not None
+    assert "image" in run(slow)
+    assert slow.runner.encoder.batch_sizes == [1]
+
+
+def test_an_encoding_whose_request_has_not_come_makes_way_for_a_picture_that_one_needs(slow):
+    slow.announce("never", fake_image(1, side=3))
+    slow.step()
+    slow.step()
+    slow.withdraw("never", request_follows=True)
+
+    slow.add("image", image_prompt(2), SamplingParams(max_tokens=1, temperature=0))
+    slow.step()
+
+    assert [image.content_hash for image in slow.encoding.images] == [fake_image(2).content_hash]
+
+
+def test_a_picture_that_fills_the_window_is_not_encoded_ahead(seeing):
+    seeing.announce("prompt", fake_image(1, num_tokens=256))
+    assert not seeing.has_work
+
+    seeing.announce("prompt", fake_image(1, num_tokens=255))
+    assert seeing.has_work
 
 
 def test_what_the_prefix_cache_has_is_not_encoded_ahead_though_its_embedding_is_gone(seeing):

@@ -216,6 +216,21 @@ async def test_who_finds_no_room_is_told_to_come_again_and_others_are_not_kept_o
     await asyncio.gather(*many)
     assert nothing_is_held(service)
 
+    # Nor behind those that are only measured, to count tokens.
+    (_, preprocess_worker) = service.process_ids
+    freeze(preprocess_worker)
+    places = service._preprocess_pool._places
+    sizes = refs(*(data_url(png(2, 2, seed=at)) for at in range(16)))
+    counting = [asyncio.create_task(measure(service, "greedy", *sizes)) for _ in range(5)]
+    await until(lambda: places.num_waiting > 16)
+    other = asyncio.create_task(load(service, "modest", *refs(data_url(png(2, 4)))))
+    await until(lambda: places.used == places.limit)
+    thaw(preprocess_worker)
+    await other
+    assert not any(task.done() for task in counting), "in order of arrival it would be behind all pictures of one of them"
+    await asyncio.gather(*counting)
+    assert nothing_is_held(service)
+
 
 async def test_files_that_are_kept_count_until_their_request_ends(server: PictureServer) -> None:
     service = unopened()
@@ -230,6 +245,11 @@ async def test_files_that_are_kept_count_until_their_request_ends(server: Pictur
 
     assert nothing_is_held(service)
     await service._fetcher.close()
+
+
+async def measure(service: VisionService, owner: str, *pictures: ImageRef) -> None:
+    with request(service, owner):
+        await service.measure(pictures)
 
 
 async def leave(task: "asyncio.Task[Any]", service: VisionService) -> None:

@@ -268,6 +268,23 @@ async def test_a_file_that_was_fetched_before_is_not_fetched_again(service: Visi
     close([loaded])
 
 
+async def test_a_picture_of_more_tokens_than_fit_is_refused_by_its_field_or_left_out() -> None:
+    service = VisionService(VisionConfig(num_decode_workers=1), model_folder="model", processor=FAKE, max_tokens=lambda: 12)
+    await service.open()
+    small, large = refs(data_url(png()), data_url(png(20, 10, seed=1)))
+
+    with pytest.raises(MediaError) as refused:
+        await service.load([small, large])
+    loaded, left_out = await service.load([small, replace(large, may_fail=True)])
+
+    assert (refused.value.code, refused.value.param, refused.value.status) == ("context_length_exceeded", large.param, 400)
+    assert isinstance(left_out, MediaError)
+    assert isinstance(loaded, ProcessedImage)
+    assert loaded.num_tokens == 12
+    close([loaded])
+    await service.close()
+
+
 async def test_files_to_be_kept_are_fetched_up_to_a_limit_for_all_together(service: VisionService) -> None:
     pictures = refs(data_url(png(seed=1)), data_url(png(seed=2)))
     num_bytes = len(png(seed=1)) + len(png(seed=2))

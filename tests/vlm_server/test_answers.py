@@ -1,11 +1,13 @@
 """One answer from the engine's tokens to its events, with a real tokenizer whose markers are special tokens."""
 
+from typing import Any
+
 import pytest
 
-from engine.request import FinishReason, SamplingParams, StepOutput
+from engine.request import FinishReason, SamplingParams, StepOutput, TokenLogprobs
 from tests.tiny_models import make_tokenizer
 from vlm_server.detokenizer import Detokenizer
-from vlm_server.generation import Answer
+from vlm_server.generation import Answer, _PendingLogprobs
 from vlm_server.parsing.answer import AnswerParser
 from vlm_server.parsing.calls import CallReader
 from vlm_server.parsing.events import ArgumentPiece, CallBegun, CallEnded, Content, Event, Reasoning, merged
@@ -57,6 +59,31 @@ def test_exactly_the_tokens_between_the_markers_are_reasoning(group: int) -> Non
 
     assert answer.num_reasoning_tokens == end - begin - 1
     assert answer.num_tokens == len(tokens)
+
+
+def test_tokens_that_a_stop_string_holds_back_are_not_walked_for_each_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long stop string held thousands, of each of many answers."""
+    num_held, num_looked_at = 300, 0
+
+    class Noted(_PendingLogprobs):
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal num_looked_at
+            num_looked_at += name == "end"
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr("vlm_server.generation._PendingLogprobs", Noted)
+    detokenizer = Detokenizer(TOKENIZER, stops=("x" * 10 * num_held,))
+    answer = Answer(0, SamplingParams(logprobs=0), detokenizer, includes_stop=False)
+    (token_id,) = TOKENIZER.encode("x")
+
+    for _ in range(num_held):
+        assert answer.take(StepOutput(request_id="x", token_ids=[token_id], logprobs=[TokenLogprobs(token_id, -1.0, 1)])) is None
+
+    assert num_looked_at < 10 * num_held
+    last = answer.take(StepOutput(request_id="x", finish_reason=FinishReason.LENGTH))
+    assert last is not None
+    assert last.text == "x" * num_held
+    assert last.offsets == list(range(num_held))
 
 
 def test_every_piece_comes_with_the_token_that_completes_it() -> None:

@@ -12,6 +12,7 @@ from vlm_server.app import create_app
 from vlm_server.backend import MAX_TEMPLATE_CHARACTERS, render_limits
 from vlm_server.config import ALPACA, MAX_SCHEMA_CHARACTERS, RequestLimits
 from vlm_server.docs import openapi_schema
+from vlm_server.request_limits import MAX_STOP_TOKEN_IDS_OF_BEAMS
 
 LIMITS = RequestLimits(
     max_pictures=2,
@@ -228,6 +229,20 @@ def test_fields_that_a_route_does_not_have_are_not_held_against_limits(narrow: R
         strange = {name: value for name in names if name not in SMALL[route]}
 
         assert post(narrow, route, strange).status_code < 500 or route == ABORT
+
+
+@pytest.mark.parametrize("route", [CHAT, COMPLETIONS])
+def test_beams_end_at_a_few_tokens_only(narrow: RunningServer, alpaca: RunningServer, route: str) -> None:
+    """With 1,024 of them a step of 32 beams took seconds, of everybody's."""
+    many, few = ([*range(3, 3 + count)] for count in (MAX_STOP_TOKEN_IDS_OF_BEAMS + 1, MAX_STOP_TOKEN_IDS_OF_BEAMS))
+    for server in (narrow, alpaca):
+        refused = post(server, route, {"num_beams": 2, "stop_token_ids": many})
+
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "stop_token_ids"
+        assert refused.json()["error"]["message"] == "stop_token_ids: 9 token ids; at most 8 are allowed with num_beams above 1"
+        assert post(server, route, {"num_beams": 2, "stop_token_ids": few}).status_code == 200
+        assert post(server, route, {"num_beams": 1, "stop_token_ids": many}).status_code == 200
 
 
 def test_as_much_as_a_limit_is_allowed(narrow: RunningServer) -> None:
