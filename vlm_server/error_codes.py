@@ -112,7 +112,7 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     **_codes(
         "The server",
-        ("queue_full", (429,), "Too many requests wait; try again after `Retry-After`."),
+        ("queue_full", (429,), "Too many requests wait, or too many pictures are on their way to the engine; try again after `Retry-After`."),
         ("answer_not_read", (503,), "The client took too little of its answer for too long, so that it was given up."),
         ("engine_unavailable", (503,), "The engine is starting, or it ended and starts again; try again after `Retry-After`."),
         ("engine_error", (500,), "The engine failed at this request."),
