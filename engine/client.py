@@ -6,6 +6,7 @@ One event loop owns a client. Every request ends with a last output or an except
 import asyncio
 import contextlib
 import enum
+import errno
 import logging
 import os
 import socket
@@ -188,6 +189,8 @@ class EngineClient:
         try:
             await sender.send(message)
         except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                raise QueueFullError("too many pictures are on their way to the engine; try again later") from error
             raise EngineDeadError("the engine process ended") from error
 
     def _abort(self, request_id: str) -> None:

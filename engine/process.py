@@ -7,6 +7,8 @@ import logging
 import signal
 import socket
 import sys
+from dataclasses import replace
+from weakref import WeakValueDictionary
 
 from engine.channel import Channel
 from engine.core import Engine
@@ -29,7 +31,7 @@ from engine.messages import (
     ToEngine,
     Withdraw,
 )
-from engine.request import EngineError, PromptTooLongError
+from engine.request import EngineError, ImageInput, Prompt, PromptTooLongError, QueueFullError
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class EngineLoop:
         self.engine = engine
         self.inbox = inbox
         self.outbox = outbox
+        self._images: WeakValueDictionary[bytes, ImageInput] = WeakValueDictionary()  # that are open, once each however many bring them
 
     def run(self) -> None:
         """Until the server closes its end (EOFError). Raises RankDeadError."""
@@ -73,7 +76,8 @@ class EngineLoop:
                 if output:
                     self.outbox.send(Outputs([output]))
             case Announce(owner, image):
-                self.engine.announce(owner, image)
+                if image.is_open:
+                    self.engine.announce(owner, self._images.setdefault(image.content_hash, image))
             case Withdraw(owner, request_follows):
                 self.engine.withdraw(owner, request_follows=request_follows)
             case GetStats(call_id):
@@ -81,10 +85,18 @@ class EngineLoop:
 
     def _add(self, message: Add) -> None:
         try:
-            self.engine.add(message.request_id, message.prompt, message.params)
+            self.engine.add(message.request_id, self._arrived(message.prompt), message.params)
         except EngineError as error:
             numbers = (error.num_tokens, error.session_len) if isinstance(error, PromptTooLongError) else ()
             self.outbox.send(Rejected(message.request_id, type(error).__name__, str(error), numbers))
+
+    def _arrived(self, prompt: Prompt) -> Prompt:
+        """With pictures that others brought as those have them. Raises QueueFullError where this process had no descriptors for them."""
+        images = tuple(self._images.get(image.content_hash, image) for image in prompt.images)
+        if not all(image.is_open for image in images):
+            raise QueueFullError("the engine has no file descriptors left for more pictures; try again later")
+        self._images.update({image.content_hash: image for image in images})
+        return replace(prompt, images=images)
 
 
 def main(inbox: Channel, outbox: Channel) -> int:

@@ -102,13 +102,22 @@ class SamplingParams:
         return self.pools or self.prompt_logprobs is not None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class ImageInput:
     """One picture as the vision encoder takes it."""
 
     content_hash: bytes  # of the picture's bytes, of all that changes its pixels or its tokens, and of who may share its embedding
     num_tokens: int  # rows of its embedding
     arrays: dict[str, SharedArray]  # the family's encoder inputs by name, e.g. pixel_values: (num_tiles, 3, height, width) uint8
+
+    @property
+    def is_open(self) -> bool:
+        """Whether all of its arrays are there."""
+        return all(array.fd >= 0 for array in self.arrays.values())
+
+    def close(self) -> None:
+        for shared in self.arrays.values():
+            shared.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +147,7 @@ class Prompt:
     def close(self) -> None:
         """Give the pictures' memory back, of which the engine has its own handles."""
         for image in self.images:
-            for shared in image.arrays.values():
-                shared.close()
+            image.close()
 
 
 def make_cache_keys(

@@ -4,6 +4,7 @@ A request's holding is a context variable: bytes are counted where they come to 
 forget to give them back, because all are given back with the request. Knows nothing of HTTP.
 """
 
+import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -12,6 +13,8 @@ from vision.budget import Budget, Reservation
 from vision.config import VisionConfig
 
 FREE_BYTES = 64 << 10  # of a body, of what is kept, of an answer: chats without pictures pass whatever pictures do
+DESCRIPTOR_FRACTION = 0.25  # of those that a process may have: requests' pictures, in this process as in the engine
+_MANY_DESCRIPTORS = 1 << 16  # where the system sets no limit
 BYTES_PER_PIXEL = 3  # RGB; what is kept otherwise counts as so many pixels
 
 
@@ -29,10 +32,17 @@ class MediaBudgets:
         )
         # From before decoding until the engine has what became of them.
         self.pixels = Budget("pixels", config.max_pixels_in_flight, wait_s=wait_s, unit="pixels (--max-pixels-in-flight)")
+        # Of the arrays of pictures, until the requests that hold them have ended: so long the engine may have to encode them again.
+        self.descriptors = Budget("descriptors", _max_descriptors(), wait_s=wait_s, unit="file descriptors for pictures (nofile)")
         self.downloads = Budget("downloads", config.max_downloads, wait_s=wait_s, unit="downloads of pictures")
 
     def all(self) -> tuple[Budget, ...]:
-        return self.bytes, self.pixels, self.downloads
+        return self.bytes, self.pixels, self.descriptors, self.downloads
+
+
+def _max_descriptors() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, int(DESCRIPTOR_FRACTION * (_MANY_DESCRIPTORS if limit == resource.RLIM_INFINITY else limit)))
 
 
 class Holding:
@@ -44,6 +54,7 @@ class Holding:
         self._budgets = budgets
         self._bytes: list[Reservation] = []
         self._arrays: dict[bytes, ExitStack] = {}  # by the picture's content hash
+        self._kept = ExitStack()
         self._is_closed = False
 
     @property
@@ -59,6 +70,13 @@ class Holding:
         else:
             self._bytes.append(reservation)
         return reservation
+
+    def keep(self, let_go: Callable[[], None]) -> None:
+        """Have `let_go` called when the request ends."""
+        if self._is_closed:
+            let_go()
+        else:
+            self._kept.callback(let_go)
 
     def keep_arrays(self, content_hash: bytes, let_go: Callable[[], None]) -> None:
         """Have `let_go` called when the engine has the picture, or the request ends."""
@@ -76,6 +94,7 @@ class Holding:
         """Give everything back."""
         self._is_closed = True
         self.give_arrays(tuple(self._arrays))
+        self._kept.close()
         for reservation in self._bytes:
             reservation.release()
 
@@ -102,6 +121,14 @@ def keep_arrays(content_hash: bytes, let_go: Callable[[], None]) -> None:
     """As `Holding.keep_arrays`, for the request of this moment; where there is none, nothing is kept."""
     if holding := current_holding():
         holding.keep_arrays(content_hash, let_go)
+    else:
+        let_go()
+
+
+def keep(let_go: Callable[[], None]) -> None:
+    """As `Holding.keep`, for the request of this moment; where there is none, nothing is kept."""
+    if holding := current_holding():
+        holding.keep(let_go)
     else:
         let_go()
 

@@ -5,6 +5,7 @@ Every stage has its limit, its timing and its gauge. Knows nothing of HTTP route
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import logging
 import math
@@ -24,7 +25,7 @@ from vision.config import VisionConfig
 from vision.decode_pool import DecodePool
 from vision.fetcher import Fetcher
 from vision.image import ImageOptions, ImageRef, MeasuredImage, MediaError, ProcessedImage, salted_hash
-from vision.media_budgets import BYTES_PER_PIXEL, MediaBudgets, hold_bytes, keep_arrays, owner_or
+from vision.media_budgets import BYTES_PER_PIXEL, MediaBudgets, hold_bytes, keep, keep_arrays, owner_or
 from vision.preprocess import DEFAULT_PROCESSOR, PreprocessSettings
 from vision.preprocess_pool import PreprocessPool
 from vision.request_room import RequestRoom
@@ -113,6 +114,7 @@ class VisionService:
         )
         self._flights: SingleFlight[tuple[str, bytes], _Processed] = SingleFlight()
         self._arrays = SharedReservations(self._budgets.pixels)  # of processed pictures that requests hold
+        self._descriptors = SharedReservations(self._budgets.descriptors)  # the same
         num_workers = config.num_decode_workers + config.num_preprocess_workers
         self._decoded = Budget("decoded pictures", places_for(num_workers), wait_s=None)  # held as pixels
         self._num_processed_at_once = 2 * num_workers  # of one request: those behind wait for their own, and may do so for long
@@ -271,7 +273,9 @@ class VisionService:
         try:
             async with places:
                 return await work(ref)
-        except (MediaError, WorkerError, BudgetFullError) as error:
+        except (MediaError, WorkerError, BudgetFullError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
             failure = _as_media_error(error, ref.param)
             self._num_failed[failure.code] = self._num_failed.get(failure.code, 0) + 1
             if ref.may_fail and failure.is_of_the_picture:
@@ -305,10 +309,11 @@ class VisionService:
     async def _handed_out(
         self, key: tuple[str, bytes], image: ProcessedImage, timings_s: dict[str, float], room: RequestRoom
     ) -> ProcessedImage:
-        """The caller's own; counted in the pixels in flight until the engine has it or the request ends, once for all who hold it."""
+        """The caller's own, counted once for all who hold it: in pixels until the engine has it, in descriptors until the request ends."""
         room.take_pixels(image.width * image.height)
         engine_hash = salted_hash(image.content_hash, key[0])  # as the prompt will name the picture
         keep_arrays(engine_hash, await self._arrays.hold(key, _num_pixels(image), owner_or(key[0])))
+        keep(await self._descriptors.hold(key, len(image.arrays), owner_or(key[0])))
         return _own_copy(image, timings_s)
 
     async def _fetch_and_measure(self, ref: ImageRef, tenant: str, room: RequestRoom) -> MeasuredImage:
@@ -398,12 +403,16 @@ def _num_pixels(image: ProcessedImage) -> int:
     return math.ceil(sum(shared.num_bytes for shared in image.arrays.values()) / BYTES_PER_PIXEL)
 
 
-def _as_media_error(error: MediaError | WorkerError | BudgetFullError, param: str) -> MediaError:
+def _as_media_error(error: MediaError | WorkerError | BudgetFullError | OSError, param: str) -> MediaError:
     match error:
         case MediaError():
             return MediaError(error.code, error.message, param=param, status=error.status, retry_after_s=error.retry_after_s)
         case BudgetFullError():
             return MediaError("server_busy", str(error), param=param, status=503, retry_after_s=error.retry_after_s)
+        case OSError():
+            return MediaError(
+                "server_busy", "the server has no file descriptors left for pictures; try again later", param=param, status=503
+            )
         case WorkerError():
             return MediaError("vision_not_ready", "the server cannot process pictures now; try again", param=param, status=503)
 

@@ -4,6 +4,7 @@ The memory has no name: it cannot collide, be guessed or be left behind, and goe
 Knows nothing of sockets: who sends the descriptor is up to the caller.
 """
 
+import errno
 import mmap
 import os
 import tempfile
@@ -13,11 +14,24 @@ from typing import Any
 import numpy as np
 
 
+class _Descriptor:
+    """Closed when no array has it any more, in whatever thread that is."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
 class SharedArray:
-    """`shape` and `dtype` over a file descriptor that this object owns; closed by `close()` or when collected."""
+    """`shape` and `dtype` over a file descriptor that this object and its duplicates own; given up by `close()` or when collected."""
 
     def __init__(self, fd: int, shape: Sequence[int], dtype: str) -> None:
-        self.fd = fd
+        """fd: below 0 for an array whose descriptor was lost on its way."""
+        self._descriptor = _Descriptor(fd) if fd >= 0 else None
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
 
@@ -33,6 +47,11 @@ class SharedArray:
         array = cls.create(source.shape, source.dtype.name)
         np.copyto(array.numpy(), source)
         return array
+
+    @property
+    def fd(self) -> int:
+        """-1 without one, and after `close()`."""
+        return self._descriptor.number if self._descriptor is not None else -1
 
     @property
     def num_bytes(self) -> int:
@@ -54,16 +73,15 @@ class SharedArray:
         os.ftruncate(self.fd, max(1, self.num_bytes))
 
     def duplicate(self) -> "SharedArray":
-        """The same memory by another descriptor, which is closed for itself."""
-        return SharedArray(os.dup(self.fd), self.shape, self.dtype.name)
+        """The same memory by the same descriptor, closed for itself: it takes none of the few that a process has."""
+        if self._descriptor is None:
+            raise OSError(errno.EBADF, "the array is closed")
+        other = SharedArray(-1, self.shape, self.dtype.name)
+        other._descriptor = self._descriptor
+        return other
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def __del__(self) -> None:
-        self.close()
+        self._descriptor = None
 
 
 def _anonymous_file() -> int:

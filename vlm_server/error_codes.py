@@ -80,7 +80,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
         ),
         ("template_unavailable", (503,), "The process that renders chat templates was lost twice in a row; try again."),
         ("vision_not_ready", (503,), "Pictures cannot be processed now; try again."),
-        ("server_busy", (503,), "Other requests hold the memory that this one needs; try again after `Retry-After`."),
+        (
+            "server_busy",
+            (503,),
+            "Other requests hold the memory or the file descriptors that this one needs; try again after `Retry-After`.",
+        ),
     ),
     **_codes(
         "Files",
@@ -112,7 +116,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
     ),
     **_codes(
         "The server",
-        ("queue_full", (429,), "Too many requests wait; try again after `Retry-After`."),
+        (
+            "queue_full",
+            (429,),
+            "Too many requests wait, or too many pictures are on their way to the engine; try again after `Retry-After`.",
+        ),
         ("answer_not_read", (503,), "The client took too little of its answer for too long, so that it was given up."),
         ("engine_unavailable", (503,), "The engine is starting, or it ended and starts again; try again after `Retry-After`."),
         ("engine_error", (500,), "The engine failed at this request."),

@@ -6,6 +6,7 @@ guess. Knows nothing of how templates are rendered and pictures loaded.
 
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from engine.request import ImageInput, ImageSpan, InvalidRequestError, Prompt, make_cache_keys
@@ -69,12 +70,13 @@ class PromptTokens:
 
     def prompt_of(self, token_ids: tuple[int, ...], images: Sequence[ProcessedImage], tenant: str) -> Prompt:
         """Tokens that have all of the pictures' slots, as the engine takes them."""
-        inputs = tuple(self.input_of(image, tenant) for image in images)
+        inputs = [self.input_of(image, tenant) for image in images]
         spans = self._spans(token_ids, inputs)
         positions, delta = self._positions(len(token_ids), spans, images)
         keys = make_cache_keys(token_ids, inputs, spans, salt=self.salt(tenant))
+        kept, spans = _each_once(inputs, spans)
         return Prompt(
-            token_ids=token_ids, cache_keys=keys, images=inputs, spans=spans, positions=positions, position_delta=delta, tenant=tenant
+            token_ids=token_ids, cache_keys=keys, images=kept, spans=spans, positions=positions, position_delta=delta, tenant=tenant
         )
 
     def input_of(self, image: ProcessedImage, tenant: str) -> ImageInput:
@@ -159,6 +161,16 @@ class PromptTokens:
             return None, 0
         starts = [span.start for span in spans if span.offset == 0]
         return self.family.positions(num_slots, [(start, image.layout) for start, image in zip(starts, images, strict=True)])
+
+
+def _each_once(images: Sequence[ImageInput], spans: Sequence[ImageSpan]) -> tuple[tuple[ImageInput, ...], tuple[ImageSpan, ...]]:
+    """Each of equal pictures' first one, and the spans by their numbers among these. The others' arrays are closed."""
+    kept: dict[bytes, ImageInput] = {}
+    for image in images:
+        if kept.setdefault(image.content_hash, image) is not image:
+            image.close()
+    numbers = {content_hash: number for number, content_hash in enumerate(kept)}
+    return tuple(kept.values()), tuple(replace(span, image=numbers[images[span.image].content_hash]) for span in spans)
 
 
 def _runs(slots: Sequence[int], image: int, is_atomic: bool) -> list[ImageSpan]:

@@ -150,7 +150,7 @@ async def gone_within(server: ServerProcess, seconds: float) -> None:
     """Nothing of any request is left: no blocks, no downloads, no part of a budget."""
     deadline = time.monotonic() + seconds
     gauges = ["vlm:num_referenced_blocks", "vlm:num_requests_running", "vlm:num_requests_waiting", 'vlm:pictures_in_flight{stage="fetch"}']
-    gauges += [f'vlm:budget_used{{budget="{name}"}}' for name in ("media_bytes", "pixels", "downloads", "queued_tokens")]
+    gauges += [f'vlm:budget_used{{budget="{name}"}}' for name in ("media_bytes", "pixels", "descriptors", "downloads", "queued_tokens")]
     while left := {gauge: value for gauge in gauges if (value := server.metric(gauge))}:
         assert time.monotonic() < deadline, f"after {seconds} s there is still {left}"
         await asyncio.sleep(0.02)

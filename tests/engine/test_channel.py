@@ -1,12 +1,17 @@
 import asyncio
+import errno
+import gc
 import os
+import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 import numpy as np
 import pytest
 
+import engine.channel
 from engine.channel import AsyncSender, Channel, read_frame
 from vision.shared_array import SharedArray
 
@@ -31,6 +36,36 @@ def channels() -> Iterator[tuple[Channel, Channel]]:
 
 def array(value: int) -> SharedArray:
     return SharedArray.copy_of(np.full((2, 3), value, dtype=np.uint8))
+
+
+def values(note: Note) -> list[int]:
+    return [int(each.numpy()[0, 0]) for each in note.arrays.values()]
+
+
+@contextmanager
+def room_for(num_descriptors: int) -> Iterator[None]:
+    """So many more can be opened, and no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = {int(name) for name in os.listdir("/proc/self/fd")}
+    taken = {fd for fd in taken if os.path.exists(f"/proc/self/fd/{fd}")}  # not the one that listed them
+    limit = next(limit for limit in range(soft) if limit - sum(fd < limit for fd in taken) == num_descriptors)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def failing_at(numbers: range, code: int) -> Callable[..., int]:
+    """`socket.send_fds`, where the calls of these numbers fail."""
+    send_fds, calls = socket.send_fds, iter(range(1000))
+
+    def send(*args: object) -> int:
+        if next(calls) in numbers:
+            raise OSError(code, os.strerror(code))
+        return send_fds(*args)
+
+    return send
 
 
 def test_messages_arrive_whole_and_in_order(channels):
@@ -178,5 +213,116 @@ async def test_descriptors_that_are_closed_while_their_frame_waits_arrive_noneth
     await asyncio.gather(first, second)
     assert received[1].arrays["pixels"].numpy().tolist() == [[7, 7, 7], [7, 7, 7]]
     usurper.close()
+    sender.close()
+    receiver.close()
+
+
+def test_descriptors_that_there_is_no_room_for_are_lost_and_the_next_message_has_its_own(channels):
+    left, right = channels
+    left.send(Note("many", {str(i): array(i) for i in range(250)}))
+
+    with room_for(3):
+        many = right.receive(5.0)
+    left.send(Note("next", {"a": array(7)}))
+    following = right.receive(5.0)
+
+    assert [each.fd >= 0 for each in many.arrays.values()] == [True] * 3 + [False] * 247
+    assert values(following) == [7]
+
+
+def test_a_message_that_came_without_any_of_its_descriptors_is_one_of_closed_arrays(channels):
+    left, right = channels
+    left.send(Note("lost", {"a": array(1)}))
+
+    with room_for(0):
+        lost = right.receive(5.0)
+    left.send(Note("next", {"a": array(2)}))
+
+    assert lost.arrays["a"].fd == -1
+    assert values(right.receive(5.0)) == [2]
+
+
+async def test_what_was_sent_of_a_frame_that_failed_is_nobodys(monkeypatch):
+    ours, theirs = socket.socketpair()
+    sender, receiver = AsyncSender(ours), Channel(theirs, Note)
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(socket, "send_fds", failing_at(range(1, 2), errno.ENOBUFS))
+
+    with pytest.raises(OSError, match="buffer"):
+        await sender.send(Note("given up", {str(i): array(i) for i in range(250)}))
+    await sender.send(Note("next", {str(i): array(200 + i) for i in range(3)}))
+    received = receiver.receive(5.0)
+
+    assert (received.text, values(received)) == ("next", [200, 201, 202])
+    del received
+    gc.collect()  # the error's traceback
+    assert len(os.listdir("/proc/self/fd")) == before
+    sender.close()
+    receiver.close()
+
+
+async def test_who_has_too_many_descriptors_on_their_way_waits_and_lets_others_go_first(monkeypatch):
+    ours, theirs = socket.socketpair()
+    sender, receiver = AsyncSender(ours), Channel(theirs, Note)
+    monkeypatch.setattr(socket, "send_fds", failing_at(range(1, 4), errno.ETOOMANYREFS))
+    monkeypatch.setattr(engine.channel, "IN_FLIGHT_PAUSE_S", 0.0)
+
+    await asyncio.gather(sender.send(Note("many", {str(i): array(i) for i in range(250)})), sender.send(Note("without pictures")))
+    received = [receiver.receive(5.0) for _ in range(2)]
+
+    assert [note.text for note in received] == ["without pictures", "many"]
+    assert values(received[1]) == list(range(250))
+    sender.close()
+    receiver.close()
+
+
+async def test_too_many_descriptors_for_too_long_are_an_error_and_the_channel_goes_on(monkeypatch):
+    ours, theirs = socket.socketpair()
+    sender, receiver = AsyncSender(ours), Channel(theirs, Note)
+    monkeypatch.setattr(socket, "send_fds", failing_at(range(1), errno.ETOOMANYREFS))
+    monkeypatch.setattr(engine.channel, "MAX_IN_FLIGHT_WAIT_S", 0.0)
+
+    with pytest.raises(OSError) as caught:
+        await sender.send(Note("refused", {"a": array(1)}))
+    await sender.send(Note("next", {"a": array(2)}))
+
+    assert caught.value.errno == errno.ETOOMANYREFS
+    assert values(receiver.receive(5.0)) == [2]
+    sender.close()
+    receiver.close()
+
+
+async def test_half_a_payload_ends_the_channel(monkeypatch):
+    ours, theirs = socket.socketpair()
+    sender, receiver = AsyncSender(ours), Channel(theirs, Note)
+
+    async def half(sock: socket.socket, data: bytes) -> None:
+        sock.send(data[: len(data) // 2])
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "sock_sendall", half)
+    with pytest.raises(OSError, match="buffer"):
+        await sender.send(Note("half"))
+
+    with pytest.raises(EOFError):
+        receiver.receive(5.0)
+    sender.close()
+    receiver.close()
+
+
+async def test_a_message_whose_turn_has_not_come_goes_with_its_sender():
+    ours, theirs = socket.socketpair()
+    sender, receiver = AsyncSender(ours), Channel(theirs, Note)
+    first, second = (asyncio.create_task(sender.send(Note(text))) for text in ("x" * 5_000_000, "cancelled"))
+    for _ in range(3):  # the first is begun, the second waits
+        await asyncio.sleep(0)
+
+    second.cancel()
+    third = asyncio.create_task(sender.send(Note("third")))
+    received = [await asyncio.to_thread(receiver.receive, 10.0) for _ in range(2)]
+    await asyncio.gather(first, third)
+
+    assert [note.text[:10] for note in received] == ["x" * 10, "third"]
+    assert receiver.receive(0.0) is None
     sender.close()
     receiver.close()

@@ -1,6 +1,7 @@
 """The client and a real engine process on a tiny checkpoint. What the HTTP server makes of it is tested end to end."""
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from engine.request import (
     InvalidRequestError,
     Prompt,
     PromptTooLongError,
+    QueueFullError,
     SamplingParams,
     UnreadError,
     make_cache_keys,
@@ -328,6 +330,20 @@ async def test_an_engine_that_dies_in_its_first_start_is_a_final_failure(config)
     assert failure.value.is_final
     assert client.num_restarts == 0
     await client.close()
+
+
+async def test_pictures_that_the_kernel_does_not_take_are_refused_for_now_and_the_engine_is_not_called_dead(config, monkeypatch):
+    class FullSender:
+        async def send(self, message: object) -> None:
+            raise OSError(errno.ETOOMANYREFS, "too many references")
+
+    client = EngineClient(config)
+    monkeypatch.setattr(client, "_ready_sender", FullSender)
+
+    with pytest.raises(QueueFullError, match="too many pictures are on their way"):
+        await ask(client, "r")
+
+    assert len(client._streams) == 0
 
 
 async def test_closing_ends_the_process_and_what_runs(config):

@@ -281,6 +281,23 @@ def test_the_first_output_says_where_the_time_went_and_no_later_one_does(seeing)
     assert len(seeing.clock) == 0
 
 
+def test_a_picture_that_stands_twice_in_a_prompt_is_as_two_equal_ones(folder):
+    token_ids = (5, *[9] * NUM_TOKENS, 6, *[9] * NUM_TOKENS, *range(20, 60))
+    answers = []
+    for images in ((fake_image(7),), (fake_image(7), fake_image(7))):
+        spans = (ImageSpan(1, NUM_TOKENS, 0), ImageSpan(2 + NUM_TOKENS, NUM_TOKENS, len(images) - 1))
+        prompt = Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, images, spans), images=images, spans=spans)
+        engine = make_engine(folder)
+        engine.runner.encoder = WideEncoder()
+        for name in ("first", "again"):
+            engine.add(name, prompt, SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+            answers.append(tokens(run(engine)[name]))
+        assert engine.runner.encoder.batch_sizes == [1]
+        engine.close()
+
+    assert answers == [answers[0]] * 4
+
+
 def test_a_forgotten_picture_is_encoded_again(seeing):
     seeing.embeddings.limit_bytes = 0
     for first in (5, 6):  # a prefix of their own, or the prefix cache would have all that the picture gave

@@ -1,7 +1,9 @@
 """What pictures hold of the budgets at each point of their way, who is kept out by whom, and that everything is given back."""
 
 import asyncio
+import errno
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -33,15 +35,17 @@ async def server() -> AsyncIterator[PictureServer]:
 
 
 @pytest.fixture
-async def service() -> AsyncIterator[VisionService]:
-    """At most 1000 pixels in flight, 750 for one owner, and nobody waits for room."""
+async def service(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[VisionService]:
+    """At most 1000 pixels in flight, 750 for one owner, and 200 descriptors, 150 for one; nobody waits for room."""
 
     async def look_up(host: str) -> list[str]:
         return ["127.0.0.1"]
 
     limits: dict[str, Any] = {"max_pixels_in_flight": 1000, "budget_wait_s": 0.0, "max_downloads": 20, "processed_cache_pictures": 0}
     config = VisionConfig(allow_private_media=("127.0.0.0/8",), num_decode_workers=1, **limits)
-    service = VisionService(config, model_folder="model", processor=FAKE, look_up=look_up)
+    with monkeypatch.context() as patched:
+        patched.setattr(resource, "getrlimit", lambda which: (800, 4096))
+        service = VisionService(config, model_folder="model", processor=FAKE, look_up=look_up)
     await service.open()
     await service.ready()
     yield service
@@ -82,7 +86,7 @@ class Trickle(Gate):
 
 
 async def test_what_pictures_hold_on_their_way_and_that_it_is_given_back_however_it_ends(
-    service: VisionService, server: PictureServer
+    service: VisionService, server: PictureServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One walk in one service, because each start of a preprocessing worker takes seconds."""
     decode_worker, preprocess_worker = service.process_ids
@@ -91,13 +95,13 @@ async def test_what_pictures_hold_on_their_way_and_that_it_is_given_back_however
     trickle = server.pages["/trickle"] = Trickle(b"")
     loading = [asyncio.create_task(load(service, "a", *refs(server.url("/trickle")))) for _ in range(3)]
     await until(lambda: used(service)["media_bytes"] > 0)
-    assert used(service) == {"media_bytes": PICTURE // 2, "pixels": 0, "downloads": 1}
+    assert used(service) == {"media_bytes": PICTURE // 2, "pixels": 0, "descriptors": 0, "downloads": 1}
     freeze(decode_worker)
     trickle.is_open.set()
 
     # The whole file counts until its picture is processed, its pixels from before they exist.
     await until(lambda: service.stats().num_in_flight["decode"] == 1)
-    assert used(service) == {"media_bytes": PICTURE, "pixels": 0, "downloads": 0}
+    assert used(service) == {"media_bytes": PICTURE, "pixels": 0, "descriptors": 0, "downloads": 0}
     thaw(decode_worker)
     await asyncio.gather(*loading)
     assert nothing_is_held(service)
@@ -105,19 +109,20 @@ async def test_what_pictures_hold_on_their_way_and_that_it_is_given_back_however
     # What was processed counts until the engine has it or the request ends, once for all requests that hold it.
     with request(service, "a") as first, request(service, "a"):
         close(await service.load(refs(data_url(png()), data_url(png()))))
-        assert used(service) == {"media_bytes": 0, "pixels": ARRAYS, "downloads": 0}
+        assert used(service) == {"media_bytes": 0, "pixels": ARRAYS, "descriptors": 2, "downloads": 0}
         first.give_arrays([bytes(32)])
         assert used(service)["pixels"] == ARRAYS, "the engine has another picture"
     assert nothing_is_held(service)
     with request(service, "a") as holding:
         images = await service.load(refs(data_url(png())))
         holding.give_arrays(image.content_hash for image in images)
-        assert nothing_is_held(service)
+        assert used(service) == {"media_bytes": 0, "pixels": 0, "descriptors": 2, "downloads": 0}, "the engine may need them again"
         close(images)
         images = await service.load(refs(data_url(png())), tenant="alice")
         holding.give_arrays(salted_hash(image.content_hash, "alice") for image in images)  # as her prompt names them
-        assert nothing_is_held(service)
+        assert used(service) == {"media_bytes": 0, "pixels": 0, "descriptors": 4, "downloads": 0}
         close(images)
+    assert nothing_is_held(service)
 
     # A client that leaves, at each stage.
     gate = server.pages["/gate"] = Gate(png())
@@ -143,6 +148,12 @@ async def test_what_pictures_hold_on_their_way_and_that_it_is_given_back_however
         with pytest.raises(MediaError):
             await load(service, "a", *refs(data_url(png(seed=8)), bad, detail="high" if bad == data_url(png(seed=7)) else "auto"))
         assert nothing_is_held(service), bad
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "memfd_create", no_descriptors)
+        with pytest.raises(MediaError, match="no file descriptors left") as caught:
+            await load(service, "a", *refs(data_url(png(seed=11))))
+    assert (caught.value.code, caught.value.status, caught.value.param) == ("server_busy", 503, "messages[0].content[0].image_url")
+    assert nothing_is_held(service)
     with pytest.raises(MediaError, match="broke down"):
         await load(service, "a", *refs(data_url(png(13, 2))))  # kills the preprocessing worker
     assert nothing_is_held(service)
@@ -193,6 +204,21 @@ async def test_who_finds_no_room_is_told_to_come_again_and_others_are_not_kept_o
         await load(service, "modest", *refs(data_url(png(20, 10))))
     await load(service, "greedy", *refs(data_url(png(30, 20))))
     close(images)
+    assert nothing_is_held(service)
+
+    # Descriptors, two for each picture: until their requests end, though the engine has the pictures.
+    with request(service, "greedy") as holding:
+        for at in range(0, 75, 15):
+            images = await service.load(refs(*(data_url(png(2, 2, seed=at + seed)) for seed in range(15))))
+            holding.give_arrays(image.content_hash for image in images)
+            close(images)
+        assert used(service) == {"media_bytes": 0, "pixels": 0, "descriptors": 150, "downloads": 0}
+        with pytest.raises(MediaError, match=r"150 of 200 file descriptors for pictures \(nofile\) are in use") as caught:
+            await service.load(refs(data_url(png(2, 3))))
+        assert (caught.value.code, caught.value.status) == ("server_busy", 503)
+        await load(service, "greedy", *refs(data_url(png(2, 2, seed=3))))  # is held already
+        await load(service, "modest", *refs(data_url(png(2, 3))))
+    await load(service, "greedy", *refs(data_url(png(2, 3))))
     assert nothing_is_held(service)
 
     # Pictures of one request wait for each other: of these there is room for one.
@@ -250,6 +276,10 @@ async def test_files_that_are_kept_count_until_their_request_ends(server: Pictur
 async def measure(service: VisionService, owner: str, *pictures: ImageRef) -> None:
     with request(service, owner):
         await service.measure(pictures)
+
+
+def no_descriptors(*_: object) -> int:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 async def leave(task: "asyncio.Task[Any]", service: VisionService) -> None:

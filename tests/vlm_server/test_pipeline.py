@@ -49,6 +49,7 @@ CONVERSATIONS = {
         ("tool", ["Found: ", "@small"]),
         ("user", ["And @ this?"]),
     ],
+    "equal pictures": [("user", ["@tall", "and", "@small", "and", "@tall", "differ?"])],
     "smallest": [("user", ["@dot", "@exact", "What is left of what?"])],
     "no picture": [("user", ["How many?"]), ("assistant", ["12345"]), ("user", ["def main():\n\n    return"])],
 }
@@ -145,10 +146,30 @@ async def test_spans_cover_every_row_of_every_picture_in_order(
     assert [slot for slot, _, _ in slots] == [
         i for i, token_id in enumerate(prompt.token_ids) if token_id == pipeline.family.image_token_id
     ]
-    expected = [(index, row) for index, image in enumerate(prompt.images) for row in range(image.num_tokens)]
+    names = [part for _, content in conversation for part in content if part.startswith("@")]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    expected = [(numbers[name], row) for name in names for row in range(prompt.images[numbers[name]].num_tokens)]
     assert [(image, row) for _, image, row in slots] == expected
-    assert len(prompt.images) == sum(part.startswith("@") for _, content in conversation for part in content)
+    assert len(prompt.images) == len(numbers)
     assert all(span.is_atomic == (name == "gemma3") for span in prompt.spans)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_equal_pictures_are_one_in_as_many_places(name: str, pipelines: Any) -> None:
+    """The tokens and keys are those of the reference: see above. Other copies hold no descriptors."""
+    pipeline = pipelines(name)
+    conversation = [("user", ["@wide", "and", "@small", "and", "@wide", "and", "@wide"])]
+
+    prompt = await pipeline.chat_prompt(openai_messages(conversation))
+
+    wide, small = prompt.images
+    slots = [(image, row) for _, image, row in image_slots(prompt)]
+    rows = [(0, row) for row in range(wide.num_tokens)], [(1, row) for row in range(small.num_tokens)]
+    assert slots == [*rows[0], *rows[1], *rows[0], *rows[0]]
+    assert list(prompt.token_ids) == reference_ids(name, conversation)
+    given = [all(array.fd >= 0 for array in image.arrays.values()) for image in images_of(pipeline).given]
+    assert given == [True, True, False, False]
+    prompt.close()
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
@@ -162,7 +183,8 @@ async def test_a_prompts_positions_equal_the_references(name: str, conversation:
         assert (prompt.positions, prompt.position_delta) == (None, 0)
         return
     token_ids = torch.tensor([prompt.token_ids])
-    grids = torch.from_numpy(np.concatenate([image.arrays["image_grid_thw"].numpy() for image in prompt.images]))
+    shown = [prompt.images[span.image] for span in prompt.spans if span.offset == 0]
+    grids = torch.from_numpy(np.concatenate([image.arrays["image_grid_thw"].numpy() for image in shown]))
     kinds = (token_ids == pipeline.family.image_token_id).int()
     expected, delta = reference_model(name).model.get_rope_index(token_ids, kinds, image_grid_thw=grids)
     assert prompt.positions == tuple(tuple(axis) for axis in expected[:, 0].tolist())

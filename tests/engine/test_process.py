@@ -1,0 +1,106 @@
+"""What the engine process makes of messages, before the engine sees them."""
+
+import gc
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from engine.channel import Channel
+from engine.messages import Add, Announce, FromEngine, Rejected, ToEngine
+from engine.process import EngineLoop
+from engine.request import ImageInput, Prompt, SamplingParams
+from tests.engine.fake_encoder import fake_image
+from vision.shared_array import SharedArray
+
+LOST = ImageInput(b"lost", 4, {"pixel_values": SharedArray(-1, (1, 3, 2, 2), "uint8")})
+
+
+class TakingEngine:
+    """Keeps what it is given."""
+
+    has_work = False
+
+    def __init__(self) -> None:
+        self.prompts: dict[str, Prompt] = {}
+        self.announced: list[ImageInput] = []
+
+    def add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
+        self.prompts[request_id] = prompt
+
+    def announce(self, owner: str, image: ImageInput) -> None:
+        self.announced.append(image)
+
+
+class Process:
+    """A loop with an engine, and the server's ends of its channels."""
+
+    def __init__(self) -> None:
+        (ours, inbox), (outbox, theirs) = socket.socketpair(), socket.socketpair()
+        self.channels = Channel(ours, ToEngine), Channel(inbox, ToEngine), Channel(outbox, FromEngine), Channel(theirs, FromEngine)
+        self.to_engine, self.from_engine = self.channels[0], self.channels[3]
+        self.engine = TakingEngine()
+        self.loop = EngineLoop(self.engine, self.channels[1], self.channels[2])  # type: ignore[arg-type]
+
+    def tell(self, message: object) -> None:
+        self.to_engine.send(message)
+        received = self.channels[1].receive(5.0)
+        assert received is not None
+        self.loop._handle(received)
+
+
+@pytest.fixture
+def process() -> Iterator[Process]:
+    process = Process()
+    yield process
+    for channel in process.channels:
+        channel.close()
+
+
+def add(name: str, *images: ImageInput) -> Add:
+    return Add(name, Prompt(token_ids=(5,), cache_keys=(5,), images=images), SamplingParams())
+
+
+def num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_pictures_that_several_requests_bring_are_held_once_and_given_back_with_the_last(process: Process) -> None:
+    images = fake_image(1), fake_image(2)
+    gc.collect()  # what tests before this one left
+    before = num_descriptors()
+
+    process.tell(Announce("a prompt", images[0]))
+    for number in range(10):
+        process.tell(add(f"answer {number}", *images))
+
+    assert num_descriptors() == before + 2
+    assert process.engine.prompts["answer 9"].images[0] is process.engine.announced[0]
+    process.engine.prompts.clear()
+    assert num_descriptors() == before + 1
+    process.engine.announced.clear()
+    assert num_descriptors() == before
+
+
+def test_a_request_whose_pictures_found_no_descriptors_is_rejected_and_the_engine_goes_on(process: Process) -> None:
+    process.loop._handle(add("lost", fake_image(1), LOST))
+    process.loop._handle(Announce("a prompt", LOST))
+    process.tell(add("next", fake_image(2)))
+
+    rejected = process.from_engine.receive(5.0)
+    assert isinstance(rejected, Rejected)
+    assert (rejected.request_id, rejected.kind) == ("lost", "QueueFullError")
+    assert "file descriptors" in rejected.message
+    assert list(process.engine.prompts) == ["next"]
+    assert process.engine.announced == []
+
+
+def test_a_picture_that_was_lost_is_taken_from_a_request_that_has_it(process: Process) -> None:
+    there = fake_image(1)
+    process.tell(add("first", there))
+
+    process.loop._handle(add("second", ImageInput(there.content_hash, there.num_tokens, LOST.arrays)))
+
+    first, second = process.engine.prompts.values()
+    assert second.images[0] is first.images[0]
