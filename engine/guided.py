@@ -38,7 +38,7 @@ class GrammarError(InvalidRequestError):
 
 
 def check_grammar(grammar: str) -> None:
-    """Raises GrammarError saying what is wrong. Takes milliseconds, at worst some hundred."""
+    """Raises GrammarError saying what is wrong. Takes milliseconds, or all time and memory: for a process that can be killed."""
     if len(grammar) > MAX_GRAMMAR_BYTES:
         raise GrammarError(f"{len(grammar)} characters, at most {MAX_GRAMMAR_BYTES} are allowed")
     is_error, messages = _on_a_deep_stack(lambda: LLMatcher.validate_grammar_with_warnings(grammar, limits=_LIMITS))

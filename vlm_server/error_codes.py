@@ -79,6 +79,7 @@ ERROR_CODES: dict[str, ErrorCode] = {
             "The model's own image processor does not take the picture (400), failed at it (500), or broke down (503: try again).",
         ),
         ("template_unavailable", (503,), "The process that renders chat templates was lost twice in a row; try again."),
+        ("grammar_unavailable", (503,), "The processes that read schemas and grammars were lost; try again."),
         ("vision_not_ready", (503,), "Pictures cannot be processed now; try again."),
         ("server_busy", (503,), "Other requests hold the memory that this one needs; try again after `Retry-After`."),
     ),
