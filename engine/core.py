@@ -113,7 +113,7 @@ class Engine:
             self.beams.begin(request)
         if params.grammar is not None:
             self.scheduler.hold(request_id)
-            self._compiling[request_id] = self.guides.begin(request_id, params.grammar)
+            self._compiling[request_id] = self.guides.begin(request_id, params.grammar, tenant=prompt.tenant)
         if not prompt.is_probe:
             self._count_embeddings(prompt)
 

@@ -8,7 +8,7 @@ Knows nothing of tensors, of requests' lives or of HTTP.
 import os
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -67,6 +67,7 @@ class _Guide:
     """One request's place in its grammar."""
 
     grammar: str
+    tenant: str
     mask: Mask
     matcher: LLMatcher | None = None
     used_s: float = 0.0  # processor time of its masks
@@ -86,17 +87,21 @@ class Guides:
         self._num_followers = max(1, min(8, (os.cpu_count() or 1) // 2))
         self._followers = ThreadPoolExecutor(self._num_followers, thread_name_prefix="masks")
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._lock = threading.Lock()
+        self._queues: dict[str, deque[_Guide]] = {}  # to be compiled, by tenant; whose turn it is comes first
         self._tokenizer: LLTokenizer | None = None  # this and the next one: the compiler's own
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()  # by tenant and grammar
 
     def __len__(self) -> int:
         return len(self._guides)
 
-    def begin(self, request_id: str, grammar: str) -> "Future[None]":
-        """Compile a request's grammar; the future ends when its first mask or its error is there."""
+    def begin(self, request_id: str, grammar: str, *, tenant: str = "") -> "Future[None]":
+        """Compile a request's grammar, tenants by turns; the future ends when its first mask or its error is there."""
         assert self.vocabulary is not None, "the vocabulary is not known"
-        guide = self._guides[request_id] = _Guide(grammar, self._no_mask())
-        self._compiler.submit(_settle, guide.work, partial(self._compile, guide, self.vocabulary))
+        guide = self._guides[request_id] = _Guide(grammar, tenant, self._no_mask())
+        with self._lock:
+            self._queues.setdefault(tenant, deque()).append(guide)
+        self._compiler.submit(self._compile_next, self.vocabulary)
         return guide.work
 
     def masks(self, request_ids: Sequence[str]) -> tuple[dict[str, Mask], dict[str, RequestFailure]]:
@@ -109,6 +114,7 @@ class Guides:
                 continue
             if failure := _failure_of(guide, deadline_s):
                 failures[request_id] = failure
+                self._compiler.submit(self._drop, guide)
             else:
                 masks[request_id] = guide.mask
         return masks, failures
@@ -122,7 +128,16 @@ class Guides:
             self._followers.submit(self._follow_all, pairs[part :: self._num_followers])
 
     def end(self, request_id: str) -> None:
-        self._guides.pop(request_id, None)
+        """Forget a request; what of its work has not begun is not done."""
+        guide = self._guides.pop(request_id, None)
+        if guide is None or not guide.work.cancel():
+            return
+        with self._lock:
+            queue = self._queues.get(guide.tenant)
+            if queue is not None and guide in queue:
+                queue.remove(guide)
+                if not queue:
+                    del self._queues[guide.tenant]
 
     def close(self) -> None:
         self._guides.clear()
@@ -131,6 +146,21 @@ class Guides:
 
     def _no_mask(self) -> Mask:
         return np.zeros(-(-self._vocab_size // 32), np.int32)
+
+    def _compile_next(self, vocabulary: str) -> None:
+        if guide := self._next_in_turn():
+            _settle(guide.work, lambda: self._compile(guide, vocabulary))
+
+    def _next_in_turn(self) -> _Guide | None:
+        with self._lock:
+            if not self._queues:
+                return None
+            tenant, queue = next(iter(self._queues.items()))
+            guide = queue.popleft()
+            del self._queues[tenant]
+            if queue:
+                self._queues[tenant] = queue  # behind the others
+            return guide
 
     def _compile(self, guide: _Guide, vocabulary: str) -> None:
         try:
@@ -144,13 +174,17 @@ class Guides:
         """At the grammar's beginning. Raises ValueError where the vocabulary is of an unknown kind."""
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(vocabulary, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
-        tokenizer, key = self._tokenizer, guide.grammar
+        tokenizer, key = self._tokenizer, (guide.tenant, guide.grammar)
         if key not in self._compiled:
             self._compiled[key] = _on_a_deep_stack(lambda: LLMatcher(tokenizer, guide.grammar, log_level=0, limits=_LIMITS))
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
         return self._compiled[key]
+
+    def _drop(self, guide: _Guide) -> None:
+        """All copies of what was compiled have its lexer's states in common, and a full lexer fails every later copy."""
+        self._compiled.pop((guide.tenant, guide.grammar), None)
 
     def _follow_all(self, pairs: Sequence[tuple[_Guide, int]]) -> None:
         """Each for itself: one that takes long or breaks ends no other."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from threading import Event
 
 import numpy as np
@@ -224,6 +225,56 @@ def test_a_guide_waits_for_no_other_ones_mask(guides, monkeypatch):
     assert list(masks) == ["quick"]
     assert failures["slow"] == RequestFailure("the grammar: its mask took longer than 0 s")
     assert "a panic" in failures["broken"].message
+
+
+def test_a_grammar_that_failed_is_compiled_anew_and_each_tenants_apart(guides):
+    """Regression: the copies of a compiled grammar have their lexer in common, and once that was full every later one failed."""
+    for tenant in ("one", "other"):
+        guides.begin(tenant, WORD, tenant=tenant).result()
+    one, other = guides._compiled[("one", WORD)], guides._compiled[("other", WORD)]
+    guides._guides["one"].error = RequestFailure("Lexer has too many states", is_refusal=True)
+
+    assert list(guides.masks(["one", "other"])[1]) == ["one"]
+
+    guides.begin("again", WORD, tenant="one").result()
+    assert guides._compiled[("one", WORD)] is not one
+    assert guides._compiled[("other", WORD)] is other
+    assert guides.masks(["again"])[1] == {}
+
+
+def test_a_compiled_grammar_is_kept_for_the_requests_tenant(engine):
+    engine.add("request", replace(text_prompt(5, 6, 7), tenant="someone"), SamplingParams(max_tokens=60, grammar=WORD))
+
+    run(engine)
+
+    assert list(engine.guides._compiled) == [("someone", WORD)]
+
+
+def test_tenants_take_turns_at_compiling_and_what_was_given_up_is_not_compiled(guides, monkeypatch):
+    """Regression: one thread compiled the grammars of requests in their order, those of requests that had ended too."""
+    compiled, may_go_on, has_begun = [], Event(), Event()
+
+    def compile_slowly(guide, vocabulary):
+        has_begun.set()
+        assert may_go_on.wait(60)
+        compiled.append(guide.grammar)
+
+    monkeypatch.setattr(guides, "_compile", compile_slowly)
+    first = guides.begin("first", "first", tenant="greedy")
+    assert has_begun.wait(60)
+    works = {name: guides.begin(name, name, tenant="greedy") for name in ("second", "third", "fourth")}
+    works["other"] = guides.begin("other", "other", tenant="other")
+    for name in ("third", "fourth"):
+        guides.end(name)
+    may_go_on.set()
+    for work in (first, works["second"], works["other"]):
+        work.result(60)
+    guides._compiler.submit(lambda: None).result(60)  # behind all that could follow
+
+    assert compiled == ["first", "second", "other"]
+    assert works["third"].cancelled()
+    assert works["fourth"].cancelled()
+    assert guides._queues == {}
 
 
 def test_without_a_vocabulary_a_grammar_is_refused_and_the_request_is_gone(folder, tokenizer):
