@@ -31,6 +31,7 @@ from engine.request import (
     Plan,
     Prompt,
     Request,
+    RequestFailure,
     SampledToken,
     SamplingParams,
     StepOutput,
@@ -110,7 +111,7 @@ class Engine:
             self.beams.begin(request)
         if params.grammar is not None:
             self.scheduler.hold(request_id)
-            self._compiling[request_id] = self.guides.begin(request_id, params.grammar)
+            self._compiling[request_id] = self.guides.begin(request_id, params.grammar, tenant=prompt.tenant)
         if not prompt.is_probe:
             self._count_embeddings(prompt)
 
@@ -227,14 +228,15 @@ class Engine:
         """Execute and commit a plan; seconds of tensor work. Out of memory ends the request with the largest chunk and nothing else."""
         started = time.perf_counter()
         try:
-            sampled, errors = self._execute(plan)
+            sampled, reasons = self._execute(plan)
         except torch.OutOfMemoryError:
             largest = max(plan.chunks, key=lambda chunk: len(chunk.token_ids)).request_id
             logger.exception("out of device memory; the request with the largest chunk ends")
-            failed = self._fail(largest, "out of device memory; lower --cache-max-entry-count or --max-prefill-token-num")
+            reason = "out of device memory; lower --cache-max-entry-count or --max-prefill-token-num"
+            failed = self._fail(largest, RequestFailure(reason))
             return ([failed] if failed else []), time.perf_counter() - started
         tensor_s = time.perf_counter() - started
-        failures = [self._fail(request_id, error) for request_id, error in errors.items()]
+        failures = [self._fail(request_id, reason) for request_id, reason in reasons.items()]
         outputs = [output for output in failures if output]
         outputs += [self._with_reading(output) for output in self.scheduler.commit(plan, sampled)]
         outputs += self.beams.advance()
@@ -242,7 +244,7 @@ class Engine:
         return outputs, tensor_s
 
     @torch.inference_mode()
-    def _execute(self, plan: Plan) -> tuple[dict[str, SampledToken], dict[str, str]]:
+    def _execute(self, plan: Plan) -> tuple[dict[str, SampledToken], dict[str, RequestFailure]]:
         """The sampled tokens, and why requests cannot go on: their logits overflowed, or their grammar failed."""
         executed = self.ranks.execute(plan, self.embeddings.tensors)
         self._read(plan, executed.readings)
@@ -258,18 +260,18 @@ class Engine:
                 others.append(index)
         if len(others) < len(request_ids):
             request_ids, logits = tuple(request_ids[index] for index in others), logits[others]
-        tokens, errors = self._sample(request_ids, logits) if others else ({}, {})
+        tokens, reasons = self._sample(request_ids, logits) if others else ({}, {})
         for request_id, finite in zip(executed.sample_ids, is_finite, strict=True):
             if not finite:
-                errors[request_id] = "the model computed no finite numbers for this input"
-        return tokens, errors
+                reasons[request_id] = RequestFailure("the model computed no finite numbers for this input")
+        return tokens, reasons
 
-    def _sample(self, request_ids: Sequence[str], logits: Tensor) -> tuple[dict[str, SampledToken], dict[str, str]]:
-        masks, errors = self.guides.masks(request_ids)
+    def _sample(self, request_ids: Sequence[str], logits: Tensor) -> tuple[dict[str, SampledToken], dict[str, RequestFailure]]:
+        masks, reasons = self.guides.masks(request_ids)
         rows = [_sampling_row(self.scheduler.requests[request_id], masks.get(request_id)) for request_id in request_ids]
         tokens = dict(zip(request_ids, sample(logits, rows, eos_token_ids=self.runner.eos_token_ids), strict=True))
         self.guides.advance({request_id: tokens[request_id].token_id for request_id in masks})
-        return tokens, errors
+        return tokens, reasons
 
     def _offer(self, search: BeamSearch, beam_id: str, logits: Tensor) -> None:
         """Tell a beam's search what it may go on with. Beams of one search draw different numbers."""
@@ -278,9 +280,11 @@ class Engine:
         kept = {"num_kept": search.num_kept, "min_kept": max(2, 1 + len(search.end_token_ids))}
         self.beams.offer(beam_id, continuations(logits, row, eos_token_ids=self.runner.eos_token_ids, **kept))
 
-    def _fail(self, request_id: str, error: str) -> StepOutput | None:
+    def _fail(self, request_id: str, reason: RequestFailure) -> StepOutput | None:
         """End a request, given it or one of its beams, with an error. None where it has ended."""
-        return self.beams.end(request_id, FinishReason.ERROR, error=error) or self.scheduler.fail(request_id, error)
+        error = reason.message
+        output = self.beams.end(request_id, FinishReason.ERROR, error=error) or self.scheduler.fail(request_id, error)
+        return output and replace(output, is_refusal=reason.is_refusal)
 
     def _release_compiled(self) -> None:
         """Let those run whose grammar is ready. Waits a moment where nothing else could run."""
@@ -357,7 +361,8 @@ class Engine:
         if encoding.result is None:
             for image in encoding.images:
                 self.announced.tried(image.content_hash)
-            failures = [self._fail(request_id, "a picture could not be encoded") for request_id in self._requests_with(encoding)]
+            reason = RequestFailure("a picture could not be encoded")
+            failures = [self._fail(request_id, reason) for request_id in self._requests_with(encoding)]
             return [output for output in failures if output]
         for image, embedding in zip(encoding.images, encoding.result, strict=True):
             self.announced.encoded(image.content_hash)

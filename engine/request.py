@@ -272,6 +272,14 @@ class SampledToken:
     logprobs: TokenLogprobs | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class RequestFailure:
+    """Why a request cannot go on. is_refusal: for what it asks, which is more than is allowed; else the engine failed at it."""
+
+    message: str
+    is_refusal: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
     """What one step gave one request. The last one of a request, and no other, has a finish_reason."""
@@ -283,6 +291,7 @@ class StepOutput:
     prompt_logprobs: list[TokenLogprobs] | None = None  # on the first output of a request that wants them, of all tokens but the first
     embedding: list[float] | None = None  # on the last output of a request that pools: (hidden_size,)
     error: str | None = None  # with FinishReason.ERROR
+    is_refusal: bool = False  # with an error: it is what the request asks for, see `RequestFailure`
     num_cached_tokens: int = 0  # prompt slots that came from the prefix cache
     timings_s: dict[str, float] | None = None  # a request's first: seconds of queue, encode (if a picture had to be) and prefill
 

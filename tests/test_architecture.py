@@ -114,7 +114,7 @@ MAY_IMPORT = {
     "vlm_server.alpaca_shapes": ".alpaca .errors .generation .shapes .stage_timings .streaming",
     "vlm_server.announcing": "engine.request vision.image",
     "vlm_server.answer_formats": ".parsing.reasoning .parsing.tool_formats",
-    "vlm_server.answer_grammar": ".errors .tools engine.guided",
+    "vlm_server.answer_grammar": ".backend .errors .tools engine.guided",
     "vlm_server.anthropic": "",
     "vlm_server.anthropic.field_names": ".errors",
     "vlm_server.anthropic.models": ".context .errors",
@@ -135,8 +135,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.auth": ".api_keys .errors .middleware .quotas",
     "vlm_server.backend": (
-        ".config .detokenizer .jinja_process .jinja_worker .picture_report .pipeline .probe .readiness .stage_timings .transcript "
-        "engine.client engine.request vision.config vision.image vision.media_budgets vision.request_room vision.service"
+        ".config .detokenizer .grammar_pool .jinja_process .jinja_worker .picture_report .pipeline .probe .readiness .stage_timings "
+        ".transcript engine.client engine.request vision.config vision.image vision.media_budgets vision.request_room vision.service"
     ),
     "vlm_server.body_budget": ".auth .errors vision.budget vision.media_budgets",
     "vlm_server.built_in_templates": ".alpaca .role_template",
@@ -186,7 +186,12 @@ MAY_IMPORT = {
         ".aborting .backend .detokenizer .errors .metrics .parsing.answer .parsing.events .protocol .sampling .stage_timings engine.request"
     ),
     "vlm_server.gradio_page": ".chat_client",
-    "vlm_server.guided": ".errors .format_protocol .protocol engine.guided",
+    "vlm_server.grammar_pool": (
+        ".errors .grammar_worker engine.guided vision.budget vision.confinement vision.frames vision.media_budgets vision.shared_array "
+        "vision.workers"
+    ),
+    "vlm_server.grammar_worker": "engine.guided vision.confinement vision.frames",
+    "vlm_server.guided": ".backend .errors .format_protocol .protocol engine.guided",
     "vlm_server.image_protocol": "vision.resolution",
     "vlm_server.infill": ".backend",
     "vlm_server.interactive_protocol": ".image_protocol .message_schema .protocol",
@@ -328,8 +333,16 @@ MAY_IMPORT = {
 # Whole packages that a package never imports, whatever the table says: vision knows neither other package, the engine no server.
 NEVER = {"vision": {"engine", "vlm_server"}, "engine": {"vlm_server"}, "vlm_server": set()}
 
-# Bookkeeping, the engine's client and the decode worker start without torch.
-WITHOUT_TORCH = ("engine.request", "engine.config", "engine.kv_cache", "engine.scheduler", "engine.client", "vision.decode")
+# Bookkeeping, the engine's client, the decode worker and the grammar worker start without torch.
+WITHOUT_TORCH = (
+    "engine.request",
+    "engine.config",
+    "engine.kv_cache",
+    "engine.scheduler",
+    "engine.client",
+    "vision.decode",
+    "vlm_server.grammar_worker",
+)
 
 
 def module_name(path: Path) -> str:

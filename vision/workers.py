@@ -36,6 +36,10 @@ class WorkerTimeoutError(WorkerError):
     pass
 
 
+class WorkerEndedError(WorkerError):
+    """It ended in the middle of a job, for something that the job had it do."""
+
+
 class WorkerKilledError(WorkerError):
     """Somebody else killed it, the kernel for want of memory perhaps: the job may have had no part in that."""
 
@@ -203,7 +207,8 @@ class WorkerPool:
             await self._end(worker)
             if worker.process.returncode == -signal.SIGKILL:
                 raise WorkerKilledError(f"{self._module} (process {worker.process.pid}) was killed in the middle of a job") from None
-            raise WorkerError(f"{self._module} ended in the middle of a job: {error!r}, exit status {worker.process.returncode}") from None
+            status = worker.process.returncode
+            raise WorkerEndedError(f"{self._module} ended in the middle of a job: {error!r}, exit status {status}") from None
         except ValueError as error:
             raise WorkerError(f"{self._module} does not keep to the protocol: {error}") from None
 

@@ -4,13 +4,13 @@ A form alone says nothing of the reasoning before it, and nothing of calls in it
 routes; which words are tokens of their own is told to it.
 """
 
-import asyncio
 import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.guided import GrammarError, check_grammar
+from engine.guided import GrammarError
+from vlm_server.backend import GrammarReader
 from vlm_server.errors import bad_request
 from vlm_server.tools import AnswerPlan, CallStructure
 
@@ -19,13 +19,13 @@ TokenId = Callable[[str], int | None]
 _ON_ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as `guided.json_grammar`
 
 
-async def check_calls(plan: AnswerPlan, token_id_of: TokenId) -> None:
-    """Refuses functions whose parameters no grammar can follow. Raises ApiError 400."""
+async def check_calls(plan: AnswerPlan, token_id_of: TokenId, grammars: GrammarReader) -> None:
+    """Refuses functions whose parameters no grammar can follow. Raises ApiError 400, or what `GrammarReader.read` raises."""
     grammar = answer_grammar(plan, None, token_id_of=token_id_of, in_reasoning=False)
     if grammar is None:
         return
     try:
-        await asyncio.to_thread(check_grammar, grammar)
+        await grammars.read(lambda: grammar)
     except GrammarError as error:
         raise bad_request("invalid_value", f"tools: the parameters cannot be followed: {error}", param="tools") from error
 

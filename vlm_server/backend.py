@@ -1,4 +1,4 @@
-"""What the routes talk to: an engine and a pipeline, opened and closed together.
+"""What the routes talk to: an engine, a pipeline and what reads grammars, opened and closed together.
 
 The protocols are all that the routes know of them, so that tests can put scripted ones in their place.
 """
@@ -161,12 +161,19 @@ class PromptPipeline(Protocol):
     async def in_thread(self, work: Callable[[], Result]) -> Result: ...
 
 
+class GrammarReader(Protocol):
+    """See `vlm_server.grammar_pool.GrammarPool`."""
+
+    async def read(self, write: Callable[[], str]) -> str: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """Both, while the server runs."""
+    """All of it, while the server runs."""
 
     engine: Engine
     pipeline: PromptPipeline
+    grammars: GrammarReader
     vision_stats: Callable[[], VisionStats] = VisionStats
     stop_words: StopWords = field(default_factory=StopWords)  # the chat template's, for every request
     media: MediaBudgets = field(default_factory=lambda: MediaBudgets(VisionConfig()))  # of all requests together
@@ -184,12 +191,14 @@ OpenBackend = Callable[[ServerConfig], AbstractAsyncContextManager[Backend]]
 
 @contextlib.asynccontextmanager
 async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], None] = lambda fraction: None) -> AsyncIterator[Backend]:
-    """The real ones: picture workers and engine process start side by side. `on_progress` is told the share of the weights that is loaded.
+    """The real ones: picture and grammar workers and the engine process start side by side.
 
-    Raises EngineDeadError, OSError or ValueError where the checkpoint cannot be served.
+    on_progress: is told the share of the weights that is loaded. Raises EngineDeadError, OSError, ValueError or WorkerError where
+    the checkpoint cannot be served.
     """
     from engine.client import EngineClient
     from vision.service import VisionService
+    from vlm_server.grammar_pool import GrammarPool
     from vlm_server.jinja_process import JinjaProcess
     from vlm_server.pipeline import Pipeline
     from vlm_server.probe import PipelineProbe
@@ -209,6 +218,8 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
             max_tokens=lambda: engine.info.session_len if engine.info else None,
         )
         stack.push_async_callback(vision.close)
+        grammars = GrammarPool()
+        stack.push_async_callback(grammars.close)
         jinja = JinjaProcess(render_limits(config.limits))
         stack.push_async_callback(asyncio.to_thread, jinja.close)
         pipeline = await asyncio.to_thread(
@@ -228,10 +239,11 @@ async def open_backend(config: ServerConfig, *, on_progress: Callable[[float], N
         stack.callback(pipeline.close)
         if pipeline.family is not None:
             await vision.open()
+        await grammars.open()
         await start
         if vocabulary := pipeline.tokenizer.vocabulary():
             await engine.set_vocabulary(vocabulary)
         if pipeline.family is not None:
             await vision.ready()
         probe = PipelineProbe(engine, pipeline, vision if pipeline.family is not None else None)
-        yield Backend(engine, pipeline, vision.stats, pipeline.stop_words, media, probe, engine.kill)
+        yield Backend(engine, pipeline, grammars, vision.stats, pipeline.stop_words, media, probe, engine.kill)

@@ -46,9 +46,8 @@ async def begin_chat(
     """
     warnings = context.accept(request, body) + _without_effect(context, body)
     plan = plan_answer(body, context.formats)
-    form = await grammar_of(body)
+    form = await unless_client_leaves(request, _form(context, body, plan))
     tokenizer = context.backend.pipeline.tokenizer
-    await check_calls(plan, tokenizer.added_token_id)
     watch = Stopwatch()
     timings = request_timings(request.scope)
     report = PictureReport.of(body.on_media_error, body.return_image_sizes)
@@ -67,6 +66,13 @@ async def begin_chat(
         new_parser=lambda: plan.parser(in_reasoning=in_reasoning),
     )
     return Chat(generation, warnings + report.warnings(), plan.is_plain, report)
+
+
+async def _form(context: ServerContext, body: ChatCompletionRequest, plan: AnswerPlan) -> str | None:
+    """The grammar of an answer without calls; None: any text. Raises ApiError where it, or that of the calls, cannot be followed."""
+    form = await grammar_of(body, context.backend.grammars)
+    await check_calls(plan, context.backend.pipeline.tokenizer.added_token_id, context.backend.grammars)
+    return form
 
 
 async def count_tokens(request: Request, context: ServerContext, body: ChatCompletionRequest) -> tuple[int, list[str]]:

@@ -37,6 +37,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
         ("duplicate_item", (400,), "An item that is in the conversation already."),
         ("tools_not_supported", (400,), "The served model cannot be given tools, or its calls cannot be read; the message says which."),
         ("thread_unsupported_request", (400,), "Anthropic's `thread`: send the whole conversation without it."),
+        (
+            "grammar_too_complex",
+            (400,),
+            "To follow the schema or grammar takes more than is allowed, as is seen while the answer is written.",
+        ),
         ("context_length_exceeded", (400,), "Prompt and answer, or one picture, are longer than the model's window. Send less."),
         ("prompt_too_long", (400,), "A text of more characters than `--max-prompt-characters`."),
         ("too_many_messages", (400,), "More messages than `--max-messages`, those that the server kept included."),
@@ -79,6 +84,7 @@ ERROR_CODES: dict[str, ErrorCode] = {
             "The model's own image processor does not take the picture (400), failed at it (500), or broke down (503: try again).",
         ),
         ("template_unavailable", (503,), "The process that renders chat templates was lost twice in a row; try again."),
+        ("grammar_unavailable", (503,), "The processes that read schemas and grammars were lost; try again."),
         ("vision_not_ready", (503,), "Pictures cannot be processed now; try again."),
         (
             "server_busy",

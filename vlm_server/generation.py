@@ -16,7 +16,7 @@ from engine.request import FinishReason, InvalidRequestError, Prompt, SamplingPa
 from vlm_server.aborting import AbortSwitch
 from vlm_server.backend import Engine, Tokenizer
 from vlm_server.detokenizer import Detokenizer, TextDecoder
-from vlm_server.errors import ApiError, to_api_error
+from vlm_server.errors import ApiError, bad_request, to_api_error
 from vlm_server.metrics import Metrics
 from vlm_server.parsing.answer import AnswerParser
 from vlm_server.parsing.events import Event, merged
@@ -466,6 +466,8 @@ def _sum_known(numbers: Sequence[int | None]) -> int | None:
 
 
 def _raise_engine_error(step: StepOutput) -> None:
+    if step.finish_reason is FinishReason.ERROR and step.is_refusal:
+        raise bad_request("grammar_too_complex", step.error or "the grammar cannot be followed")
     if step.finish_reason is FinishReason.ERROR:
         raise ApiError(500, "engine_error", step.error or "the engine failed at this request")
     if step.finish_reason is FinishReason.ABORT:

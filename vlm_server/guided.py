@@ -3,7 +3,6 @@
 `response_format` is OpenAI's, with LMDeploy's `regex_schema`; `structured_outputs` is vLLM's. Knows nothing of tokens or of HTTP routes.
 """
 
-import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from typing import Any
 from llguidance import LLMatcher, grammar_from
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from engine.guided import GrammarError, check_grammar
+from engine.guided import GrammarError
+from vlm_server.backend import GrammarReader
 from vlm_server.errors import ApiError, bad_request
 from vlm_server.format_protocol import JsonObjectFormat, JsonSchema, JsonSchemaFormat, RegexFormat, ResponseFormat, StructuredOutputs
 from vlm_server.protocol import GenerationFields
@@ -34,8 +34,11 @@ class _Constraint:
     param: str
 
 
-async def grammar_of(request: GenerationFields) -> str | None:
-    """The grammar of all answers to the request, checked in a thread; None: they may be anything. Raises ApiError 400."""
+async def grammar_of(request: GenerationFields, grammars: GrammarReader) -> str | None:
+    """The grammar of all answers to the request, one that can be followed; None: they may be anything.
+
+    Raises ApiError 400, or what `GrammarReader.read` raises where it is busy or broken.
+    """
     given = [constraint for constraint in (_of_response_format(request), _of_structured_outputs(request)) if constraint]
     if not given:
         return None
@@ -43,7 +46,11 @@ async def grammar_of(request: GenerationFields) -> str | None:
         raise _refusal("structured_outputs", "only without a response_format")
     if request.ignore_eos:
         raise _refusal("ignore_eos", "a grammar says where the answer ends; only false is allowed with one")
-    return await asyncio.to_thread(_checked, given[0])
+    [constraint] = given
+    try:
+        return await grammars.read(constraint.write)
+    except (GrammarError, ValueError, RecursionError) as error:
+        raise _refusal(constraint.param, str(error)) from error
 
 
 def json_grammar(schema: JsonSchema | str) -> str:
@@ -56,16 +63,6 @@ def json_grammar(schema: JsonSchema | str) -> str:
 
 
 _ANY_OBJECT = json_grammar({"type": "object"})
-
-
-def _checked(constraint: _Constraint) -> str:
-    """The grammar. Blocks; raises ApiError 400."""
-    try:
-        grammar = constraint.write()
-        check_grammar(grammar)
-    except (GrammarError, ValueError, RecursionError) as error:
-        raise _refusal(constraint.param, str(error)) from error
-    return grammar
 
 
 def _of_response_format(request: GenerationFields) -> _Constraint | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from engine.guided import check_grammar
 from engine.request import (
     EngineDeadError,
     EngineError,
@@ -422,6 +423,18 @@ def _content(url: str, pictures: Mapping[str, bytes] | None) -> bytes:
     return url.encode() if data is None else b"data:image/png;base64," + base64.b64encode(data)
 
 
+class FakeGrammarReader:
+    """Reads grammars in a thread, without limits."""
+
+    async def read(self, write: Callable[[], str]) -> str:
+        def checked() -> str:
+            grammar = write()
+            check_grammar(grammar)
+            return grammar
+
+        return await asyncio.to_thread(checked)
+
+
 class FakeBackend:
     """Opens as the server does; keeps the doubles at hand for the test."""
 
@@ -429,6 +442,7 @@ class FakeBackend:
         self.activity = Activity()
         self.engine = FakeEngine(self.activity)
         self.pipeline = FakePipeline(self.activity)
+        self.grammars = FakeGrammarReader()
         self.stop_words = StopWords()
         self.probe: Probe | None = None
 
@@ -442,4 +456,4 @@ class FakeBackend:
     @contextlib.asynccontextmanager
     async def open(self, config: ServerConfig) -> AsyncIterator[Backend]:
         media = MediaBudgets(config.vision)
-        yield Backend(self.engine, self.pipeline, stop_words=self.stop_words, media=media, probe=self.probe)
+        yield Backend(self.engine, self.pipeline, self.grammars, stop_words=self.stop_words, media=media, probe=self.probe)

@@ -15,7 +15,7 @@ from engine.beams import BeamSearch, Continuation
 from engine.config import EngineConfig
 from engine.continuations import continuations
 from engine.core import Engine
-from engine.request import FinishReason, InvalidRequestError, Prompt, Request, SamplingParams, make_cache_keys
+from engine.request import FinishReason, InvalidRequestError, Prompt, Request, RequestFailure, SamplingParams, make_cache_keys
 from engine.sampler import SamplingRow
 from tests.tiny_models import write_tiny
 
@@ -175,7 +175,7 @@ def test_an_abort_or_a_failure_ends_all_beams(engine):
     assert engine.abort("aborted").finish_reason is FinishReason.ABORT
     assert engine.abort("aborted") is None
     beam = next(beam_id for beam_id in engine.scheduler.requests if beam_id.startswith("failed/"))
-    assert engine._fail(beam, "no reason").request_id == "failed"
+    assert engine._fail(beam, RequestFailure("no reason")).request_id == "failed"
     assert not engine.has_work
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
@@ -14,12 +16,13 @@ from llguidance import LLMatcher
 from engine.config import EngineConfig
 from engine.core import Engine
 from engine.guided import MAX_COMPILED, MAX_GRAMMAR_BYTES, GrammarError, Guides, check_grammar
-from engine.request import FinishReason, InvalidRequestError, Prompt, SamplingParams, make_cache_keys
+from engine.request import FinishReason, InvalidRequestError, Prompt, RequestFailure, SamplingParams, make_cache_keys
 from tests.tiny_models import write_tiny
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
 WORD = LLMatcher.grammar_from_regex("[a-z]{3,8}")
 LONG = LLMatcher.grammar_from_regex("[a-z]{60}")
+AMBIGUOUS = 'start: s\ns: s s s s | s s s | s s | /[a-z ]/ | /[a-m]/ | ""'
 NUMBERS = LLMatcher.grammar_from_json_schema(
     {"type": "array", "items": {"type": "integer", "minimum": 10, "maximum": 99}, "minItems": 2, "maxItems": 4},
     overrides={"whitespace_flexible": False},
@@ -43,6 +46,14 @@ def engine(folder, tokenizer) -> Iterator[Engine]:
     engine.scheduler.check()
     assert len(engine.guides) == 0, "a grammar outlived its request"
     engine.close()
+
+
+@pytest.fixture
+def guides(tokenizer) -> Iterator[Guides]:
+    guides = Guides(vocab_size=400, eos_token_ids=[2])
+    guides.vocabulary = tokenizer.vocabulary()
+    yield guides
+    guides.close()
 
 
 def make_engine(folder, tokenizer, **settings) -> Engine:
@@ -119,7 +130,7 @@ def test_an_answer_that_is_cut_off_is_the_beginning_of_one(engine, tokenizer):
 def test_an_abort_while_the_grammar_is_compiled_leaves_nothing(engine, monkeypatch):
     never: Future[None] = Future()
     begin = engine.guides.begin
-    monkeypatch.setattr(engine.guides, "begin", lambda request_id, grammar: begin(request_id, grammar) and never)
+    monkeypatch.setattr(engine.guides, "begin", lambda *args, **kwargs: begin(*args, **kwargs) and never)
     engine.add("held", text_prompt(5, 6, 7), SamplingParams(grammar=WORD))
 
     assert engine.step() == []  # it is held, and the step waits a moment only
@@ -134,13 +145,14 @@ def test_a_grammar_that_cannot_be_compiled_ends_its_request_only(engine, tokeniz
     outputs = run(engine)
 
     assert outputs["bad"][-1].finish_reason is FinishReason.ERROR
+    assert outputs["bad"][-1].is_refusal
     assert "grammar" in outputs["bad"][-1].error
     assert "regex" in outputs["bad"][-1].error
     assert re.fullmatch("[a-z]{3,8}", text_of(tokenizer, outputs["good"]))
 
 
 def test_a_grammar_that_breaks_its_library_ends_guided_requests_only(engine, tokenizer, monkeypatch):
-    def panic(guide, grammar, vocabulary):
+    def panic(guide, vocabulary):
         raise BaseException("a panic")  # as an extension's are
 
     monkeypatch.setattr(engine.guides, "_compile", panic)
@@ -150,8 +162,119 @@ def test_a_grammar_that_breaks_its_library_ends_guided_requests_only(engine, tok
     outputs = run(engine)
 
     assert outputs["guided"][-1].finish_reason is FinishReason.ERROR
+    assert not outputs["guided"][-1].is_refusal
     assert "a panic" in outputs["guided"][-1].error
     assert outputs["free"][-1].finish_reason is not FinishReason.ERROR
+
+
+def test_an_ambiguous_grammar_ends_its_request_only_and_soon(engine, tokenizer):
+    """Regression: 40 bytes took a second of each step, and then ended the guided requests of all others."""
+    params = SamplingParams(max_tokens=200, grammar=AMBIGUOUS, logit_bias={tokenizer.token_id("a"): 100.0})
+    for index in range(4):
+        engine.add(f"ambiguous {index}", text_prompt(5, 6, 7 + index), params)
+    engine.add("good", text_prompt(5, 6, 7), SamplingParams(max_tokens=60, grammar=WORD))
+
+    outputs = run(engine)
+
+    for index in range(4):
+        last = outputs[f"ambiguous {index}"][-1]
+        assert (last.finish_reason, last.is_refusal) == (FinishReason.ERROR, True)
+        assert "Too many items (limit 5000" in last.error
+    assert re.fullmatch("[a-z]{3,8}", text_of(tokenizer, outputs["good"]))
+
+
+def test_a_grammar_whose_masks_take_too_long_in_all_ends_its_request_only(engine, tokenizer, monkeypatch):
+    compute = engine.guides._compute
+
+    def slow(guide):
+        guide.used_s += 0.5 * (guide.grammar == LONG)
+        compute(guide)
+
+    monkeypatch.setattr(engine.guides, "_compute", slow)
+    engine.add("slow", text_prompt(5, 6, 7), SamplingParams(max_tokens=60, grammar=LONG))
+    engine.add("good", text_prompt(5, 6, 7), SamplingParams(max_tokens=60, grammar=WORD))
+
+    outputs = run(engine)
+
+    assert (outputs["slow"][-1].finish_reason, outputs["slow"][-1].is_refusal) == (FinishReason.ERROR, True)
+    assert "more processor time than the allowed 2 s and 2 ms for each token" in outputs["slow"][-1].error
+    assert len(text_of(tokenizer, outputs["slow"])) >= 4
+    assert re.fullmatch("[a-z]{3,8}", text_of(tokenizer, outputs["good"]))
+
+
+def test_a_guide_waits_for_no_other_ones_mask(guides, monkeypatch):
+    """Regression: all of a step's masks were one piece of work."""
+    for request_id in ("quick", "broken", "slow"):
+        guides.begin(request_id, WORD).result()
+    may_go_on, follow = Event(), guides._follow
+
+    def follow_as_named(guide, token_id):
+        if guide is guides._guides["broken"]:
+            raise BaseException("a panic")
+        assert guide is not guides._guides["slow"] or may_go_on.wait(60)
+        follow(guide, token_id)
+
+    monkeypatch.setattr(guides, "_follow", follow_as_named)
+    guides.advance(dict.fromkeys(("quick", "broken", "slow"), 70))
+    guides._guides["quick"].work.result(60)
+    guides._guides["broken"].work.exception(60)
+
+    monkeypatch.setattr("engine.guided.WAIT_S", 0.0)
+    masks, failures = guides.masks(["slow", "quick", "broken"])
+    may_go_on.set()
+    assert list(masks) == ["quick"]
+    assert failures["slow"] == RequestFailure("the grammar: its mask took longer than 0 s")
+    assert "a panic" in failures["broken"].message
+
+
+def test_a_grammar_that_failed_is_compiled_anew_and_each_tenants_apart(guides):
+    """Regression: the copies of a compiled grammar have their lexer in common, and once that was full every later one failed."""
+    for tenant in ("one", "other"):
+        guides.begin(tenant, WORD, tenant=tenant).result()
+    one, other = guides._compiled[("one", WORD)], guides._compiled[("other", WORD)]
+    guides._guides["one"].error = RequestFailure("Lexer has too many states", is_refusal=True)
+
+    assert list(guides.masks(["one", "other"])[1]) == ["one"]
+
+    guides.begin("again", WORD, tenant="one").result()
+    assert guides._compiled[("one", WORD)] is not one
+    assert guides._compiled[("other", WORD)] is other
+    assert guides.masks(["again"])[1] == {}
+
+
+def test_a_compiled_grammar_is_kept_for_the_requests_tenant(engine):
+    engine.add("request", replace(text_prompt(5, 6, 7), tenant="someone"), SamplingParams(max_tokens=60, grammar=WORD))
+
+    run(engine)
+
+    assert list(engine.guides._compiled) == [("someone", WORD)]
+
+
+def test_tenants_take_turns_at_compiling_and_what_was_given_up_is_not_compiled(guides, monkeypatch):
+    """Regression: one thread compiled the grammars of requests in their order, those of requests that had ended too."""
+    compiled, may_go_on, has_begun = [], Event(), Event()
+
+    def compile_slowly(guide, vocabulary):
+        has_begun.set()
+        assert may_go_on.wait(60)
+        compiled.append(guide.grammar)
+
+    monkeypatch.setattr(guides, "_compile", compile_slowly)
+    first = guides.begin("first", "first", tenant="greedy")
+    assert has_begun.wait(60)
+    works = {name: guides.begin(name, name, tenant="greedy") for name in ("second", "third", "fourth")}
+    works["other"] = guides.begin("other", "other", tenant="other")
+    for name in ("third", "fourth"):
+        guides.end(name)
+    may_go_on.set()
+    for work in (first, works["second"], works["other"]):
+        work.result(60)
+    guides._compiler.submit(lambda: None).result(60)  # behind all that could follow
+
+    assert compiled == ["first", "second", "other"]
+    assert works["third"].cancelled()
+    assert works["fourth"].cancelled()
+    assert guides._queues == {}
 
 
 def test_without_a_vocabulary_a_grammar_is_refused_and_the_request_is_gone(folder, tokenizer):

@@ -9,6 +9,7 @@ import pytest
 import requests
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
+from engine.request import FinishReason, StepOutput
 from tests.contract.running import RunningServer
 from tests.vlm_server.test_fields import post_chat, post_completion, sampled_with
 from vlm_server import guided
@@ -172,3 +173,18 @@ def test_unknown_keys_of_a_format_are_warned_about(server: RunningServer) -> Non
 
     assert response.status_code == 200
     assert response.json()["warnings"] == ["response_format.indent: no API documents this field; it has no effect"]
+
+
+@pytest.mark.parametrize(("is_refusal", "status", "code"), [(True, 400, "grammar_too_complex"), (False, 500, "engine_error")])
+def test_a_grammar_that_takes_too_much_to_follow_is_no_fault_of_the_engine(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, is_refusal: bool, status: int, code: str
+) -> None:
+    """Regression: a client's own grammar was a 500."""
+    failure = "the grammar: Too many items"
+    output = StepOutput(request_id="x", finish_reason=FinishReason.ERROR, error=failure, is_refusal=is_refusal)
+    monkeypatch.setattr(server.backend.engine, "_outputs", lambda *args: [output])
+
+    response = post_chat(server, structured_outputs={"regex": "a+"})
+
+    assert response.status_code == status
+    assert (response.json()["error"]["code"], response.json()["error"]["message"]) == (code, failure)

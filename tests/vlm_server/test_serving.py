@@ -142,7 +142,7 @@ def test_a_signal_lets_running_requests_finish_and_takes_no_new_ones(tmp_path: P
 async def test_a_server_that_was_told_to_stop_is_not_ready_from_that_moment_on() -> None:
     fakes = FakeBackend()
     async with open_store(MEMORY) as store:
-        server = _Server(fake_config(), Backend(fakes.engine, fakes.pipeline), store, "ready")
+        server = _Server(fake_config(), Backend(fakes.engine, fakes.pipeline, fakes.grammars), store, "ready")
         readiness: Readiness = server.config.app.state.readiness  # type: ignore[union-attr]
         async with readiness.watching(fakes.engine, None):
             before = readiness.standing()

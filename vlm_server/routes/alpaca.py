@@ -87,7 +87,7 @@ async def _begin(
 ) -> Generation:
     """The answers to a prompt that is written already. They are text alone: Alpaca's models mark neither calls nor reasoning."""
     context.accept(request, body)
-    grammar = await grammar_of(body)
+    grammar = await unless_client_leaves(request, grammar_of(body, context.backend.grammars))
     watch = Stopwatch()
     with request_timings(request.scope).stage("tokenize"):
         prompt = await unless_client_leaves(request, context.text_prompt(text, tenant=tenant_of(request.scope)))

@@ -34,7 +34,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     abort = context.abortable(request, body.session_id)
     _check(body)
     infill = _infill_format(context, body) if body.suffix else None
-    grammar = await grammar_of(body)
+    grammar = await unless_client_leaves(request, grammar_of(body, context.backend.grammars))
     watch = Stopwatch()
     with request_timings(request.scope).stage("tokenize"):
         work = _prompts(context, body, infill, tenant_of(request.scope))

@@ -31,7 +31,7 @@ async def generate(request: Request, body: GenerateReqInput) -> Response:
     context = context_of(request)
     warnings = context.accept(request, body)
     abort = context.abortable(request, body.session_id)
-    grammar = await grammar_of(body)
+    grammar = await unless_client_leaves(request, grammar_of(body, context.backend.grammars))
     watch = Stopwatch()
     report = PictureReport.of(body.on_media_error, body.return_image_sizes)
     work = _prompt(request, context, body, report)
