@@ -198,7 +198,7 @@ class Scheduler:
         self._ready_images.add(content_hash)
         for row in self._waiting:
             row.lacks_images = row.lacks_images and self._lacking_span(row, 0) is not None
-            if row.awaits == content_hash:
+            if content_hash in row.content_hashes:  # not only the awaited one: cached blocks before it may be gone
                 row.awaits = None
 
     def image_forgotten(self, content_hash: bytes) -> None:

@@ -500,6 +500,22 @@ def test_a_request_that_begins_with_a_missing_picture_is_not_admitted() -> None:
     assert scheduler.num_waiting == 1
 
 
+def test_who_awaits_a_picture_goes_on_with_an_earlier_one_whose_cached_blocks_are_gone() -> None:
+    scheduler = make_scheduler(num_blocks=10, max_prefill_token_num=64)
+    scheduler.image_ready(b"earlier")
+    add(scheduler, "first", ("earlier", 8), [1], max_tokens=1)
+    step(scheduler)
+    add(scheduler, "waits", ("earlier", 8), ("later", 4), [1])
+    assert shape(step(scheduler)[0]) == []
+    scheduler.image_forgotten(b"earlier")
+    add(scheduler, "evicts", range(10, 49), max_tokens=1)
+    step(scheduler)
+
+    scheduler.image_ready(b"earlier")
+
+    assert shape(step(scheduler)[0]) == [("waits", 0, 8, False)]
+
+
 def test_a_long_picture_is_split_by_the_budget_and_its_pieces_follow() -> None:
     scheduler = make_scheduler(max_prefill_token_num=4)
     add(scheduler, "a", [1], ("x", 6), ("y", 2), [2])
