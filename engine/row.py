@@ -30,6 +30,14 @@ class Row:
         return f"<{request.request_id} {request.status} {slots}, blocks {self.table.block_ids}>"
 
     @property
+    def tenant(self) -> str:
+        return self.request.prompt.tenant
+
+    @property
+    def is_beam(self) -> bool:
+        return self.request.params.num_beams > 1
+
+    @property
     def is_decoding(self) -> bool:
         """Only its newest output token is left to compute."""
         return self.request.num_computed == len(self.request.token_ids) - 1 >= self.request.num_prompt_tokens
