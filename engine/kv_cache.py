@@ -95,11 +95,10 @@ class BlockManager:
         False, and nothing changed, where fewer than `num_spare` blocks would be left available.
         """
         assert table not in self._tables, f"allocate on a table that holds {table.block_ids}"
+        if self.num_available - self.num_taken(table, num_slots, num_matched) < num_spare:
+            return False
         matched = [self._block_of[self._digest(table, index)] for index in range(num_matched)]
         num_new = self.num_blocks_for(num_slots) - num_matched
-        num_revived = sum(self._num_references[block_id] == 0 for block_id in matched)
-        if self.num_available - num_revived - num_new < num_spare:
-            return False
         for block_id in matched:
             self._reference(block_id)
         table.block_ids += matched
@@ -107,6 +106,15 @@ class BlockManager:
         table.num_published = num_matched
         self._tables.add(table)
         return True
+
+    def num_taken(self, table: BlockTable, num_slots: int, num_matched: int) -> int:
+        """How many of the available blocks `allocate` would take."""
+        matched = [self._block_of[self._digest(table, index)] for index in range(num_matched)]
+        return self.num_blocks_for(num_slots) - num_matched + sum(self._num_references[block_id] == 0 for block_id in matched)
+
+    def num_owned(self, table: BlockTable) -> int:
+        """Blocks that are available again when the table is freed: those that no other one holds."""
+        return sum(self._num_references[block_id] == 1 for block_id in table.block_ids)
 
     def append(self, table: BlockTable, num_computed: int, num_slots: int) -> list[tuple[int, int]] | None:
         """Make the slots `num_computed … num_slots` writable: new blocks at the end, own copies of shared ones.

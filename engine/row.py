@@ -13,7 +13,7 @@ from engine.request import ImagePiece, ImageSpan, InvalidRequestError, PromptToo
 class Row:
     """One request, from `Scheduler.add` to its end."""
 
-    __slots__ = ("awaits", "lacks_images", "order", "request", "span_ends", "table")
+    __slots__ = ("awaits", "content_hashes", "lacks_images", "order", "request", "span_ends", "table")
 
     def __init__(self, request: Request, order: tuple[int, int]) -> None:
         self.request = request
@@ -21,12 +21,21 @@ class Row:
         self.awaits: bytes | None = None  # while it waits: the picture without which it cannot begin, when it was last looked at
         self.lacks_images = False  # while it waits: it was passed over because enough rows lacked pictures
         self.table = BlockTable(request.cache_keys, is_private=request.prompt.is_probe)
+        self.content_hashes = frozenset(image.content_hash for image in request.prompt.images)
         self.span_ends = [span.start + span.num_tokens for span in request.prompt.spans]
 
     def __repr__(self) -> str:
         request = self.request
         slots = f"{request.num_computed} of {len(request.token_ids)} slots"
         return f"<{request.request_id} {request.status} {slots}, blocks {self.table.block_ids}>"
+
+    @property
+    def tenant(self) -> str:
+        return self.request.prompt.tenant
+
+    @property
+    def is_beam(self) -> bool:
+        return self.request.params.num_beams > 1
 
     @property
     def is_decoding(self) -> bool:

@@ -3,8 +3,9 @@
 Plain bookkeeping without tensors; a step of 16 rows costs microseconds. Knows nothing of text, of HTTP or of how pictures are encoded:
 it says which pictures it waits for and is told when their embeddings are there.
 
-Order decides who is admitted first and who is preempted last: that of arrival, in which tenants take turns. So the oldest request always
-gets on, and everyone becomes the oldest. What is short, the prefill budget and the encoder, is shared as `engine.turns` says.
+Order decides who is admitted first and, among a tenant's rows, who is preempted last: that of arrival, in which tenants take turns. So the
+oldest request always gets on, and everyone becomes the oldest. What is short, the prefill budget and the encoder, is shared as
+`engine.turns` says; what running rows hold, rows and blocks, as `engine.shares` says.
 """
 
 from bisect import insort
@@ -29,6 +30,7 @@ from engine.request import (
     StepOutput,
 )
 from engine.row import Row, validate
+from engine.shares import Holding, Shares, Want, youngest_of_most_blocks
 from engine.turns import TenantTurns, by_turns
 
 MAX_IMAGES_AHEAD = 16  # pictures that `images_needed` names at once
@@ -40,6 +42,7 @@ class _Search:
     """How many rows a beam search has and may have. Those that it may yet fork are kept free from its first step on."""
 
     num_beams: int
+    tenant: str
     num_rows: int = 1
     has_started: bool = False
 
@@ -70,6 +73,10 @@ class Scheduler:
         self._short: Row | None = None  # lacked blocks or rows when it was its turn: nobody comes in before it
         self._held: set[str] = set()
         self._searches: dict[str, _Search] = {}  # by the request they belong to
+        self._shares = Shares(config.max_batch_size, self.blocks)
+        self._holdings: dict[str, Holding] | None = None  # what `_held_now` counted, until rows come or go
+        self._wants: list[Want] = []  # of this step: what the first row of each tenant that could start needs
+        self._promised: list[Want] = []  # those of them for whom there is room
         self._ready_images: set[bytes] = set()
         self._pending: dict[bytes, Row] = {}  # hash of a full block that is still to be computed → the running row that will
 
@@ -135,7 +142,7 @@ class Scheduler:
 
     def reserve(self, request_id: str, num_beams: int) -> None:
         """Let a waiting request become as many rows."""
-        self._searches[request_id] = _Search(num_beams)
+        self._searches[request_id] = _Search(num_beams, self.requests[request_id].prompt.tenant)
 
     def unreserve(self, request_id: str) -> None:
         del self._searches[request_id]
@@ -199,7 +206,7 @@ class Scheduler:
         self._ready_images.add(content_hash)
         for row in self._waiting:
             row.lacks_images = row.lacks_images and self._lacking_span(row, 0) is not None
-            if row.awaits == content_hash:
+            if content_hash in row.content_hashes:  # not only the awaited one: cached blocks before it may be gone
                 row.awaits = None
 
     def image_forgotten(self, content_hash: bytes) -> None:
@@ -238,6 +245,7 @@ class Scheduler:
         max_prefill_tokens: at least 1; None: the config's.
         """
         self._prefill_budget = max_prefill_tokens or self.config.max_prefill_token_num
+        self._make_way()
         chunks, copies = self._schedule_decodes()
         return Plan((*chunks, *self._schedule_prefill()), tuple(copies))
 
@@ -283,25 +291,53 @@ class Scheduler:
 
     # Private: the parts of `schedule`, in the order in which they run
 
+    def _make_way(self) -> None:
+        """Preempt, for the first waiting row of each tenant, what others hold beyond their shares: no more than it lacks, none in vain."""
+        self._holdings = None
+        self._wants, self._promised = self._first_wants(), []
+        num_rows = num_blocks = 0  # promised
+        for want in self._wants:
+            if self._shares.is_exceeded(self._held_now().get(want.tenant), want):
+                continue
+            lacks = {
+                "num_rows": num_rows + want.num_rows - self._num_free_rows(),
+                "num_blocks": num_blocks + want.num_blocks + len(self._running) - self.blocks.num_available,
+            }
+            rows = self._shares.rows_for(want, self._running, self._held_now(), **lacks)
+            if rows is not None:
+                for row in rows:
+                    self._preempt(row)
+                self._promised.append(want)
+                num_rows, num_blocks = num_rows + want.num_rows, num_blocks + want.num_blocks
+
+    def _first_wants(self) -> list[Want]:
+        """Of the first row of each tenant that could start, those first whose tenant holds nothing. None where no tenant's rows run."""
+        if not self._waiting or not any(row.tenant for row in self._running):
+            return []
+        wants: dict[str, Want] = {}
+        for row in islice(self._admissible(), NUM_ADMISSIBLE * self.config.max_batch_size):
+            if row.tenant not in wants and (num_matched := self._num_matched_at_start(row)) is not None:
+                wants[row.tenant] = self._want(row, num_matched)
+        return sorted(wants.values(), key=lambda want: want.tenant in self._held_now())
+
     def _schedule_decodes(self) -> tuple[list[Chunk], list[tuple[int, int]]]:
-        """A slot for each decoding row, oldest first; the youngest rows are preempted where blocks are short."""
-        chunks: list[Chunk] = []
-        copies: list[tuple[int, int]] = []
+        """A slot for each decoding row, oldest first; where blocks are short, rows are preempted, maybe some that have theirs already."""
+        decodes: list[tuple[Row, Chunk, list[tuple[int, int]]]] = []
         for row in list(self._running):
-            if row.is_decoding:  # not if it was preempted for an older one
-                new_copies = self._append_slot(row)
-                if new_copies is not None:
-                    copies += new_copies
-                    chunks.append(self._chunk(row, len(row.request.token_ids)))
-        return chunks, copies
+            if row.request.status is RequestStatus.RUNNING and row.is_decoding:
+                copies = self._append_slot(row)
+                if copies is not None:
+                    decodes.append((row, self._chunk(row, len(row.request.token_ids)), copies))
+        decodes = [decode for decode in decodes if decode[0].request.status is RequestStatus.RUNNING]
+        return [chunk for _, chunk, _ in decodes], [pair for _, _, copies in decodes for pair in copies]
 
     def _append_slot(self, row: Row) -> list[tuple[int, int]] | None:
-        """Room for the row's newest token. None: the row itself was the youngest and had to go."""
+        """Room for the row's newest token. None: the row itself had to go."""
         request = row.request
         while (copies := self.blocks.append(row.table, request.num_computed, len(request.token_ids))) is None:
-            youngest = self._running[-1]
-            self._preempt(youngest)
-            if youngest is row:
+            preempted = youngest_of_most_blocks(self._running)
+            self._preempt(preempted)
+            if preempted is row:
                 return None
         return copies
 
@@ -309,6 +345,7 @@ class Scheduler:
         """Back to waiting: without blocks, with its output. Its published blocks may still be there when its turn comes."""
         self._running.remove(row)
         self._release(row)
+        self._holdings = None
         search = self._searches.get(row.request.request_id)
         if search is not None and search.num_rows == 1:
             search.has_started = False
@@ -362,22 +399,17 @@ class Scheduler:
     def _admit(self, row: Row, num_left: int) -> bool:
         """Let a waiting row run where nothing keeps it waiting. False where no row behind it may pass: rows, blocks or budget are short.
 
-        It is passed over while it waits for a picture, for a block that a running row is computing, or for one of those running rows, at
-        most half of all, that lack pictures: the others are for rows that can be computed.
+        It is passed over while it gives way to another tenant, and while `_num_matched_at_start` says so.
         """
-        if not self._has_rows_for(row):
+        if self._gives_way(row):
+            return True
+        if self._num_wanted(row) > self._num_free_rows():
             self._short = row
             return False
-        num_matched = self._match(row)
-        if not row.request.params.reads_prompt and self.blocks.next_digest(row.table, num_matched) in self._pending:
+        num_matched = self._num_matched_at_start(row)
+        if num_matched is None:
             return True
-        num_matched = self._without_cut_spans(row, num_matched)
         start = num_matched * self.blocks.block_size
-        if (span := self._lacking_span(row, start)) is not None:
-            row.awaits = row.request.prompt.images[span.image].content_hash if span.start <= start else None
-            row.lacks_images = self._num_places_for_lacking() <= 0
-            if row.awaits is not None or row.lacks_images:
-                return True
         if self._chunk_end(row, start, num_left) == start:
             return False
         if not self._start(row, num_matched):
@@ -385,12 +417,63 @@ class Scheduler:
             return False
         return True
 
-    def _has_rows_for(self, row: Row) -> bool:
-        """Whether a waiting row may run beside the others, those counted that beam searches will fork."""
-        num_reserved = sum(search.num_beams - search.num_rows for search in self._searches.values() if search.has_started)
+    def _num_matched_at_start(self, row: Row) -> int | None:
+        """How many leading blocks a waiting row need not compute. None: it cannot start.
+
+        It waits for a picture, for a block that a running row is computing, or for one of those running rows, at most half of all, that
+        lack pictures: the others are for rows that can be computed.
+        """
+        num_matched = self._match(row)
+        if not row.request.params.reads_prompt and self.blocks.next_digest(row.table, num_matched) in self._pending:
+            return None
+        num_matched = self._without_cut_spans(row, num_matched)
+        start = num_matched * self.blocks.block_size
+        if (span := self._lacking_span(row, start)) is not None:
+            row.awaits = row.request.prompt.images[span.image].content_hash if span.start <= start else None
+            row.lacks_images = self._num_places_for_lacking() <= 0
+            if row.awaits is not None or row.lacks_images:
+                return None
+        return num_matched
+
+    def _gives_way(self, row: Row) -> bool:
+        """Whether a waiting row lets others pass: beyond its tenant's share all of them, before it whoever holds nothing yet."""
+        holding = self._held_now().get(row.tenant) if row.tenant else None
+        if holding is None:
+            return False
+        want = self._want(row, 0)
+        if self._shares.is_exceeded_by_beams(holding, want):
+            return True
+        if any(self._is_another(other, row) for other in self._wants) and self._shares.is_exceeded(holding, want):
+            return True
+        firsts = [other for other in self._promised if self._is_another(other, row) and other.tenant not in self._held_now()]
+        num_rows = self._num_free_rows() - sum(other.num_rows for other in firsts)
+        num_blocks = self.blocks.num_available - len(self._running) - sum(other.num_blocks for other in firsts)
+        return bool(firsts) and (num_rows < want.num_rows or num_blocks < want.num_blocks)
+
+    def _is_another(self, want: Want, row: Row) -> bool:
+        """Whether another tenant's row still waits."""
+        return want.tenant != row.tenant and want.row.request.status is RequestStatus.WAITING
+
+    def _want(self, row: Row, num_matched: int) -> Want:
+        return Want(row, self._num_wanted(row), self.blocks.num_taken(row.table, len(row.request.token_ids), num_matched))
+
+    def _num_wanted(self, row: Row) -> int:
+        """Rows of the batch that a waiting row takes when it starts: all of its search's."""
         search = self._searches.get(row.request.request_id)
-        num_wanted = 1 if search is None or search.has_started else 1 + search.num_beams - search.num_rows
-        return len(self._running) + num_reserved + num_wanted <= self.config.max_batch_size
+        return 1 if search is None or search.has_started else 1 + search.num_beams - search.num_rows
+
+    def _num_free_rows(self) -> int:
+        """Those counted as taken that beam searches will fork."""
+        return self.config.max_batch_size - len(self._running) - sum(num_rows for _, num_rows in self._reserved())
+
+    def _reserved(self) -> list[tuple[str, int]]:
+        """Rows that searches may yet fork, with their tenants."""
+        return [(search.tenant, search.num_beams - search.num_rows) for search in self._searches.values() if search.has_started]
+
+    def _held_now(self) -> dict[str, Holding]:
+        if self._holdings is None:
+            self._holdings = self._shares.holdings(self._running, self._reserved())
+        return self._holdings
 
     def _num_places_for_lacking(self) -> int:
         """How many more rows may run that lack pictures."""
@@ -435,6 +518,7 @@ class Scheduler:
             request.num_cached = request.num_computed
             self.num_prompt_tokens += request.num_prompt_tokens
             self.num_cached_prompt_tokens += request.num_cached
+        self._holdings = None
         self._tenant_turns.begun(row.order[0])
         self._waiting.remove(row)
         insort(self._running, row, key=_order)

@@ -47,9 +47,9 @@ def make_engine(folder, **settings: Any) -> Engine:
     return Engine(config.resolve(json.loads((folder / "config.json").read_text())))
 
 
-def prompt_of(seed: int, num_tokens: int = 40) -> Prompt:
+def prompt_of(seed: int, num_tokens: int = 40, *, tenant: str = "") -> Prompt:
     token_ids = tuple(torch.randint(3, 400, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist())
-    return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), ()))
+    return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), ()), tenant=tenant)
 
 
 def run(engine: Engine) -> dict[str, list]:
@@ -274,3 +274,35 @@ def test_candidates_are_the_best_of_all_offers_and_no_others_are_made(monkeypatc
 
     assert found == [entry[1:] for entry in sorted(plain, key=lambda entry: -entry[0])][: search.num_kept]
     assert made == found
+
+
+def test_a_keys_searches_leave_a_quarter_of_the_rows_to_others(folder):
+    engine = make_engine(folder, max_batch_size=8)
+    for number in range(4):
+        engine.add(f"search {number}", prompt_of(number, tenant="a"), greedy_beams(2, ignore_eos=True))
+    for number in range(4):
+        engine.add(f"free {number}", prompt_of(10 + number, tenant="a"), SamplingParams(temperature=0, max_tokens=NUM_TOKENS))
+    for _ in range(4):
+        engine.step()
+    assert engine.scheduler.num_running == 8
+
+    engine.add("other", prompt_of(20, tenant="b"), SamplingParams(temperature=0, max_tokens=NUM_TOKENS))
+    first = engine.step()
+
+    assert "other" in [output.request_id for output in first]
+    assert len(run(engine)) == 9
+    engine.close()
+
+
+def test_a_search_of_the_whole_batch_runs_where_its_keys_other_searches_have_ended(folder, model):
+    engine = make_engine(folder, max_batch_size=4)
+    engine.add("small", prompt_of(0, tenant="a"), greedy_beams(2))
+    engine.add("whole", prompt_of(1, tenant="a"), greedy_beams(4))
+    engine.add("other", prompt_of(2, tenant="b"), greedy_beams(2))
+
+    outputs = run(engine)
+
+    assert tokens(outputs["whole"]) == reference(model, prompt_of(1), 4, [EOS])
+    assert tokens(outputs["small"]) == reference(model, prompt_of(0), 2, [EOS])
+    assert tokens(outputs["other"]) == reference(model, prompt_of(2), 2, [EOS])
+    engine.close()

@@ -37,8 +37,8 @@ def make_engine(folder, **settings) -> Engine:
     return Engine(config.resolve(json.loads((folder / "config.json").read_text())))
 
 
-def text_prompt(*token_ids: int) -> Prompt:
-    return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), ()))
+def text_prompt(*token_ids: int, tenant: str = "") -> Prompt:
+    return Prompt(token_ids=token_ids, cache_keys=make_cache_keys(token_ids, (), ()), tenant=tenant)
 
 
 def image_prompt(value: int, *, first: int = 5) -> Prompt:
@@ -125,6 +125,30 @@ def test_a_seeded_rows_tokens_are_the_same_alone_and_among_fifteen_others(folder
 
     assert tokens(run(alone)["mine"]) == tokens(run(among)["mine"])
     assert among.stats().max_batched_requests == 16
+
+
+@pytest.mark.parametrize("settings", [{}, {"enable_prefix_caching": False}, {"tp": 2}], ids=str)
+def test_answers_that_made_way_for_another_keys_are_the_same_as_alone(folder, settings):
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    prompts = {f"{tenant}{number}": text_prompt(7, 8, 10 + number, tenant=tenant) for tenant in "ab" for number in range(16)}
+    alone, shared = make_engine(folder), make_engine(folder, **settings)
+    expected = {}
+    for name, prompt in prompts.items():
+        alone.add(name, prompt, params)
+        expected[name] = tokens(run(alone)[name])
+
+    for name, prompt in prompts.items():
+        if name == "b0":
+            early = [shared.step() for _ in range(10)]
+        shared.add(name, prompt, params)
+    outputs = run(shared)
+    for output in [output for step in reversed(early) for output in step]:
+        outputs[output.request_id].insert(0, output)
+
+    assert shared.scheduler.num_preemptions == 4
+    assert {name: tokens(outputs[name]) for name in prompts} == expected
+    shared.close()
+    alone.close()
 
 
 def test_requests_without_a_seed_differ_from_each_other(engine):

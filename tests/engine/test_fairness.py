@@ -15,32 +15,33 @@ NUM_IMAGE_TOKENS = 2
 
 
 class World:
-    """One step encodes one picture and computes one plan. Requests end with their first token."""
+    """One step encodes one picture and computes one plan. Requests end with their first token unless they are given more."""
 
-    def __init__(self, *, max_batch_size: int = 64, max_waiting: int = 1024) -> None:
+    def __init__(self, *, max_batch_size: int = 64, max_waiting: int = 1024, num_blocks: int = 1500, session_len: int = 1000) -> None:
         config = EngineConfig(
             model_folder="",
-            session_len=1000,
+            session_len=session_len,
             max_batch_size=max_batch_size,
             max_prefill_token_num=BUDGET,
             max_waiting=max_waiting,
             cache_block_seq_len=4,
         )
-        self.scheduler = Scheduler(config, num_blocks=1500, eos_token_ids=())
+        self.scheduler = Scheduler(config, num_blocks=num_blocks, eos_token_ids=())
         self.num_steps = 0
         self.encoded: list[str] = []  # whose picture, step by step
         self.arrived: dict[str, int] = {}  # request → step
+        self.begun: dict[str, int] = {}  # their first token
         self.ended: dict[str, int] = {}
         self.orders: dict[str, tuple[int, int]] = {}
 
-    def add(self, name: str, *, num_images: int = 0, num_tokens: int = 1, tenant: str = "") -> None:
+    def add(self, name: str, *, num_images: int = 0, num_tokens: int = 1, tenant: str = "", max_tokens: int | None = 1) -> None:
         images = tuple(ImageInput(f"{name}/{index}".encode(), NUM_IMAGE_TOKENS, {}) for index in range(num_images))
         spans = tuple(ImageSpan(1 + index * (NUM_IMAGE_TOKENS + 1), NUM_IMAGE_TOKENS, index) for index in range(num_images))
         number = 1000 * len(self.arrived)  # no two prompts begin alike
         token_ids = [number, *([IMAGE] * NUM_IMAGE_TOKENS + [1]) * num_images, *range(number, number + num_tokens)]
         keys = make_cache_keys(token_ids, images, spans)
         prompt = Prompt(token_ids=tuple(token_ids), cache_keys=keys, images=images, spans=spans, tenant=tenant)
-        self.scheduler.add(Request(name, prompt, SamplingParams(max_tokens=1)))
+        self.scheduler.add(Request(name, prompt, SamplingParams(max_tokens=max_tokens)))
         self.arrived[name] = self.num_steps
         self.orders[name] = self.scheduler._rows[name].order
 
@@ -52,7 +53,9 @@ class World:
         plan = self.scheduler.schedule()
         self.num_steps += 1
         for output in self.scheduler.commit(plan, {chunk.request_id: SampledToken(5) for chunk in plan.chunks if chunk.samples}):
-            self.ended[output.request_id] = self.num_steps
+            self.begun.setdefault(output.request_id, self.num_steps)
+            if output.finish_reason is not None:
+                self.ended[output.request_id] = self.num_steps
         self.scheduler.check()
 
     def steps_until_ended(self, name: str, *, at_most: int = 10_000) -> int:
@@ -60,6 +63,12 @@ class World:
             assert self.num_steps - self.arrived[name] < at_most, f"{name} waits for ever"
             self.step()
         return self.ended[name] - self.arrived[name]
+
+    def num_running(self, tenant: str) -> int:
+        return sum(row.tenant == tenant for row in self.scheduler._running)
+
+    def num_blocks(self, tenant: str) -> int:
+        return sum(len(row.table.block_ids) for row in self.scheduler._running if row.tenant == tenant)
 
 
 def test_a_request_with_one_picture_does_not_wait_for_one_with_forty() -> None:
@@ -189,6 +198,149 @@ def _refused(world: World, tenants: Sequence[str]) -> Iterator[str]:
             world.add(f"late {number}", tenant=tenant)
         except QueueFullError:
             yield tenant
+
+
+def add_many(world: World, tenant: str, count: int, *, num_tokens: int = 1) -> None:
+    """Requests whose answers end with the window."""
+    for number in range(count):
+        world.add(f"{tenant}{number}", tenant=tenant, num_tokens=num_tokens, max_tokens=None)
+
+
+def run_steps(world: World, count: int) -> None:
+    for _ in range(count):
+        world.step()
+
+
+def test_a_key_whose_endless_answers_fill_the_batch_makes_way_for_another_key_at_once() -> None:
+    world = World()
+    add_many(world, "a", 64)
+    run_steps(world, 30)
+    assert world.num_running("a") == 64
+
+    world.add("b", tenant="b")
+
+    assert world.steps_until_ended("b") <= 2
+    assert world.scheduler.num_preemptions == 1
+
+
+def test_a_key_whose_long_answers_fill_the_cache_makes_way_for_another_key_at_once() -> None:
+    world = World(num_blocks=250)
+    add_many(world, "a", 8, num_tokens=100)
+    run_steps(world, 125)
+    assert world.num_blocks("a") > 230
+
+    world.add("b", tenant="b", num_tokens=60)
+
+    assert world.steps_until_ended("b") <= 2 + 60 // BUDGET + 1
+
+
+def test_a_key_alone_has_the_whole_batch_and_the_whole_cache() -> None:
+    world = World()
+    add_many(world, "a", 100)
+    run_steps(world, 30)
+
+    assert world.num_running("a") == 64
+    while world.scheduler.num_preemptions == 0:
+        world.step()
+    assert world.num_blocks("a") > 1500 - 64
+
+
+def test_two_keys_with_endless_answers_end_up_with_three_quarters_and_one_and_stay_there() -> None:
+    world = World()
+    add_many(world, "a", 100)
+    run_steps(world, 30)
+
+    add_many(world, "b", 100)
+    run_steps(world, 40)
+
+    assert (world.num_running("a"), world.num_running("b")) == (48, 16)
+    assert world.scheduler.num_preemptions == 16
+
+
+def test_keys_that_come_later_get_a_row_though_two_others_share_the_batch() -> None:
+    world = World()
+    add_many(world, "a", 64)
+    add_many(world, "b", 64)
+    run_steps(world, 60)
+
+    for tenant in "cde":
+        world.add(tenant, tenant=tenant)
+
+        assert world.steps_until_ended(tenant) <= 2
+
+
+def test_a_key_that_never_stops_asking_leaves_another_its_oldest_answers() -> None:
+    world = World(max_batch_size=4)
+    add_many(world, "a", 4)
+    run_steps(world, 10)
+
+    while "a0" not in world.ended:
+        for number in range(2):
+            world.add(f"b{world.num_steps}/{number}", tenant="b")
+        world.step()
+
+    assert world.ended["a0"] == world.begun["a0"] + 997
+
+
+def test_the_requests_of_no_key_keep_their_rows() -> None:
+    world = World(max_batch_size=4)
+    add_many(world, "", 8)
+    run_steps(world, 10)
+
+    world.add("late", tenant="")
+    run_steps(world, 100)
+
+    assert world.scheduler.num_preemptions == 0
+    assert "late" not in world.begun
+
+
+def test_nothing_is_preempted_where_it_would_be_in_vain() -> None:
+    """More blocks than the others' young rows have: what the oldest row holds is not to be had."""
+    world = World(num_blocks=250)
+    world.add("a, old", tenant="a", num_tokens=700, max_tokens=None)
+    run_steps(world, 90)
+    world.add("a, young", tenant="a", max_tokens=None)
+    run_steps(world, 2)
+
+    world.add("b", tenant="b", num_tokens=600)
+    run_steps(world, 10)
+
+    assert world.scheduler.num_preemptions == 0
+    assert world.steps_until_ended("b") < 1000
+
+
+ENDLESS = st.lists(
+    st.tuples(st.integers(0, 8), st.sampled_from("abc"), st.integers(1, 3 * BUDGET), st.sampled_from([1, 10, 90])),
+    min_size=10,
+    max_size=40,
+)
+
+
+@given(ENDLESS, st.sampled_from([40, 60, 400]))
+@settings(max_examples=40, deadline=None)
+def test_no_key_waits_long_for_a_row_while_another_holds_more_than_its_share(
+    arrivals: list[tuple[int, str, int, int]], num_blocks: int
+) -> None:
+    """Arrivals: steps before it, tenant, tokens of the prompt and of the answer."""
+    world, waited = World(max_batch_size=4, num_blocks=num_blocks, session_len=160), dict.fromkeys("abc", 0)
+
+    def step() -> None:
+        world.step()
+        waiting = {row.tenant for row in world.scheduler._waiting}
+        for tenant in waited:
+            is_locked_out = tenant in waiting and world.num_running(tenant) == 0
+            others = max(world.num_running(other) for other in waited if other != tenant)
+            waited[tenant] = waited[tenant] + 1 if is_locked_out and others > 3 else 0
+            assert waited[tenant] <= 2, f"{tenant} waits"
+
+    for number, (pause, tenant, num_tokens, max_tokens) in enumerate(arrivals):
+        for _ in range(pause):
+            step()
+        world.add(str(number), tenant=tenant, num_tokens=num_tokens, max_tokens=max_tokens)
+    while world.scheduler.has_work:
+        step()
+
+    assert len(world.ended) == len(arrivals)
 
 
 ARRIVALS = st.lists(

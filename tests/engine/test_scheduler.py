@@ -43,7 +43,7 @@ def make_scheduler(num_blocks: int = 100, **settings: Any) -> Scheduler:
     return Scheduler(make_config(**settings), num_blocks=num_blocks, eos_token_ids=(EOS,))
 
 
-def make_prompt(*parts: Sequence[int] | tuple[str, int] | tuple[str, int, bool], positions: bool = False) -> Prompt:
+def make_prompt(*parts: Sequence[int] | tuple[str, int] | tuple[str, int, bool], positions: bool = False, tenant: str = "") -> Prompt:
     """Parts are token ids, or (picture's name, number of its tokens, atomic)."""
     token_ids: list[int] = []
     images: list[ImageInput] = []
@@ -60,12 +60,18 @@ def make_prompt(*parts: Sequence[int] | tuple[str, int] | tuple[str, int, bool],
     axes = tuple(tuple(10 * axis + slot for slot in range(len(token_ids))) for axis in range(3)) if positions else None
     delta = 100 if positions else 0
     return Prompt(
-        token_ids=tuple(token_ids), cache_keys=keys, images=tuple(images), spans=tuple(spans), positions=axes, position_delta=delta
+        token_ids=tuple(token_ids),
+        cache_keys=keys,
+        images=tuple(images),
+        spans=tuple(spans),
+        positions=axes,
+        position_delta=delta,
+        tenant=tenant,
     )
 
 
-def make_request(request_id: str, *parts: Any, positions: bool = False, **params: Any) -> Request:
-    return Request(request_id, make_prompt(*parts, positions=positions), SamplingParams(**params))
+def make_request(request_id: str, *parts: Any, positions: bool = False, tenant: str = "", **params: Any) -> Request:
+    return Request(request_id, make_prompt(*parts, positions=positions, tenant=tenant), SamplingParams(**params))
 
 
 def add(scheduler: Scheduler, request_id: str, *parts: Any, **params: Any) -> Request:
@@ -457,6 +463,22 @@ def test_a_preempted_request_takes_its_published_blocks_back() -> None:
     assert young.num_cached == 0  # of the first admission
 
 
+def test_the_key_that_holds_most_blocks_gives_back_though_another_is_younger() -> None:
+    scheduler = make_scheduler(num_blocks=10, session_len=40, max_prefill_token_num=64, enable_prefix_caching=False)
+    add(scheduler, "oldest", range(10, 21), tenant="a")
+    larger = add(scheduler, "larger", range(40, 51), tenant="a")
+    step(scheduler)
+    add(scheduler, "other", range(70, 77), tenant="b")
+    for token_id in (1, 2, 3):
+        plan, _ = step(scheduler, token_id)
+
+    while not scheduler.num_preemptions:
+        plan, _ = step(scheduler)
+
+    assert larger.num_preemptions == 1
+    assert [chunk.request_id for chunk in plan.chunks] == ["oldest", "other"]
+
+
 # Pictures
 
 
@@ -498,6 +520,22 @@ def test_a_request_that_begins_with_a_missing_picture_is_not_admitted() -> None:
 
     assert shape(step(scheduler)[0]) == [("b", 0, 1, True)]
     assert scheduler.num_waiting == 1
+
+
+def test_who_awaits_a_picture_goes_on_with_an_earlier_one_whose_cached_blocks_are_gone() -> None:
+    scheduler = make_scheduler(num_blocks=10, max_prefill_token_num=64)
+    scheduler.image_ready(b"earlier")
+    add(scheduler, "first", ("earlier", 8), [1], max_tokens=1)
+    step(scheduler)
+    add(scheduler, "waits", ("earlier", 8), ("later", 4), [1])
+    assert shape(step(scheduler)[0]) == []
+    scheduler.image_forgotten(b"earlier")
+    add(scheduler, "evicts", range(10, 49), max_tokens=1)
+    step(scheduler)
+
+    scheduler.image_ready(b"earlier")
+
+    assert shape(step(scheduler)[0]) == [("waits", 0, 8, False)]
 
 
 def test_a_long_picture_is_split_by_the_budget_and_its_pieces_follow() -> None:
@@ -755,11 +793,16 @@ class Engine(RuleBasedStateMachine):
     def choose(self, num_blocks: int, prefix: bool) -> None:
         self.set_up(num_blocks, prefix)
 
-    @rule(parts=st.lists(st.one_of(TEXTS, PICTURES), min_size=1, max_size=4), max_tokens=st.integers(1, 24), copies=st.integers(1, 3))
-    def add(self, parts: list[Any], max_tokens: int, copies: int) -> None:
+    @rule(
+        parts=st.lists(st.one_of(TEXTS, PICTURES), min_size=1, max_size=4),
+        max_tokens=st.integers(1, 24),
+        copies=st.integers(1, 3),
+        tenant=st.sampled_from(["", "a", "b", "c"]),
+    )
+    def add(self, parts: list[Any], max_tokens: int, copies: int, tenant: str) -> None:
         for _ in range(copies):
             request_id = str(len(self.requests))
-            request = make_request(request_id, *parts, max_tokens=max_tokens)
+            request = make_request(request_id, *parts, max_tokens=max_tokens, tenant=tenant)
             if request.num_prompt_tokens < 40:
                 self.scheduler.add(request)
                 self.requests[request_id] = request
