@@ -141,11 +141,11 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._receiving.set(self._limits.body_pause_s)
         self._body.set(self._limits.body_s)
         super().on_headers_complete()
-        if self.cycle is not None:
-            self.cycle.transport = cast(asyncio.Transport, _LingeringTransport(self.transport, self._is_body_expected))
         if len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
             raise httptools.HttpParserError("too many requests at once")  # or the parser goes on through what was received
+        if self.cycle is not None:
+            self.cycle.transport = cast(asyncio.Transport, _LingeringTransport(self.transport, self._is_body_expected))
         self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
         if self.cycle is not None and self.cycle not in self._cycles:
             self._cycles.append(self.cycle)
