@@ -10,7 +10,6 @@ oldest request always gets on, and everyone becomes the oldest. What is short, t
 
 from bisect import insort
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 
 from engine.config import EngineConfig
@@ -30,21 +29,12 @@ from engine.request import (
     StepOutput,
 )
 from engine.row import Row, validate
-from engine.shares import Holding, Shares, Want, youngest_of_most_blocks
+from engine.searches import Searches
+from engine.shares import Shares, Want, youngest_of_most_blocks
 from engine.turns import TenantTurns, by_turns
 
 MAX_IMAGES_AHEAD = 16  # pictures that `images_needed` names at once
 NUM_ADMISSIBLE = 4  # waiting rows that a step looks at, for each that may run
-
-
-@dataclass(slots=True)
-class _Search:
-    """How many rows a beam search has and may have. Those that it may yet fork are kept free from its first step on."""
-
-    num_beams: int
-    tenant: str
-    num_rows: int = 1
-    has_started: bool = False
 
 
 class Scheduler:
@@ -72,11 +62,8 @@ class Scheduler:
         self._smallest_picture_next = False
         self._short: Row | None = None  # lacked blocks or rows when it was its turn: nobody comes in before it
         self._held: set[str] = set()
-        self._searches: dict[str, _Search] = {}  # by the request they belong to
-        self._shares = Shares(config.max_batch_size, self.blocks)
-        self._holdings: dict[str, Holding] | None = None  # what `_held_now` counted, until rows come or go
-        self._wants: list[Want] = []  # of this step: what the first row of each tenant that could start needs
-        self._promised: list[Want] = []  # those of them for whom there is room
+        self._searches = Searches()
+        self._shares = Shares(config.max_batch_size, self.blocks, self._running, self._searches)
         self._ready_images: set[bytes] = set()
         self._pending: dict[bytes, Row] = {}  # hash of a full block that is still to be computed → the running row that will
 
@@ -142,10 +129,10 @@ class Scheduler:
 
     def reserve(self, request_id: str, num_beams: int) -> None:
         """Let a waiting request become as many rows."""
-        self._searches[request_id] = _Search(num_beams, self.requests[request_id].prompt.tenant)
+        self._searches.begin(request_id, num_beams, self.requests[request_id].prompt.tenant)
 
     def unreserve(self, request_id: str) -> None:
-        del self._searches[request_id]
+        self._searches.end(request_id)
 
     def fork(self, request_id: str, parent_id: str, child_id: str) -> None:
         """Another row like `parent_id`, which is wholly computed, on the same blocks."""
@@ -170,7 +157,7 @@ class Scheduler:
         self.blocks.fork(parent.table, row.table, request.num_computed)
         self.requests[child_id], self._rows[child_id] = request, row
         insort(self._running, row, key=_order)
-        self._searches[request_id].num_rows += 1
+        self._searches.add_rows(request_id, 1)
 
     def append(self, request_id: str, token_id: int) -> None:
         """Let a wholly computed row go on with a token that was chosen elsewhere."""
@@ -179,7 +166,7 @@ class Scheduler:
     def drop(self, request_id: str, beam_id: str) -> None:
         """End one row of a search without a word."""
         self._remove(self._rows[beam_id], FinishReason.ABORT)
-        self._searches[request_id].num_rows -= 1
+        self._searches.add_rows(request_id, -1)
 
     # Pictures
 
@@ -245,7 +232,7 @@ class Scheduler:
         max_prefill_tokens: at least 1; None: the config's.
         """
         self._prefill_budget = max_prefill_tokens or self.config.max_prefill_token_num
-        self._make_way()
+        self._shares.begin(self._first_wants(), self._preempt)
         chunks, copies = self._schedule_decodes()
         return Plan((*chunks, *self._schedule_prefill()), tuple(copies))
 
@@ -291,34 +278,15 @@ class Scheduler:
 
     # Private: the parts of `schedule`, in the order in which they run
 
-    def _make_way(self) -> None:
-        """Preempt, for the first waiting row of each tenant, what others hold beyond their shares: no more than it lacks, none in vain."""
-        self._holdings = None
-        self._wants, self._promised = self._first_wants(), []
-        num_rows = num_blocks = 0  # promised
-        for want in self._wants:
-            if self._shares.is_exceeded(self._held_now().get(want.tenant), want):
-                continue
-            lacks = {
-                "num_rows": num_rows + want.num_rows - self._num_free_rows(),
-                "num_blocks": num_blocks + want.num_blocks + len(self._running) - self.blocks.num_available,
-            }
-            rows = self._shares.rows_for(want, self._running, self._held_now(), **lacks)
-            if rows is not None:
-                for row in rows:
-                    self._preempt(row)
-                self._promised.append(want)
-                num_rows, num_blocks = num_rows + want.num_rows, num_blocks + want.num_blocks
-
-    def _first_wants(self) -> list[Want]:
-        """Of the first row of each tenant that could start, those first whose tenant holds nothing. None where no tenant's rows run."""
+    def _first_wants(self) -> Collection[Want]:
+        """Of the first row of each tenant that could start. None where no tenant's rows run."""
         if not self._waiting or not any(row.tenant for row in self._running):
             return []
         wants: dict[str, Want] = {}
         for row in islice(self._admissible(), NUM_ADMISSIBLE * self.config.max_batch_size):
             if row.tenant not in wants and (num_matched := self._num_matched_at_start(row)) is not None:
-                wants[row.tenant] = self._want(row, num_matched)
-        return sorted(wants.values(), key=lambda want: want.tenant in self._held_now())
+                wants[row.tenant] = self._shares.want(row, num_matched)
+        return wants.values()
 
     def _schedule_decodes(self) -> tuple[list[Chunk], list[tuple[int, int]]]:
         """A slot for each decoding row, oldest first; where blocks are short, rows are preempted, maybe some that have theirs already."""
@@ -345,10 +313,8 @@ class Scheduler:
         """Back to waiting: without blocks, with its output. Its published blocks may still be there when its turn comes."""
         self._running.remove(row)
         self._release(row)
-        self._holdings = None
-        search = self._searches.get(row.request.request_id)
-        if search is not None and search.num_rows == 1:
-            search.has_started = False
+        self._shares.rows_changed()
+        self._searches.row_preempted(row)
         row.request.status = RequestStatus.WAITING
         row.request.num_computed = 0
         row.request.num_preemptions += 1
@@ -401,9 +367,9 @@ class Scheduler:
 
         It is passed over while it gives way to another tenant, and while `_num_matched_at_start` says so.
         """
-        if self._gives_way(row):
+        if self._shares.gives_way(row):
             return True
-        if self._num_wanted(row) > self._num_free_rows():
+        if self._searches.num_wanted(row) > self._shares.num_free_rows:
             self._short = row
             return False
         num_matched = self._num_matched_at_start(row)
@@ -434,46 +400,6 @@ class Scheduler:
             if row.awaits is not None or row.lacks_images:
                 return None
         return num_matched
-
-    def _gives_way(self, row: Row) -> bool:
-        """Whether a waiting row lets others pass: beyond its tenant's share all of them, before it whoever holds nothing yet."""
-        holding = self._held_now().get(row.tenant) if row.tenant else None
-        if holding is None:
-            return False
-        want = self._want(row, 0)
-        if self._shares.is_exceeded_by_beams(holding, want):
-            return True
-        if any(self._is_another(other, row) for other in self._wants) and self._shares.is_exceeded(holding, want):
-            return True
-        firsts = [other for other in self._promised if self._is_another(other, row) and other.tenant not in self._held_now()]
-        num_rows = self._num_free_rows() - sum(other.num_rows for other in firsts)
-        num_blocks = self.blocks.num_available - len(self._running) - sum(other.num_blocks for other in firsts)
-        return bool(firsts) and (num_rows < want.num_rows or num_blocks < want.num_blocks)
-
-    def _is_another(self, want: Want, row: Row) -> bool:
-        """Whether another tenant's row still waits."""
-        return want.tenant != row.tenant and want.row.request.status is RequestStatus.WAITING
-
-    def _want(self, row: Row, num_matched: int) -> Want:
-        return Want(row, self._num_wanted(row), self.blocks.num_taken(row.table, len(row.request.token_ids), num_matched))
-
-    def _num_wanted(self, row: Row) -> int:
-        """Rows of the batch that a waiting row takes when it starts: all of its search's."""
-        search = self._searches.get(row.request.request_id)
-        return 1 if search is None or search.has_started else 1 + search.num_beams - search.num_rows
-
-    def _num_free_rows(self) -> int:
-        """Those counted as taken that beam searches will fork."""
-        return self.config.max_batch_size - len(self._running) - sum(num_rows for _, num_rows in self._reserved())
-
-    def _reserved(self) -> list[tuple[str, int]]:
-        """Rows that searches may yet fork, with their tenants."""
-        return [(search.tenant, search.num_beams - search.num_rows) for search in self._searches.values() if search.has_started]
-
-    def _held_now(self) -> dict[str, Holding]:
-        if self._holdings is None:
-            self._holdings = self._shares.holdings(self._running, self._reserved())
-        return self._holdings
 
     def _num_places_for_lacking(self) -> int:
         """How many more rows may run that lack pictures."""
@@ -510,15 +436,14 @@ class Scheduler:
             return False
         for digest in self.blocks.digests(row.table, num_matched):
             self._pending.setdefault(digest, row)
-        if search := self._searches.get(request.request_id):
-            search.has_started = True
+        self._searches.row_started(row)
         request.num_computed = num_matched * self.blocks.block_size
         request.status = RequestStatus.RUNNING
         if request.num_preemptions == 0 and not request.prompt.is_probe:
             request.num_cached = request.num_computed
             self.num_prompt_tokens += request.num_prompt_tokens
             self.num_cached_prompt_tokens += request.num_cached
-        self._holdings = None
+        self._shares.rows_changed()
         self._tenant_turns.begun(row.order[0])
         self._waiting.remove(row)
         insort(self._running, row, key=_order)
