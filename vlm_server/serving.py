@@ -70,6 +70,8 @@ def _allow_descriptors() -> None:
 async def _run(config: ServerConfig, listener: socket.socket) -> None:
     started_s = time.monotonic()
     progress = ProgressLine(f"Loading {config.model_root}", is_logged=config.engine.log_format == JSON)
+    if config.api_key_files:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)  # they are read when all is loaded
     try:
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -128,14 +130,13 @@ class _Server(uvicorn.Server):
         self._ready = ready
         self._is_logged = config.engine.log_format == JSON  # what else is a line of text on stderr
         self._readiness: Readiness = app.state.readiness
-        self._keys: KeyRing | None = app.state.keys if config.api_key_files else None
         self._reloads: set[asyncio.Task[None]] = set()
+        if config.api_key_files:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_keys, app.state.keys)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started:
-            if self._keys is not None:
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_keys, self._keys)
             spare_loaded_objects()
             print(self._ready, flush=True)
 

@@ -36,6 +36,8 @@ def open_backend(config, *, on_progress):
     on_progress(1.0)
     if os.environ.get("FAILS"):
         raise EngineDeadError("no weights of lm_head", is_final=True)
+    if os.environ.get("HUNG_UP"):
+        os.kill(os.getpid(), signal.SIGHUP)
     backend = FakeBackend()
     if os.environ.get("HANGS"):
         backend.engine.hangs_after = 1
@@ -260,6 +262,15 @@ def test_listening_everywhere_without_keys_is_warned_about(tmp_path: Path) -> No
 
     assert "WARNING" in err
     assert "--api-keys" in err
+
+
+def test_a_hangup_while_the_model_is_loaded_ends_no_server_with_a_key_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text('[[keys]]\nname = "alice"\nkey = "first"')
+    with serve_process(tmp_path, "--api-keys-file", str(file), HUNG_UP="1") as process:
+        assert process.stdout
+        url = next(word for word in process.stdout.readline().split() if word.startswith("http"))
+        assert status(url, "first") == 200
 
 
 @pytest.mark.full
