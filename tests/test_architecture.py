@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "vision.connector": "",
     "vision.data_url": ".image",
     "vision.decode": ".frames .image .pixels .worker_start",
-    "vision.decode_pool": ".budget .config .confinement .decode .frames .image .shared_array .workers",
+    "vision.decode_pool": ".budget .config .decode .frames .image .shared_array .workers",
     "vision.download": ".addresses .body .budget .config .connector .host_slots .http_cache .image .look_ups .urls",
     "vision.encoder": ".families",
     "vision.families": ".geometry .resolution",
@@ -107,7 +107,7 @@ MAY_IMPORT = {
     "vision.tower_parts": "",
     "vision.urls": ".image",
     "vision.worker_start": ".confinement .frames",
-    "vision.workers": ".frames",
+    "vision.workers": ".confinement .frames",
     "vlm_server": "",
     "vlm_server.aborting": "",
     "vlm_server.admission": ".auth .errors .metering .quotas",
@@ -189,8 +189,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.gradio_page": ".chat_client",
     "vlm_server.grammar_pool": (
-        ".errors .grammar_worker engine.guided vision.budget vision.confinement vision.frames vision.media_budgets vision.shared_array "
-        "vision.workers"
+        ".errors .grammar_worker engine.guided vision.budget vision.frames vision.media_budgets vision.shared_array vision.workers"
     ),
     "vlm_server.grammar_worker": "engine.guided vision.frames vision.worker_start",
     "vlm_server.guided": ".backend .errors .format_protocol .protocol engine.guided",
