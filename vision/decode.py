@@ -8,21 +8,17 @@ worker alone.
 """
 
 import math
-import os
 import resource
-import signal
-import socket
 import sys
 import time
 
 import msgspec
 
-from vision.confinement import confine
-from vision.frames import WORKER_NICENESS, Failure, Frame, receive_frame, send_frame, serve_frames
+from vision.frames import Failure, Frame
 from vision.image import MediaError
+from vision.worker_start import serve_confined, start_worker
 
 MEASURE = b"measure"  # body of a frame whose picture's size is asked for, not its pixels
-_NUM_DESCRIPTORS = 64
 
 
 class DecodeLimits(msgspec.Struct, frozen=True):
@@ -34,14 +30,9 @@ class DecodeLimits(msgspec.Struct, frozen=True):
 def main(fd: int) -> None:
     import vision.pixels  # noqa: F401  (before memory is limited)
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before
-    connection = socket.socket(fileno=fd)
-    limits = msgspec.msgpack.decode(receive_frame(connection).body, type=DecodeLimits)
-    _limit_process(limits)
-    _silence()
-    send_frame(connection, Frame(msgspec.msgpack.encode(confine())))  # ready
-    os.nice(WORKER_NICENESS)
-    serve_frames(connection, lambda request: _answer(request, limits))
+    connection, limits = start_worker(fd, DecodeLimits)
+    file_bytes = 3 * limits.max_pixels  # of the pixels' shared memory
+    serve_confined(connection, lambda request: _answer(request, limits), memory_bytes=limits.memory_bytes, file_bytes=file_bytes)
 
 
 def _answer(request: Frame, limits: DecodeLimits) -> Frame:
@@ -57,21 +48,6 @@ def _answer(request: Frame, limits: DecodeLimits) -> Frame:
         return Frame(msgspec.msgpack.encode(pixels.shape[:2]))
     except MediaError as error:
         return Frame(failure=Failure(error.code, error.message, error.status))
-
-
-def _limit_process(limits: DecodeLimits) -> None:
-    with open("/proc/self/statm") as file:
-        held_bytes = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held_bytes + limits.memory_bytes,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * limits.max_pixels,) * 2)  # of shared memory too
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_NUM_DESCRIPTORS,) * 2)
-
-
-def _silence() -> None:
-    """What the decoders print about hostile files would fill the server's log."""
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
 
 def _limit_cpu(cpu_s: float) -> None:

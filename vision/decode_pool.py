@@ -1,7 +1,6 @@
 """The server's side of decoding: pictures' bytes in, pixels in shared memory out, by a pool of decode workers."""
 
 import asyncio
-import logging
 from typing import Annotated
 
 import msgspec
@@ -9,14 +8,11 @@ import numpy as np
 
 from vision.budget import Budget, places_for
 from vision.config import VisionConfig
-from vision.confinement import ALL
 from vision.decode import MEASURE, DecodeLimits
 from vision.frames import Frame
 from vision.image import MediaError
 from vision.shared_array import SharedArray
 from vision.workers import WorkerError, WorkerKilledError, WorkerPool, WorkerTimeoutError
-
-logger = logging.getLogger(__name__)
 
 _IN_PLACE_BYTES = 256 << 10  # copied in less time than a thread takes to start; more is copied beside the event loop
 _ABANDON_S = 0.5  # a new decode worker is ready in less
@@ -41,9 +37,7 @@ class DecodePool:
 
     async def open(self) -> None:
         """Raises WorkerError."""
-        granted = msgspec.msgpack.decode((await self._pool.open()).body, type=list[str])
-        if missing := [name for name in ALL if name not in granted]:
-            logger.warning("decode workers are limited in memory and time, but the system cannot keep them from: %s", ", ".join(missing))
+        await self._pool.open_confined("decode")
 
     async def close(self) -> None:
         await self._pool.close()

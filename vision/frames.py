@@ -18,8 +18,8 @@ from vision.image import MediaError
 from vision.shared_array import SharedArray
 
 MAX_FRAME_BYTES = 1 << 20
-WORKER_NICENESS = 10  # of picture workers once they serve: the steps of the engine come first
 _MAX_DESCRIPTORS = 64
+_WORKER_NICENESS = 10  # of workers once they serve: the steps of the engine come first
 _LENGTH = struct.Struct(">I")
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
 
@@ -127,6 +127,7 @@ def receive_frame(connection: socket.socket) -> Frame:
 
 def serve_frames(connection: socket.socket, answer: Callable[[Frame], Frame]) -> None:
     """A worker's life: answers one frame after the other until the other end closes. Closes both frames' arrays."""
+    os.nice(_WORKER_NICENESS)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             request = receive_frame(connection)

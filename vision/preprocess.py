@@ -6,9 +6,6 @@ Its first frame holds the settings. Imported by the server for the messages; tor
 
 import importlib
 import logging
-import os
-import signal
-import socket
 import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -16,10 +13,11 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from vision.frames import WORKER_NICENESS, Failure, Frame, receive_frame, send_frame, serve_frames
+from vision.frames import Failure, Frame, send_frame, serve_frames
 from vision.geometry import View
 from vision.image import ImageOptions, MediaError
 from vision.shared_array import SharedArray
+from vision.worker_start import start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +68,7 @@ class Preprocessor(Protocol):
 
 
 def main(fd: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before
-    connection = socket.socket(fileno=fd)
-    settings = msgspec.msgpack.decode(receive_frame(connection).body, type=PreprocessSettings)
+    connection, settings = start_worker(fd, PreprocessSettings)
     try:
         preprocessor = _load(settings)
     except Exception as error:
@@ -80,7 +76,6 @@ def main(fd: int) -> None:
         send_frame(connection, Frame(failure=Failure("processor_not_loaded", f"{type(error).__name__}: {error}")))
         return
     send_frame(connection, Frame(msgspec.msgpack.encode(PreprocessInfo(preprocessor.fingerprint))))
-    os.nice(WORKER_NICENESS)
     serve_frames(connection, lambda request: _answer(preprocessor, request))
 
 

@@ -16,6 +16,9 @@ from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
+from vision.confinement import ALL
 from vision.frames import Frame, FrameReader, send_frame
 
 logger = logging.getLogger(__name__)
@@ -132,6 +135,12 @@ class WorkerPool:
         for worker, _ in started:
             self._slots.put_nowait(worker)
         return started[0][1]
+
+    async def open_confined(self, kind: str) -> None:
+        """`open` for workers that `serve_confined`. Warns of what the system could not take from them; `kind` of worker: for the log."""
+        granted = msgspec.msgpack.decode((await self.open()).body, type=list[str])
+        if missing := [name for name in ALL if name not in granted]:
+            logger.warning("%s workers are limited in memory and time, but the system cannot keep them from: %s", kind, ", ".join(missing))
 
     async def close(self) -> None:
         """Kills the workers; jobs under way or waiting end with WorkerError."""

@@ -4,7 +4,6 @@ Knows nothing of fields; what is wrong with a grammar is said of the grammar.
 """
 
 import asyncio
-import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -13,15 +12,12 @@ import numpy as np
 
 from engine.guided import GrammarError
 from vision.budget import Budget, Reservation
-from vision.confinement import ALL
 from vision.frames import Frame
 from vision.media_budgets import owner_or
 from vision.shared_array import SharedArray
 from vision.workers import WorkerEndedError, WorkerError, WorkerPool, WorkerTimeoutError
 from vlm_server.errors import ApiError
 from vlm_server.grammar_worker import GrammarLimits
-
-logger = logging.getLogger(__name__)
 
 NUM_WORKERS = 2  # as many grammars are read at once, one of each client
 WAIT_S = 20.0  # for a free worker; and for its answer, on however busy a machine
@@ -45,9 +41,7 @@ class GrammarPool:
 
     async def open(self) -> None:
         """Raises WorkerError."""
-        granted = msgspec.msgpack.decode((await self._pool.open()).body, type=list[str])
-        if missing := [name for name in ALL if name not in granted]:
-            logger.warning("grammar workers are limited in memory and time, but the system cannot keep them from: %s", ", ".join(missing))
+        await self._pool.open_confined("grammar")
 
     async def close(self) -> None:
         await self._pool.close()

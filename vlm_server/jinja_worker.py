@@ -8,7 +8,6 @@ no tokenizer and no model.
 import contextlib
 import json
 import os
-import resource
 import signal
 import socket
 import struct
@@ -19,13 +18,13 @@ from typing import Any
 import msgspec
 
 from vision.confinement import confine
+from vision.worker_start import limit_process
 
 LENGTH = struct.Struct(">Q")
 RENDERED, REFUSED = b"+", b"-"  # an answer's first byte; after it the text, or what the template complained about
 EXIT_MEMORY = 3
 
 _MAX_COMPLAINT_CHARACTERS = 1000
-_NUM_DESCRIPTORS = 64
 _WARM_UP = (
     "{% macro f(x) %}{{ x | tojson }}{% endmacro %}{{ f(messages) }}{{ strftime_now('%c %Z') }}{% generation %}{% endgeneration %}",
     "{{ raise_exception('no') }}",
@@ -46,7 +45,7 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends with the server, whose running requests may finish before
     connection = socket.socket(fileno=fd)
     limits = msgspec.json.decode(receive(connection), type=RenderLimits)
-    _limit_process(limits)
+    limit_process(memory_bytes=limits.memory_bytes)
     _load_all()
     confine()
     send(connection, b"")  # ready
@@ -105,14 +104,6 @@ def _load_all() -> None:
     for source in _WARM_UP:
         with contextlib.suppress(Exception):
             _render(source, [{"role": "user", "content": "x"}], {}, tools=None)
-
-
-def _limit_process(limits: RenderLimits) -> None:
-    with open("/proc/self/statm") as file:
-        held_bytes = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held_bytes + limits.memory_bytes,) * 2)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_NUM_DESCRIPTORS,) * 2)
 
 
 if __name__ == "__main__":

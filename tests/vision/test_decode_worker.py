@@ -324,7 +324,9 @@ async def test_the_worker_has_limits_few_descriptors_and_no_secrets(pool: Decode
     assert int(limits["Max address space"][1]) < 3 << 30
     assert "NoNewPrivs:\t1" in (process / "status").read_text(), "it is confined, see test_confinement"
     assert len(list((process / "fd").iterdir())) <= 4, "input, output, errors and its socket"
+    assert (process / "fd" / "2").readlink() == Path(os.devnull), "what it prints about pictures is not for the log"
     await decoded(guarded, png())
+    assert os.getpriority(os.PRIO_PROCESS, guarded.process_ids[0]) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
     limits = {line[:25].strip(): line[25:].split() for line in (process / "limits").read_text().splitlines()}
     assert int(limits["Max cpu time"][0]) <= 13
     await guarded.close()

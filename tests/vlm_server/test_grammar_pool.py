@@ -9,12 +9,18 @@ import string
 from collections.abc import AsyncIterator
 from itertools import pairwise
 
+import msgspec
 import pytest
 from llguidance import LLMatcher
 
 from engine.guided import GrammarError
 from tests.vision.processes import freeze, is_gone, until
 from vision.budget import Budget
+from vision.config import VisionConfig
+from vision.confinement import NETWORK
+from vision.decode_pool import DecodePool
+from vision.frames import Frame
+from vision.workers import WorkerPool
 from vlm_server import grammar_pool
 from vlm_server.errors import ApiError
 from vlm_server.grammar_pool import NUM_WORKERS, GrammarPool
@@ -184,3 +190,19 @@ async def test_workers_have_little_of_everything(pool: GrammarPool) -> None:
         assert resource.prlimit(process_id, resource.RLIMIT_NOFILE) == (64, 64)
         assert resource.prlimit(process_id, resource.RLIMIT_FSIZE) == (0, 0)
         assert resource.prlimit(process_id, resource.RLIMIT_AS)[1] < 2 << 30
+
+
+@pytest.mark.parametrize(("kind", "confined"), [("grammar", GrammarPool()), ("decode", DecodePool(VisionConfig()))])
+async def test_what_the_system_cannot_keep_workers_from_is_said_in_the_log(
+    kind: str, confined: GrammarPool | DecodePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def opened(_: WorkerPool) -> Frame:
+        return Frame(msgspec.msgpack.encode([NETWORK]))
+
+    monkeypatch.setattr(WorkerPool, "open", opened)
+
+    await confined.open()
+
+    (message,) = caplog.messages
+    assert message.startswith(f"{kind} workers are limited")
+    assert message.endswith("cannot keep them from: files, signals")
