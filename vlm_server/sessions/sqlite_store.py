@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 IN_MEMORY = ":memory:"
 BUSY_TIMEOUT_S = 5.0  # for another process's write
+_OPEN_POLL_S = 0.01  # of a file that another process is opening
 
 _VERSION = 1  # of the tables; a file of another version is left alone
 _SCHEMA = """
@@ -174,11 +175,27 @@ def _connect(path: str) -> sqlite3.Connection:
             os.close(descriptor)
     connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
     try:
-        _prepare(connection)
+        _prepare_in_turn(connection)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _prepare_in_turn(connection: sqlite3.Connection) -> None:
+    """SQLite's own timeout does not cover the change to WAL, which fails at once where two servers open a new file together."""
+    deadline_s = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            return _prepare(connection)
+        except sqlite3.OperationalError as error:
+            if not _is_busy(error) or time.monotonic() >= deadline_s:
+                raise
+        time.sleep(_OPEN_POLL_S)
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY  # the low byte: there are kinds of it
 
 
 def _prepare(connection: sqlite3.Connection) -> None:

@@ -6,7 +6,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +420,44 @@ async def test_a_file_outlives_its_store_and_is_shared_by_two(tmp_path: Path) ->
 
     async with open_store(path) as third:
         assert await third.get_parts(record, ["a"]) == {"a": b"A"}
+
+
+@pytest.fixture
+def opened_elsewhere(tmp_path: Path) -> Iterator[sqlite3.Connection]:
+    """Another server's connection to a new file, at work on it, not yet in WAL mode: SQLite lets nobody else change the mode then."""
+    connection = sqlite3.connect(tmp_path / "sessions.sqlite3", isolation_level=None, check_same_thread=False)
+    connection.execute("CREATE TABLE others (id)")
+    connection.execute("BEGIN IMMEDIATE")
+    yield connection
+    connection.close()
+
+
+async def test_a_file_that_another_server_is_opening_is_waited_for(
+    tmp_path: Path, opened_elsewhere: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, waits_s = a_record(), []
+
+    def wait(duration_s: float) -> None:
+        waits_s.append(duration_s)
+        if len(waits_s) == 3:
+            opened_elsewhere.execute("COMMIT")
+
+    monkeypatch.setattr("vlm_server.sessions.sqlite_store.time.sleep", wait)
+
+    async with open_store(str(tmp_path / "sessions.sqlite3")) as store:
+        await store.put(record, b"x", parts={}, limits=PLENTY)
+        assert await store.get(record) == b"x"
+    assert len(waits_s) == 3
+
+
+async def test_a_file_that_stays_locked_is_not_waited_for_without_end(
+    tmp_path: Path, opened_elsewhere: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm_server.sessions.sqlite_store.BUSY_TIMEOUT_S", 0.0)
+
+    with pytest.raises(StoreError, match="cannot be opened: database is locked"):
+        async with open_store(str(tmp_path / "sessions.sqlite3")):
+            pass
 
 
 async def test_two_servers_share_a_redis(redis_url: str) -> None:
