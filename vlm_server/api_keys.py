@@ -17,6 +17,9 @@ from vlm_server.quotas import PIXELS_PER_MEGAPIXEL, UNLIMITED, Limits
 ENVIRONMENT_VARIABLE = "VLM_SERVER_API_KEYS"
 FILE_MARK = "@"  # before the name of a file in a list of keys
 
+MIN_CHARACTERS = 16  # of a key that nobody guesses; shorter ones work and are warned about
+
+_EXAMPLES = ("replace-this", "replace-this-too")  # of deploy/api-keys.example.toml
 _MAX_FILE_BYTES = 16 << 20
 _MAX_PER_MINUTE = 10**15
 _KEY = re.compile(r"[\x21-\x7e]{1,4096}")  # what every client can send in a header as it is
@@ -36,6 +39,11 @@ class ApiKey:
     name: str
     digest: bytes
     limits: Limits = UNLIMITED
+    is_short: bool = False  # as far as is known: where a file has only its digest it is not
+
+    @property
+    def is_guessable(self) -> bool:
+        return self.is_short or self.digest in map(digest_of, _EXAMPLES)
 
 
 def key_sources(words: Sequence[str] | None, files: Sequence[str] | None, environment: str | None) -> tuple[list[str], list[str]]:
@@ -80,7 +88,7 @@ def digest_of(key: str) -> bytes:
 def _plain(word: str, number: int) -> ApiKey:
     if not _KEY.fullmatch(word):
         raise ApiKeysError(f"--api-keys: key {number}: only visible ASCII characters without blanks are allowed")
-    return ApiKey(f"key-{number}", digest_of(word))
+    return ApiKey(f"key-{number}", digest_of(word), is_short=len(word) < MIN_CHARACTERS)
 
 
 def _check_unique(found: Sequence[tuple[str, ApiKey]]) -> None:
@@ -146,7 +154,8 @@ def _key(entry: object, place: str) -> ApiKey:
         raise ApiKeysError(f"{place}: {unknown[0]!r} is not known; there are {', '.join(_FIELDS)}")
     pixels = _number(entry, "megapixels_per_minute", place, kinds=(int, float), unit=PIXELS_PER_MEGAPIXEL)
     limits = Limits(_number(entry, "requests_per_minute", place), _number(entry, "tokens_per_minute", place), pixels)
-    return ApiKey(_text(entry, "name", place, _NAME, "1 to 64 letters, digits and . _ @ + : -"), _digest(entry, place), limits)
+    name, digest = _text(entry, "name", place, _NAME, "1 to 64 letters, digits and . _ @ + : -"), _digest(entry, place)
+    return ApiKey(name, digest, limits, is_short=len(entry.get("key", "x" * MIN_CHARACTERS)) < MIN_CHARACTERS)
 
 
 def _digest(entry: Mapping[str, Any], place: str) -> bytes:

@@ -14,13 +14,14 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vlm_server.api_keys import ApiKey, ApiKeysError, digest_of
+from vlm_server.api_keys import MIN_CHARACTERS, ApiKey, ApiKeysError, digest_of
 from vlm_server.errors import ApiError
 from vlm_server.middleware import request_facts
 from vlm_server.quotas import Quota
 
 logger = logging.getLogger(__name__)
 
+_MAX_NAMED = 8  # keys in one warning
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
 
 
@@ -69,11 +70,25 @@ class KeyRing:
 
     def _replace(self, keys: Sequence[ApiKey]) -> None:
         """A key that keeps its name keeps what it has used."""
+        _warn_of_guessable(keys)
         quotas = {holder.key.name: holder.quota for holder in self._holders}
         for key in keys:
             if key.name in quotas:
                 quotas[key.name].change(key.limits)
         self._holders = tuple(KeyHolder(key, quotas.get(key.name) or self._new_quota(key)) for key in keys)
+
+
+def _warn_of_guessable(keys: Sequence[ApiKey]) -> None:
+    names = [key.name for key in keys if key.is_guessable]
+    if names:
+        shown = ", ".join(names[:_MAX_NAMED]) + (" …" if len(names) > _MAX_NAMED else "")
+        logger.warning(
+            "%d API keys can be guessed, for they have fewer than %d characters or come from the example file: %s; "
+            "make new ones, e.g. with openssl rand -hex 32",
+            len(names),
+            MIN_CHARACTERS,
+            shown,
+        )
 
 
 class RequireApiKey:

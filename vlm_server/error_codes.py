@@ -108,7 +108,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
         ("previous_response_not_found", (404,), "The same of the response that `previous_response_id` names."),
         ("conversation_too_large", (400,), "The items are larger than what is kept of a response (`--max-session-bytes`)."),
         ("not_cancellable", (400,), "Only responses that run in the background could be cancelled, and none does."),
-        ("session_store_full", (507,), "The disk, or Redis's memory, has no room for what was to be kept; deleting works."),
+        (
+            "session_store_full",
+            (507,),
+            "The disk, or Redis's memory, has no room for what was to be kept (deleting works), or the temporary folder for an upload.",
+        ),
         (
             "session_store_unavailable",
             (503,),

@@ -139,9 +139,14 @@ class Turns:
             try:
                 return await self._sessions.end(session_id)
             except SessionBusyError:
-                if time.monotonic() > deadline_s:
+                left_s = deadline_s - time.monotonic()
+                if left_s < 0:
                     raise
-            await asyncio.sleep(_POLL_S)
+            turn = self._running.get(session_id)
+            if turn is None or turn.task is None:
+                await asyncio.sleep(_POLL_S)
+            else:  # however many wait, the store is not asked before it is worth it
+                await asyncio.wait((turn.task,), timeout=left_s)
 
     async def aclose(self) -> None:
         tasks = [turn.task for turn in self._turns if turn.task is not None]

@@ -3,6 +3,8 @@
 What is longer than a megabyte waits in a temporary file that nobody else sees. Knows nothing of what the file holds.
 """
 
+import errno
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +14,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
 from vision.image import MediaError
-from vlm_server.errors import ApiError, bad_request, validation_error
+from vlm_server.errors import FULL_RETRY_AFTER_S, ApiError, bad_request, validation_error
 from vlm_server.file_protocol import FileForm
+
+logger = logging.getLogger(__name__)
 
 FORM_BYTES = 64 << 10  # of a body beside its file: the other fields, headers, boundaries
 MAX_FIELDS = 16
 MAX_FIELD_BYTES = 4 << 10
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT})  # ENOENT: there is no such folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,10 @@ class Upload:
 
 
 async def read_upload(request: Request, *, limit_bytes: int) -> Upload:
-    """The form, its file of at most `limit_bytes`. Raises MediaError for a larger one, ApiError for a wrong form or a client that left."""
+    """The form, its file of at most `limit_bytes`.
+
+    Raises MediaError for a larger one; ApiError for a wrong form, a client that left, and a temporary folder that takes nothing.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
         raise bad_request("invalid_content_type", "the request needs the header Content-Type: multipart/form-data with a boundary")
@@ -40,6 +48,11 @@ async def read_upload(request: Request, *, limit_bytes: int) -> Upload:
             return Upload(_checked(form), await _file_of(form, limit_bytes))
     except ClientDisconnect:
         raise ApiError(499, "client_closed_request", "the client closed its connection") from None
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        logger.error("an upload cannot be written to the temporary folder: %s", error)
+        raise _no_room() from error
 
 
 def _limited(request: Request, limit_bytes: int) -> Request:
@@ -96,6 +109,11 @@ async def _file_of(form: FormData, limit_bytes: int) -> bytes:
     if len(data) > limit_bytes:
         raise _too_large(limit_bytes)
     return data
+
+
+def _no_room() -> ApiError:
+    message = "file: the server's temporary folder, where an upload of more than 1 MiB waits, is full or cannot be written; try again later"
+    return ApiError(507, "session_store_full", message, param="file", headers={"retry-after": str(FULL_RETRY_AFTER_S)})
 
 
 def _too_large(limit_bytes: int) -> MediaError:

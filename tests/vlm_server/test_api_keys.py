@@ -45,6 +45,7 @@ def test_the_example_file_can_be_used() -> None:
 
     assert {"requests", "tokens", "megapixels"} == set(keys[0].limits.by_kind())
     assert keys[-1].digest == digest_of("replace-this-too")
+    assert all(key.is_guessable for key in keys)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Who is let in: which paths are open, under which headers a key may come, and how keys change while the server runs."""
 
+import hashlib
 import http.client
 import logging
 from collections.abc import Iterator
@@ -205,6 +206,29 @@ async def test_a_file_that_turned_wrong_changes_nothing(tmp_path: Path, caplog: 
     assert "the API keys stay as they were" in caplog.text
     assert str(file) in caplog.text
     assert "hush" not in caplog.text
+
+
+def test_keys_that_can_be_guessed_are_named_in_one_warning_and_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys.toml"
+    write(file, alice=("fifteen-letters", 10), bob=("sixteen--letters", 10))
+    example = '[[keys]]\nname = "carol"\nkey_sha256 = "' + hashlib.sha256(b"replace-this-too").hexdigest() + '"\n'
+    file.write_text(file.read_text() + example)
+
+    keys = ring("hush", "x" * 16, file=file)
+
+    [warning] = caplog.messages
+    assert "3 API keys can be guessed" in warning
+    assert "key-1, alice, carol;" in warning
+    assert not any(key in warning for key in ("hush", "fifteen-letters", "replace-this"))
+    assert keys.find(["hush"]) is not None
+
+
+def test_good_keys_are_not_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "keys.toml", alice=("0123456789abcdef", 10))
+
+    ring("f" * 32, file=tmp_path / "keys.toml")
+
+    assert not caplog.messages
 
 
 def test_a_ring_with_a_wrong_file_is_not_made(tmp_path: Path) -> None:

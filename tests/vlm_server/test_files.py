@@ -1,9 +1,12 @@
 """`/v1/files` over a scripted engine: what is taken, who has which file, for how long and how many."""
 
 import contextlib
+import errno
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,8 @@ from vlm_server.app import create_app
 from vlm_server.response_schema import FileDeletedResponse, FileListResponse, FileResponse
 from vlm_server.sessions.sqlite_store import SqliteStore
 from vlm_server.sessions.store import RecordStore
+
+LARGE = b"x" * (2 << 20)  # the parser of forms puts it into a temporary file
 
 
 @contextlib.contextmanager
@@ -243,6 +248,31 @@ def test_uploads_at_once_never_exceed_the_quota() -> None:
 
         assert sorted(statuses) == [200] * 5 + [413] * 19
         assert len(client.ids()) == 5
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_large_upload_is_refused_while_the_temporary_folder_is_full(client: Client, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoRoom(tempfile.SpooledTemporaryFile[bytes]):
+        def rollover(self) -> None:
+            raise OSError(code, "no room", "/secret/path")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("starlette.formparsers.SpooledTemporaryFile", NoRoom)
+        refused, small = client.upload(LARGE), client.upload(b"small")
+
+    assert_refused(refused, 507, "session_store_full", "file")
+    assert refused.headers["Retry-After"] == "60"
+    assert "/secret/path" not in refused.text
+    assert small.status_code == 200
+    assert client.upload(LARGE).status_code == 200
+
+
+def test_a_large_upload_is_refused_while_there_is_no_temporary_folder(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+
+    assert_refused(client.upload(LARGE), 507, "session_store_full", "file")
 
 
 def test_files_outlive_their_server(tmp_path: Any) -> None:

@@ -1,5 +1,6 @@
 """`/v1/chat/interactive` over a scripted engine: what is kept between turns, what is not, and what each turn answers."""
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -8,7 +9,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import requests
@@ -18,9 +20,11 @@ from tests.contract.fake_engine import DEFAULT_REPLY, SESSION_LEN, FakeBackend
 from tests.contract.running import RunningServer, fake_config, running_server, serving
 from tests.redis_server import redis_server
 from tests.vlm_server.byte_tokenizer import EOS, IMAGE
+from vlm_server import turns
 from vlm_server.app import create_app
 from vlm_server.response_schema import InteractiveResponse
-from vlm_server.sessions.store import RecordStore, StoreError
+from vlm_server.sessions.history import SessionBusyError
+from vlm_server.sessions.store import RecordId, RecordStore, StoreError
 
 PATH = "/v1/chat/interactive"
 ZEROS = {"text": "", "tokens": 0, "input_tokens": 0, "history_tokens": 0, "finish_reason": "stop"}
@@ -172,6 +176,31 @@ def test_the_end_waits_for_a_running_turn(server: RunningServer, number: int) ->
 
     assert ending[0].json() == ZEROS
     assert turn(server, "again", number)["history_tokens"] == 0
+
+
+async def test_ends_that_wait_for_a_turn_of_this_server_do_not_ask_the_store_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "_POLL_S", 0.0)
+    session_id, has_ended, num_asked = RecordId("sessions", "", "1"), asyncio.Event(), 0
+
+    class BusySessions:
+        async def end(self, session_id: RecordId) -> None:
+            nonlocal num_asked
+            num_asked += 1
+            if not has_ended.is_set():
+                raise SessionBusyError
+
+    running: Any = SimpleNamespace(task=asyncio.create_task(has_ended.wait()))
+    all_turns = turns.Turns(cast(Any, BusySessions()), cast(Any, None))
+    all_turns._running[session_id] = running
+
+    ends = [asyncio.create_task(all_turns.end(session_id)) for _ in range(3)]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert num_asked == 3
+    has_ended.set()
+    await asyncio.gather(*ends)
+
+    assert num_asked == 6
 
 
 def test_an_empty_prompt_is_a_turn_like_any_other(server: RunningServer, number: int) -> None:

@@ -1,6 +1,7 @@
 """A store of records in one SQLite file, for one machine; in memory alone under the path `:memory:`.
 
-The file holds conversations, so only its owner may read it. All work is done in one thread; several processes may share the file.
+The file holds conversations, so only its owner may read it, and what has ended is overwritten in it and in its journal soon after. All
+work is done in one thread; several processes may share the file.
 """
 
 import asyncio
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 IN_MEMORY = ":memory:"
 BUSY_TIMEOUT_S = 5.0  # for another process's write
+CHECKPOINT_DELAY_S = 1.0  # after something has ended: one checkpoint for many ends, and none for those that a client waits for
+_CHECKPOINT_TIMEOUT_S = 0.1  # for which it holds up the store and other processes' writes; then it is tried again after the delay
+_OPEN_POLL_S = 0.01  # of a file that another process is opening
 
 _VERSION = 1  # of the tables; a file of another version is left alone
 _SCHEMA = """
@@ -54,6 +58,10 @@ class SqliteStore:
         self._connection = connection
         self._thread = thread
         self._clock = clock
+        self._holds_ended = True  # in the journal, maybe since a server that was killed; the thread's
+        self._may_hold_ended = asyncio.Event()
+        self._may_hold_ended.set()
+        self._overwriting = asyncio.create_task(self._overwrite_ended())
 
     @classmethod
     async def open(cls, path: str | Path, *, clock: Callable[[], float] = time.time) -> "SqliteStore":
@@ -70,6 +78,9 @@ class SqliteStore:
         return cls(connection, thread, clock)
 
     async def close(self) -> None:
+        self._overwriting.cancel()
+        await asyncio.wait((self._overwriting,))
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._checkpoint)
         await asyncio.get_running_loop().run_in_executor(self._thread, self._connection.close)
         self._thread.shutdown()
 
@@ -96,21 +107,21 @@ class SqliteStore:
         def write(db: sqlite3.Connection) -> None:
             now_s = self._clock()
             _require_lease(db, record_id, token, now_s)
-            _delete_ended(db, now_s)
+            num_ended = _delete_ended(db, now_s)
             _write(db, record_id, value, parts, now_s, limits.ttl_s)
-            _delete_surplus(db, record_id, limits)
+            self._holds_ended |= num_ended + _delete_surplus(db, record_id, limits) > 0
 
-        await self._run(write)
+        await self._run_ending(write)
 
     async def add(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], ttl_s: float, quota: Quota) -> None:
         def write(db: sqlite3.Connection) -> None:
             now_s = self._clock()
-            _delete_ended(db, now_s)
+            self._holds_ended |= _delete_ended(db, now_s) > 0
             num_records, num_bytes = _held(db, record_id.namespace, record_id.tenant)
             quota.require(sum(map(len, parts.values())), num_records=num_records, num_bytes=num_bytes)
             _write(db, record_id, value, parts, now_s, ttl_s)
 
-        await self._run(write)
+        await self._run_ending(write)
 
     async def values(self, namespace: str, tenant: str) -> dict[str, bytes]:
         query = "SELECT key, value FROM records WHERE namespace = ? AND tenant = ? AND expires_s > ?"
@@ -120,9 +131,9 @@ class SqliteStore:
     async def delete(self, record_id: RecordId, *, token: str | None = None) -> None:
         def write(db: sqlite3.Connection) -> None:
             _require_lease(db, record_id, token, self._clock())
-            db.execute(f"DELETE FROM records WHERE {_THIS}", _row(record_id))
+            self._holds_ended |= db.execute(f"DELETE FROM records WHERE {_THIS}", _row(record_id)).rowcount > 0
 
-        await self._run(write)
+        await self._run_ending(write)
 
     async def count(self, namespace: str) -> int:
         query = "SELECT COUNT(*) FROM records WHERE namespace = ? AND expires_s > ?"
@@ -152,6 +163,33 @@ class SqliteStore:
     async def revoke(self, record_id: RecordId) -> None:
         await self._run(lambda db: db.execute(f"DELETE FROM leases WHERE {_THIS}", _row(record_id)))
 
+    async def _run_ending(self, work: Callable[[sqlite3.Connection], None]) -> None:
+        """As `_run`, of work that may end records: it sets `_holds_ended` where it does."""
+        try:
+            await self._run(work)
+        finally:  # also where the caller is cancelled and the work goes on
+            self._may_hold_ended.set()
+
+    async def _overwrite_ended(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            await self._may_hold_ended.wait()
+            self._may_hold_ended.clear()
+            await asyncio.sleep(CHECKPOINT_DELAY_S)
+            if not await asyncio.get_running_loop().run_in_executor(self._thread, self._checkpoint):
+                self._may_hold_ended.set()
+
+    def _checkpoint(self) -> bool:
+        """Empties the journal if it holds what has ended. False where another process uses it, which may pass."""
+        if not self._holds_ended:
+            return True
+        try:
+            self._holds_ended = not _empty_journal(self._connection)
+        except sqlite3.Error as error:  # tried again when something ends
+            logger.warning("what has ended stays in the session store's journal: %s", error)
+            return True
+        return not self._holds_ended
+
     async def _run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
         """`work` as one transaction, in the store's thread; a caller that is cancelled does not end it."""
         try:
@@ -174,11 +212,27 @@ def _connect(path: str) -> sqlite3.Connection:
             os.close(descriptor)
     connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
     try:
-        _prepare(connection)
+        _prepare_in_turn(connection)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _prepare_in_turn(connection: sqlite3.Connection) -> None:
+    """SQLite's own timeout does not cover the change to WAL, which fails at once where two servers open a new file together."""
+    deadline_s = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            return _prepare(connection)
+        except sqlite3.OperationalError as error:
+            if not _is_busy(error) or time.monotonic() >= deadline_s:
+                raise
+        time.sleep(_OPEN_POLL_S)
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY  # the low byte: there are kinds of it
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
@@ -189,6 +243,7 @@ def _prepare(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA secure_delete = ON")  # some builds of SQLite have it so, others leave what was deleted in the file
     if version == 0:
         connection.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
 
@@ -205,6 +260,16 @@ def _transaction(connection: sqlite3.Connection, work: Callable[[sqlite3.Connect
     return result
 
 
+def _empty_journal(connection: sqlite3.Connection) -> bool:
+    """Brings what the journal holds into the file, and cuts the journal. False where another process reads or writes just now."""
+    connection.execute(f"PRAGMA busy_timeout = {round(_CHECKPOINT_TIMEOUT_S * 1000)}")
+    try:
+        [(is_busy, *_)] = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {round(BUSY_TIMEOUT_S * 1000)}")
+    return not is_busy
+
+
 def _row(record_id: RecordId) -> tuple[str, str, str]:
     return record_id.namespace, record_id.tenant, record_id.key
 
@@ -215,8 +280,9 @@ def _require_lease(connection: sqlite3.Connection, record_id: RecordId, token: s
         raise LeaseLostError
 
 
-def _delete_ended(connection: sqlite3.Connection, now_s: float) -> None:
-    connection.execute("DELETE FROM records WHERE expires_s <= ?", (now_s,))
+def _delete_ended(connection: sqlite3.Connection, now_s: float) -> int:
+    """How many there were."""
+    return connection.execute("DELETE FROM records WHERE expires_s <= ?", (now_s,)).rowcount
 
 
 def _write(
@@ -240,9 +306,10 @@ def _held(connection: sqlite3.Connection, namespace: str, tenant: str) -> tuple[
     return num_records, num_bytes
 
 
-def _delete_surplus(connection: sqlite3.Connection, record_id: RecordId, limits: Limits) -> None:
-    """Of the tenant's records; `record_id` is the newest."""
+def _delete_surplus(connection: sqlite3.Connection, record_id: RecordId, limits: Limits) -> int:
+    """How many of the tenant's records there were too many; `record_id` is the newest."""
     query = f"SELECT rowid, {_NUM_BYTES} FROM records WHERE namespace = ? AND tenant = ? ORDER BY key = ? DESC, written_s DESC, rowid DESC"
     rows = connection.execute(query, _row(record_id)).fetchall()
     num_kept = limits.num_kept([num_bytes for _, num_bytes in rows])
     connection.executemany("DELETE FROM records WHERE rowid = ?", [(rowid,) for rowid, _ in rows[num_kept:]])
+    return len(rows) - num_kept

@@ -6,7 +6,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlm_server.sessions import sqlite_store
 from vlm_server.sessions.opening import default_path, open_store
 from vlm_server.sessions.redis_store import MAX_CONNECTIONS, RedisStore
 from vlm_server.sessions.sqlite_store import SqliteStore
 from vlm_server.sessions.store import LeaseLostError, Limits, Quota, QuotaError, RecordId, RecordStore, StoreError
 
 PLENTY = Limits(ttl_s=3600, max_records=100)
+SECRET = b"what nobody is to find again"
 A_MOMENT = Limits(ttl_s=0.001, max_records=100)
 
 
@@ -420,6 +422,91 @@ async def test_a_file_outlives_its_store_and_is_shared_by_two(tmp_path: Path) ->
 
     async with open_store(path) as third:
         assert await third.get_parts(record, ["a"]) == {"a": b"A"}
+
+
+def bytes_of_all_files(folder: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in folder.iterdir())
+
+
+async def none_of_it_is_left(folder: Path) -> bool:
+    return SECRET not in bytes_of_all_files(folder)
+
+
+@pytest.mark.parametrize("end", ["deleted", "expired", "surplus"])
+async def test_what_has_ended_is_soon_in_none_of_the_files(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_store, "CHECKPOINT_DELAY_S", 0.0)
+    record, now_s = a_record(), 0.0
+    other = a_record("2", tenant=record.tenant)
+    store = await SqliteStore.open(tmp_path / "sessions.sqlite3", clock=lambda: now_s)
+    await store.put(record, SECRET, parts={"a": SECRET * 3000}, limits=PLENTY)
+    await store.add(a_record(), b"kept", parts={}, ttl_s=1e9, quota=Quota(9, 9))
+    assert SECRET in bytes_of_all_files(tmp_path)
+
+    if end == "deleted":
+        await store.delete(record)
+    else:
+        now_s = 4000.0 if end == "expired" else 1.0
+        await store.put(other, b"x", parts={}, limits=Limits(ttl_s=3600, max_records=1))
+
+    assert await becomes(True, lambda: none_of_it_is_left(tmp_path))
+    await store.close()
+
+
+async def test_another_process_that_reads_delays_the_overwriting_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_store, "CHECKPOINT_DELAY_S", 0.0)
+    monkeypatch.setattr(sqlite_store, "_CHECKPOINT_TIMEOUT_S", 0.001)
+    record = a_record()
+    async with open_store(str(tmp_path / "sessions.sqlite3")) as store:
+        await store.put(record, SECRET, parts={}, limits=PLENTY)
+        reader = sqlite3.connect(tmp_path / "sessions.sqlite3", isolation_level=None)
+        reader.execute("BEGIN")
+        reader.execute("SELECT COUNT(*) FROM records").fetchone()
+
+        await store.delete(record)
+        await store.put(record, b"other", parts={}, limits=PLENTY)
+        assert await store.get(record) == b"other"
+        assert SECRET in bytes_of_all_files(tmp_path)
+        reader.close()
+
+        assert await becomes(True, lambda: none_of_it_is_left(tmp_path))
+
+
+@pytest.fixture
+def opened_elsewhere(tmp_path: Path) -> Iterator[sqlite3.Connection]:
+    """Another server's connection to a new file, at work on it, not yet in WAL mode: SQLite lets nobody else change the mode then."""
+    connection = sqlite3.connect(tmp_path / "sessions.sqlite3", isolation_level=None, check_same_thread=False)
+    connection.execute("CREATE TABLE others (id)")
+    connection.execute("BEGIN IMMEDIATE")
+    yield connection
+    connection.close()
+
+
+async def test_a_file_that_another_server_is_opening_is_waited_for(
+    tmp_path: Path, opened_elsewhere: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, waits_s = a_record(), []
+
+    def wait(duration_s: float) -> None:
+        waits_s.append(duration_s)
+        if len(waits_s) == 3:
+            opened_elsewhere.execute("COMMIT")
+
+    monkeypatch.setattr("vlm_server.sessions.sqlite_store.time.sleep", wait)
+
+    async with open_store(str(tmp_path / "sessions.sqlite3")) as store:
+        await store.put(record, b"x", parts={}, limits=PLENTY)
+        assert await store.get(record) == b"x"
+    assert len(waits_s) == 3
+
+
+async def test_a_file_that_stays_locked_is_not_waited_for_without_end(
+    tmp_path: Path, opened_elsewhere: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlm_server.sessions.sqlite_store.BUSY_TIMEOUT_S", 0.0)
+
+    with pytest.raises(StoreError, match="cannot be opened: database is locked"):
+        async with open_store(str(tmp_path / "sessions.sqlite3")):
+            pass
 
 
 async def test_two_servers_share_a_redis(redis_url: str) -> None:
