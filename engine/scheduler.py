@@ -103,7 +103,8 @@ class Scheduler:
         validate(request, self.session_len)
         if len(self._waiting) >= self.config.max_waiting and not self._is_first_of_its_tenant(request):
             raise QueueFullError(f"{len(self._waiting)} requests wait already, at most {self.config.max_waiting} may; try again later")
-        row = Row(request, (self._tenant_turns.place(self._places_of(request.prompt.tenant)), self._num_added))
+        tenant = request.prompt.tenant
+        row = Row(request, (self._tenant_turns.place(tenant, self._places_of(tenant)), self._num_added))
         request.block_ids = row.table.block_ids
         self._num_added += 1
         self.requests[request.request_id] = request
@@ -444,7 +445,7 @@ class Scheduler:
             self.num_prompt_tokens += request.num_prompt_tokens
             self.num_cached_prompt_tokens += request.num_cached
         self._shares.rows_changed()
-        self._tenant_turns.begun(row.order[0])
+        self._tenant_turns.begun(row.tenant, row.order[0], self._cost(row))
         self._waiting.remove(row)
         insort(self._running, row, key=_order)
         return True
@@ -530,10 +531,12 @@ class Scheduler:
         return bool(tenant) and all(row.request.prompt.tenant != tenant for row in self._waiting)
 
     def _places_of(self, tenant: str) -> Iterator[tuple[int, int]]:
-        """Place and cost of the tenant's waiting rows; the cost is the number of steps that a prompt takes of the prefill."""
-        for row in self._waiting:
-            if row.request.prompt.tenant == tenant:
-                yield row.order[0], -(-row.request.num_prompt_tokens // self.config.max_prefill_token_num)
+        """Place and cost of the tenant's waiting rows."""
+        return ((row.order[0], self._cost(row)) for row in self._waiting if row.tenant == tenant)
+
+    def _cost(self, row: Row) -> int:
+        """The number of steps that a prompt takes of the prefill."""
+        return -(-row.request.num_prompt_tokens // self.config.max_prefill_token_num)
 
     def _end(self, request_id: str, reason: FinishReason, *, error: str | None = None) -> StepOutput | None:
         row = self._rows.get(request_id)

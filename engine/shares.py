@@ -1,7 +1,7 @@
 """What one tenant may hold of the batch and of the KV cache while others wait, and which of its rows make way for them.
 
 Three quarters of the rows, and of the blocks, are a tenant's share. It may hold more while nobody else wants it. A waiting request takes
-rows from a tenant that holds more than its share; one whose tenant holds nothing takes them from any that has two. A tenant's oldest row
+rows from a tenant that holds more than its share; one whose tenant holds nothing takes them from any that has two. A tenant's last row
 never makes way, and no row of a beam search, which would stand still without it. Requests without a tenant are nobody's share.
 Knows nothing of pictures, of prefill or of who comes first.
 """
@@ -97,7 +97,7 @@ class Shares:
             return True
         firsts = [other for other in self._promised if _is_another(other, row) and other.tenant not in self._held()]
         num_rows = self.num_free_rows - sum(other.num_rows for other in firsts)
-        num_blocks = self._blocks.num_available - len(self._running) - sum(other.num_blocks for other in firsts)
+        num_blocks = self._blocks.num_available - (len(self._running) + 1) - sum(other.num_blocks for other in firsts)
         return bool(firsts) and (num_rows < want.num_rows or num_blocks < want.num_blocks)
 
     def _held(self) -> dict[str, _Holding]:

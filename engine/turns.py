@@ -13,21 +13,25 @@ Item = TypeVar("Item")
 class TenantTurns:
     """Places in a waiting room in which tenants take turns, however many requests each has there.
 
-    A request's place is fixed when it comes: behind its tenant's others, and not before the place that was last let in. Places are start
-    tags of fair queueing (Goyal, Vin and Cheng, 1996): who has a place is overtaken by no more than what each other tenant can put before
-    it, and each of their requests takes a later place than the one before.
+    A request's place is fixed when it comes: behind its tenant's others, those that were let in too, and not before the place that was let
+    in last. Places are start tags of fair queueing (Goyal, Vin and Cheng, 1996): who has a place is overtaken by no more than what each
+    other tenant can put before it, and each of their requests takes a later place than the one before.
     """
 
     def __init__(self) -> None:
         self._last_begun = 0
+        self._ends: dict[str, int] = {}  # by tenant: where the work ends that was let in, if that is beyond the last place
 
-    def place(self, others: Iterable[tuple[int, int]]) -> int:
+    def place(self, tenant: str, others: Iterable[tuple[int, int]]) -> int:
         """For a request that comes. others: place and cost of each request of the same tenant that waits."""
-        return max((place + cost for place, cost in others), default=self._last_begun)
+        ends = (place + cost for place, cost in others)
+        return max(self._last_begun, self._ends.get(tenant, 0), *ends)
 
-    def begun(self, place: int) -> None:
+    def begun(self, tenant: str, place: int, cost: int) -> None:
         """A request with this place was let in."""
         self._last_begun = max(self._last_begun, place)
+        self._ends[tenant] = max(self._ends.get(tenant, 0), place + cost)
+        self._ends = {tenant: end for tenant, end in self._ends.items() if end > self._last_begun}
 
 
 def by_turns(items: Sequence[Item], size: Callable[[Item], int], *, smallest_next: bool) -> Iterator[Item]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -314,6 +315,53 @@ ENDLESS = st.lists(
     min_size=10,
     max_size=40,
 )
+
+
+def test_tenants_that_ask_again_at_once_do_not_starve_another_ones_second_request() -> None:
+    """Each of the others sends a request when its last one has ended, and has no other one waiting."""
+    world = World(max_batch_size=2)
+    world.add("first", tenant="two requests", max_tokens=3)
+    world.add("second", tenant="two requests", max_tokens=3)
+    others = ("b", "c", "d")
+
+    while "second" not in world.ended:
+        for tenant in others:
+            if not any(request.prompt.tenant == tenant for request in world.scheduler.requests.values()):
+                world.add(f"{tenant} {world.num_steps}", tenant=tenant, max_tokens=3)
+        world.step()
+        assert world.num_steps < 100, "it waits for ever"
+
+    assert len(world.ended) < 4 * len(others)
+
+
+def test_requests_that_were_left_before_their_turn_cost_their_tenant_nothing() -> None:
+    world = World(max_batch_size=1)
+    world.add("runs", tenant="b", max_tokens=50)
+    world.step()
+    for number in range(20):
+        world.add(str(number), tenant="a")
+    for number in range(20):
+        world.scheduler.abort(str(number))
+
+    world.add("next", tenant="a")
+    world.add("newcomer", tenant="c")
+
+    assert world.orders["next"][0] == world.orders["newcomer"][0]
+
+
+@pytest.mark.parametrize(("num_tokens", "num_wanted"), [(3, 59), (7, 55), (11, 51)])
+def test_who_made_way_takes_none_of_it_back(num_tokens: int, num_wanted: int) -> None:
+    """All but one block are wanted: the one that every running row must find when it needs its next."""
+    world = World(max_batch_size=8, num_blocks=20, session_len=80)
+    world.add("older", num_tokens=3, tenant="a", max_tokens=20)
+    world.add("younger", num_tokens=num_tokens, tenant="a", max_tokens=20)
+    for _ in range(3):
+        world.step()
+    world.add("wants", num_tokens=num_wanted, tenant="b")
+
+    world.step()
+
+    assert [row.request.request_id for row in world.scheduler._running] == ["older", "wants"]
 
 
 @given(ENDLESS, st.sampled_from([40, 60, 400]))

@@ -23,16 +23,34 @@ def test_everybody_has_one_turn_and_nobody_waits_twice_as_long_as_in_line(items:
 
 def test_a_tenant_that_comes_late_stands_behind_whoever_was_let_in_last() -> None:
     turns = TenantTurns()
-    first = turns.place([])
-    second = turns.place([(first, 3)])
-    third = turns.place([(first, 3), (second, 1)])
-    turns.begun(first)
+    first = turns.place("a", [])
+    second = turns.place("a", [(first, 3)])
+    third = turns.place("a", [(first, 3), (second, 1)])
+    turns.begun("a", first, 3)
 
     assert (first, second, third) == (0, 3, 4)
-    assert turns.place([]) == 0
-    turns.begun(second)
-    turns.begun(first)  # it was preempted and comes back
-    assert turns.place([]) == 3
+    assert turns.place("b", []) == 0
+    turns.begun("a", second, 1)
+    turns.begun("a", first, 3)  # it was preempted and comes back
+    assert turns.place("b", []) == 3
+
+
+def test_a_tenant_stands_behind_its_own_work_also_when_that_is_done() -> None:
+    turns = TenantTurns()
+    turns.begun("a", turns.place("a", []), 2)
+    turns.begun("b", turns.place("b", []), 1)
+
+    assert turns.place("a", []) == 2
+    assert turns.place("b", []) == 1
+
+
+def test_an_old_request_that_still_waits_brings_no_new_one_forward() -> None:
+    turns = TenantTurns()
+    old = turns.place("a", [])
+    for _ in range(10):
+        turns.begun("b", turns.place("b", []), 1)
+
+    assert turns.place("a", [(old, 1)]) == turns.place("c", []) == 9
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4)), min_size=1, max_size=40), st.integers(0, 3))
@@ -41,11 +59,11 @@ def test_a_waiting_tenant_is_passed_by_at_most_as_much_of_each_other_one(arrival
     turns, waiting = TenantTurns(), list[tuple[int, int, str, int]]()
     let_in = list[tuple[int, int, str, int]]()
     for number, (tenant, cost) in enumerate(arrivals):
-        place = turns.place([(place, cost) for place, _, owner, cost in waiting if owner == tenant])
+        place = turns.place(tenant, [(place, cost) for place, _, owner, cost in waiting if owner == tenant])
         waiting.append((place, number, tenant, cost))
         waiting.sort()
         for entry in waiting[:num_let_in]:
-            turns.begun(entry[0])
+            turns.begun(entry[2], entry[0], entry[3])
             let_in.append(entry)
         del waiting[:num_let_in]
     let_in += waiting
