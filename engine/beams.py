@@ -186,6 +186,7 @@ class Beams:
         self._search_of.pop(request.request_id, None)
         del self._searches[request.request_id]
         self.scheduler.unreserve(request.request_id)
+        self.scheduler.num_output_tokens += len(output.token_ids)
         return StepOutput(
             request_id=request.request_id,
             token_ids=output.token_ids,

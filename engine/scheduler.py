@@ -50,7 +50,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of requests when first admitted
         self.num_cached_prompt_tokens = 0
-        self.num_output_tokens = 0
+        self.num_output_tokens = 0  # of answers: a beam search's is counted when it has ended
         self._eos_token_ids = frozenset(eos_token_ids)
         self._rows: dict[str, Row] = {}
         self._waiting: list[Row] = []  # both in order
@@ -174,9 +174,11 @@ class Scheduler:
     def images_needed(self) -> list[ImageInput]:
         """Pictures without an embedding, each content hash once: by turns of the first request that lacks some, and of whoever lacks least.
 
-        At most MAX_IMAGES_AHEAD, of running rows and of the first `max_batch_size` waiting ones; also those that are being encoded.
+        At most MAX_IMAGES_AHEAD, of running rows and of the first `max_batch_size` waiting ones, then of as many that are held; also those
+        that are being encoded.
         """
-        rows = (*self._running, *self._waiting[: self.config.max_batch_size])
+        parts = ([row for row in self._waiting if (row.request.request_id in self._held) is is_held] for is_held in (False, True))
+        rows = (*self._running, *(row for part in parts for row in part[: self.config.max_batch_size]))
         missing = [images for row in rows if (images := {image.content_hash: image for image in self._missing_images(row)}.values())]
         pictures = [(sum(image.num_tokens for image in images), image) for images in missing for image in images]
         needed: dict[bytes, ImageInput] = {}
@@ -343,11 +345,16 @@ class Scheduler:
         """Rows with a prompt to compute, running ones and those that may be admitted, in the order in which this step serves them."""
         rows = [row for row in self._running if not row.is_decoding]
         rows = sorted([*rows, *islice(self._admissible(), NUM_ADMISSIBLE * self.config.max_batch_size)], key=_order)
-        if self._short is not None and self._short.request.status is not RequestStatus.WAITING:
+        if self._short is not None and not self._is_short(self._short):
             self._short = None
         if self._smallest_prefill_next and self._short is None:
             rows.sort(key=self._num_to_compute)
         return rows
+
+    def _is_short(self, row: Row) -> bool:
+        """Whether a row that lacked blocks or rows may lack them still: nothing else keeps it waiting."""
+        is_free = row.request.status is RequestStatus.WAITING and row.awaits is None and not row.lacks_images
+        return is_free and not self._shares.gives_way(row)
 
     def _admissible(self) -> Iterator[Row]:
         """Waiting rows but for those of which it is known that they cannot run."""
@@ -491,13 +498,19 @@ class Scheduler:
         request = row.request
         assert chunk.start == request.num_computed, f"{request.request_id} has {request.num_computed} slots, not {chunk.start}"
         request.num_computed += len(chunk.token_ids)
-        for digest in self.blocks.commit(row.table, request.num_computed):
+        published = self.blocks.commit(row.table, request.num_computed)
+        for digest in published:
             if self._pending.get(digest) is row:
                 del self._pending[digest]
+        if published and row.content_hashes:
+            for waiting in self._waiting:
+                if waiting.awaits in row.content_hashes:  # it may be in the prefix cache now
+                    waiting.awaits = None
 
     def _append(self, row: Row, sampled: SampledToken) -> StepOutput:
         request, token_id = row.request, sampled.token_id
         self._append_token(request, token_id)
+        self.num_output_tokens += not request.prompt.is_probe
         reason = self._finish_reason(request, token_id)
         if reason is not None:
             self._remove(row, reason)
@@ -513,7 +526,6 @@ class Scheduler:
         request.token_ids.append(token_id)
         request.cache_keys.append(token_id)
         request.output_counts[token_id] = request.output_counts.get(token_id, 0) + 1
-        self.num_output_tokens += not request.prompt.is_probe
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         params = request.params

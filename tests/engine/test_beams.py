@@ -84,6 +84,14 @@ def reference(model, prompt: Prompt, num_beams: int, eos: list[int], **options: 
     return ids[: next((place + 1 for place, token_id in enumerate(ids) if token_id in eos), len(ids))]
 
 
+def test_the_tokens_of_the_answer_are_counted_not_those_of_all_beams(engine) -> None:
+    engine.add("beams", prompt_of(1), greedy_beams(4, max_tokens=10, ignore_eos=True))
+
+    outputs = run(engine)["beams"]
+
+    assert engine.stats().num_output_tokens == len(tokens(outputs)) == 10
+
+
 # Tokens that the tiny model likes: as stop tokens, they make beams end at different lengths.
 def likely_ends(model, prompt: Prompt) -> list[int]:
     free = reference(model, prompt, 4, [EOS])

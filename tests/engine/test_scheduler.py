@@ -538,6 +538,55 @@ def test_who_awaits_a_picture_goes_on_with_an_earlier_one_whose_cached_blocks_ar
     assert shape(step(scheduler)[0]) == [("waits", 0, 8, False)]
 
 
+def test_who_awaits_a_picture_goes_on_when_another_request_has_it_in_the_prefix_cache() -> None:
+    """The picture was forgotten when the block with its end was only half full; what fills it is the first turn's answer."""
+    scheduler = make_scheduler()
+    scheduler.image_ready(b"x")
+    add(scheduler, "first turn", [1, 2, 3], ("x", 3), max_tokens=20)
+    step(scheduler, 7)
+    scheduler.image_forgotten(b"x")
+    add(scheduler, "second turn", [1, 2, 3], ("x", 3), [7, 7, 9], max_tokens=1)
+    step(scheduler, 7)
+    assert [image.content_hash for image in scheduler.images_needed()] == [b"x"]
+
+    while scheduler.images_needed():  # the encoder is busy
+        step(scheduler, 7)
+    _, outputs = step(scheduler, 7)
+
+    assert [output.request_id for output in outputs if output.finish_reason] == ["second turn"]
+
+
+def test_held_requests_keep_no_picture_behind_them_from_being_needed() -> None:
+    scheduler = make_scheduler()
+    for number in range(scheduler.config.max_batch_size):
+        add(scheduler, f"held {number}", [number, 2, 3])
+        scheduler.hold(f"held {number}")
+    add(scheduler, "held last", ("x", 1), [1])
+    scheduler.hold("held last")
+    add(scheduler, "free", ("y", 1), [1])
+
+    assert [image.content_hash for image in scheduler.images_needed()] == [b"y"]
+
+
+def test_who_lacked_blocks_and_awaits_a_picture_now_lets_small_prompts_pass() -> None:
+    scheduler = make_scheduler(30, session_len=100, max_prefill_token_num=4, enable_prefix_caching=False)
+    scheduler.image_ready(b"x")
+    add(scheduler, "large", [1] * 80, max_tokens=1)
+    add(scheduler, "short of blocks", ("x", 8), [2] * 40, max_tokens=1)
+    step(scheduler)
+    step(scheduler)
+    scheduler.image_forgotten(b"x")
+    while "large" in scheduler.requests:
+        step(scheduler)
+    add(scheduler, "long", [3] * 40, max_tokens=1)
+    step(scheduler)
+    add(scheduler, "small", [4] * 3, max_tokens=1)
+
+    ended = [output.request_id for _ in range(2) for output in step(scheduler)[1]]
+
+    assert ended == ["small"]
+
+
 def test_a_long_picture_is_split_by_the_budget_and_its_pieces_follow() -> None:
     scheduler = make_scheduler(max_prefill_token_num=4)
     add(scheduler, "a", [1], ("x", 6), ("y", 2), [2])
