@@ -14,7 +14,7 @@ from aiohttp import web
 
 from tests.vision.picture_server import Gate, PictureServer
 from tests.vision.pictures import data_url, png
-from tests.vision.processes import await_end, freeze, num_descriptors, until
+from tests.vision.processes import await_end, descriptors_left, freeze, num_descriptors, until
 from tests.vision.test_service import FAKE, close, refs, unopened
 from vision.config import VisionConfig
 from vision.image import ImageRef, MediaError, salted_hash
@@ -155,6 +155,17 @@ async def test_what_pictures_hold_on_their_way_and_that_it_is_given_back_however
             await load(service, "a", *refs(data_url(png(seed=11))))
     assert (caught.value.code, caught.value.status, caught.value.param) == ("server_busy", 503, "messages[0].content[0].image_url")
     assert nothing_is_held(service)
+    freeze(preprocess_worker)
+    refused = asyncio.create_task(load(service, "a", *refs(data_url(png(seed=12)))))
+    await until(lambda: service.stats().num_in_flight["preprocess"] == 1)
+    with descriptors_left(1):
+        thaw(preprocess_worker)
+        with pytest.raises(MediaError, match="no file descriptors left") as caught:
+            await refused
+    assert (caught.value.code, caught.value.status, caught.value.param) == ("server_busy", 503, "messages[0].content[0].image_url")
+    assert nothing_is_held(service)
+    await load(service, "a", *refs(data_url(png(seed=12))))
+    assert service.process_ids[1] == preprocess_worker, "it did its job"
     with pytest.raises(MediaError, match="broke down"):
         await load(service, "a", *refs(data_url(png(13, 2))))  # kills the preprocessing worker
     assert nothing_is_held(service)
