@@ -175,7 +175,10 @@ class VisionService:
         return await self._side_by_side(refs, load_one)
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage | MediaError]:
-        """What the pictures take of a prompt, from their headers: nothing is decoded. Raises as `load`, save for damage behind a header."""
+        """What the pictures take of a prompt, from their headers: nothing is decoded.
+
+        Raises as `load`, save for damage behind a header and for pictures of more than `max_tokens`, which are measured like others.
+        """
         self._num_pictures += len(refs)
         room = self.request_room()
         return await self._side_by_side(refs, lambda ref: self._fetch_and_measure(ref, tenant, room))
