@@ -280,9 +280,9 @@ class VisionService:
             async with places:
                 return await work(ref)
         except (MediaError, WorkerError, BudgetFullError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
             failure = _as_media_error(error, ref.param)
+            if failure is None:
+                raise
             self._num_failed[failure.code] = self._num_failed.get(failure.code, 0) + 1
             if ref.may_fail and failure.is_of_the_picture:
                 return failure
@@ -423,18 +423,21 @@ def _num_pixels(image: ProcessedImage) -> int:
     return math.ceil(sum(shared.num_bytes for shared in image.arrays.values()) / BYTES_PER_PIXEL)
 
 
-def _as_media_error(error: MediaError | WorkerError | BudgetFullError | OSError, param: str) -> MediaError:
+def _as_media_error(error: MediaError | WorkerError | BudgetFullError | OSError, param: str) -> MediaError | None:
+    """What the client is told; None of what it has no part in."""
     match error:
         case MediaError():
             return MediaError(error.code, error.message, param=param, status=error.status, retry_after_s=error.retry_after_s)
         case BudgetFullError():
             return MediaError("server_busy", str(error), param=param, status=503, retry_after_s=error.retry_after_s)
-        case OSError():
+        case OSError(errno=errno.EMFILE | errno.ENFILE):
             return MediaError(
                 "server_busy", "the server has no file descriptors left for pictures; try again later", param=param, status=503
             )
         case WorkerError():
             return MediaError("vision_not_ready", "the server cannot process pictures now; try again", param=param, status=503)
+        case _:
+            return None
 
 
 def _close(image: ProcessedImage) -> None:
