@@ -21,7 +21,10 @@ Send = Callable[[Announce | Withdraw], Awaitable[None]]
 
 
 class Announcements:
-    """All that are open. One event loop owns it. `send` may raise EngineError."""
+    """All that are open. One event loop owns it. `send` keeps to the order of its calls, and may raise EngineError.
+
+    A picture that does not go out at once is given up: tried again it might come after its own Withdraw, and be kept for ever.
+    """
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -43,7 +46,7 @@ class Announcements:
         task.add_done_callback(self._tasks.discard)
 
     async def _sent(self, message: Announce | Withdraw) -> None:
-        with contextlib.suppress(EngineError):  # it starts again and has forgotten everything
+        with contextlib.suppress(EngineError):  # it starts again and has forgotten everything, or takes no picture now
             await self._send(message)
 
 

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from engine.announcing import Announcement, Announcements
@@ -103,7 +103,7 @@ class EngineClient:
         self._stats_calls: dict[int, asyncio.Future[EngineStats]] = {}
         self._num_calls = 0
         self._vocabulary: str | None = None
-        self._announcements = Announcements(lambda message: self._send(self._ready_sender(), message))
+        self._announcements = Announcements(lambda message: _sent(self._ready_sender().send_in_order(message)))
         self._connection: _Connection | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._first_ready: asyncio.Future[EngineInfo] | None = None
@@ -186,12 +186,7 @@ class EngineClient:
         return self._connection.sender
 
     async def _send(self, sender: AsyncSender, message: object) -> None:
-        try:
-            await sender.send(message)
-        except OSError as error:
-            if error.errno == errno.ETOOMANYREFS:
-                raise QueueFullError("too many pictures are on their way to the engine; try again later") from error
-            raise EngineDeadError("the engine process ended") from error
+        await _sent(sender.send(message))
 
     def _abort(self, request_id: str) -> None:
         """Without waiting: callers are being cancelled. The supervisor's own task sends it."""
@@ -317,6 +312,16 @@ class EngineClient:
             return True
         finally:
             answer.cancel()
+
+
+async def _sent(sending: Awaitable[None]) -> None:
+    """Raises QueueFullError, EngineDeadError."""
+    try:
+        await sending
+    except OSError as error:
+        if error.errno == errno.ETOOMANYREFS:
+            raise QueueFullError("too many pictures are on their way to the engine; try again later") from error
+        raise EngineDeadError("the engine process ended") from error
 
 
 def _rejection(rejected: Rejected) -> EngineError:

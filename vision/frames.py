@@ -6,6 +6,7 @@ anything here. Knows nothing of what the frames are about, and of processes only
 
 import array
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -33,6 +34,13 @@ class Failure(msgspec.Struct, frozen=True):
 
     def as_error(self) -> MediaError:
         return MediaError(self.code, self.message, status=self.status)
+
+
+class NoDescriptorsError(OSError):
+    """A whole frame came, and this process had no descriptors left for its arrays. Who sent it did nothing wrong; the next may come."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EMFILE, "no file descriptors are left for the arrays of a frame")
 
 
 class _ArrayHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -77,15 +85,19 @@ class FrameReader:
         self._connection = connection
         self._data = bytearray()
         self._fds: list[int] = []
+        self._has_lost_fds = False
 
     def read(self) -> Frame | None:
         """One read from the socket; the frame if that completed it.
 
-        Raises EOFError when the other end closed, ValueError when it does not keep to the protocol.
+        Raises EOFError when the other end closed, ValueError when it does not keep to the protocol, NoDescriptorsError in place of a frame.
         """
-        data, fds = _receive(self._connection)
+        data, fds, is_cut = _receive(self._connection)
         self._fds += fds
         self._data += data
+        self._has_lost_fds |= is_cut
+        if len(self._fds) + is_cut > _MAX_DESCRIPTORS:
+            raise ValueError("a frame brings too many descriptors")
         if not data:
             raise EOFError("the other end closed")
         if len(self._data) < _LENGTH.size:
@@ -106,6 +118,8 @@ class FrameReader:
 
     def _complete(self) -> Frame:
         header = msgspec.msgpack.decode(self._data[_LENGTH.size :], type=_Header)
+        if self._has_lost_fds:
+            raise NoDescriptorsError
         if len(header.arrays) != len(self._fds):
             raise ValueError("a frame does not bring one descriptor per array")
         arrays = {item.name: SharedArray(fd, item.shape, item.dtype) for item, fd in zip(header.arrays, self._fds, strict=True)}
@@ -137,15 +151,14 @@ def serve_frames(connection: socket.socket, answer: Callable[[Frame], Frame]) ->
             reply.close()
 
 
-def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
-    """As `socket.recv_fds`, but the descriptors are not inherited by processes that are started meanwhile."""
+def _receive(connection: socket.socket) -> tuple[bytes, list[int], bool]:
+    """As `socket.recv_fds`, but the descriptors are not inherited by processes that are started meanwhile; and whether more were sent.
+
+    The others are lost: there were more than _MAX_DESCRIPTORS, or this process had no room for them.
+    """
     data, ancillary, flags, _ = connection.recvmsg(64 << 10, _ANCILLARY_BYTES, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
     fds = array.array("i")
     for level, kind, content in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-    if flags & socket.MSG_CTRUNC:
-        for fd in fds:
-            os.close(fd)
-        raise ValueError("a frame brings too many descriptors")
-    return data, list(fds)
+    return data, list(fds), bool(flags & socket.MSG_CTRUNC)

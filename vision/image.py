@@ -37,7 +37,7 @@ class ImageRef:
     may_fail: bool = False  # the others go on without it, and its MediaError stands in its place
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class ProcessedImage:
     """A picture as the model's own image processor leaves it, before normalisation where the device can do that exactly."""
 

@@ -53,6 +53,7 @@ class PreprocessPool:
     ) -> tuple[PreprocessResult, dict[str, SharedArray]]:
         """Takes over `pixels`, `(height, width, 3)` uint8; the arrays are the caller's. Raises MediaError, also for over `max_tokens`.
 
+        Raises NoDescriptorsError where this process has none left for the arrays.
         owner: whose others it waits behind, and hardly behind those of others.
         """
         reply = await self._call(PreprocessJob(options, max_tokens=max_tokens), {"pixels": pixels}, owner)

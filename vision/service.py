@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -112,6 +113,8 @@ class VisionService:
         self._cache: ByteBoundedCache[tuple[str, bytes], ProcessedImage] = ByteBoundedCache(
             config.processed_cache_bytes, max_entries=config.processed_cache_pictures
         )
+        # Each picture of which anybody has a copy, the cache or a request: it is in memory once, as the budgets count it.
+        self._live: WeakValueDictionary[tuple[str, bytes], ProcessedImage] = WeakValueDictionary()
         self._flights: SingleFlight[tuple[str, bytes], _Processed] = SingleFlight()
         self._arrays = SharedReservations(self._budgets.pixels)  # of processed pictures that requests hold
         self._descriptors = SharedReservations(self._budgets.descriptors)  # the same
@@ -172,7 +175,10 @@ class VisionService:
         return await self._side_by_side(refs, load_one)
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage | MediaError]:
-        """What the pictures take of a prompt, from their headers: nothing is decoded. Raises as `load`, save for damage behind a header."""
+        """What the pictures take of a prompt, from their headers: nothing is decoded.
+
+        Raises as `load`, save for damage behind a header and for pictures of more than `max_tokens`, which are measured like others.
+        """
         self._num_pictures += len(refs)
         room = self.request_room()
         return await self._side_by_side(refs, lambda ref: self._fetch_and_measure(ref, tenant, room))
@@ -274,9 +280,9 @@ class VisionService:
             async with places:
                 return await work(ref)
         except (MediaError, WorkerError, BudgetFullError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
             failure = _as_media_error(error, ref.param)
+            if failure is None:
+                raise
             self._num_failed[failure.code] = self._num_failed.get(failure.code, 0) + 1
             if ref.may_fail and failure.is_of_the_picture:
                 return failure
@@ -299,22 +305,35 @@ class VisionService:
             room.take_bytes(len(data))
             fingerprint = await self._fingerprint()
             key = tenant, await _content_hash(data, ref.options, fingerprint)
-            image = self._cache.get(key)
-            if image is not None:
-                return await self._handed_out(key, image, timings_s, room)
-            work = self._flights.hold(key, lambda: self._process(key, data, ref.options, turns.pixels), let_go=_Processed.give_back)
-            async with turns.workers, work as processed:
-                return await self._handed_out(key, processed.image, timings_s | processed.image.timings_s, room)
+            self._cache.get(key)  # for its order and its counters: what it has is live
+            if (known := self._copy_of_live(key, timings_s)) is not None:
+                return await self._handed_out(key, known, room)
+            async with turns.workers:
+                if (known := self._copy_of_live(key, timings_s)) is not None:  # it came while this waited for its turn
+                    return await self._handed_out(key, known, room)
+                work = self._flights.hold(key, lambda: self._process(key, data, ref.options, turns.pixels), let_go=_Processed.give_back)
+                async with work as processed:
+                    return await self._handed_out(key, _own_copy(processed.image, timings_s | processed.image.timings_s), room)
 
-    async def _handed_out(
-        self, key: tuple[str, bytes], image: ProcessedImage, timings_s: dict[str, float], room: RequestRoom
-    ) -> ProcessedImage:
-        """The caller's own, counted once for all who hold it: in pixels until the engine has it, in descriptors until the request ends."""
-        room.take_pixels(image.width * image.height)
-        engine_hash = salted_hash(image.content_hash, key[0])  # as the prompt will name the picture
-        keep_arrays(engine_hash, await self._arrays.hold(key, _num_pixels(image), owner_or(key[0])))
-        keep(await self._descriptors.hold(key, len(image.arrays), owner_or(key[0])))
-        return _own_copy(image, timings_s)
+    def _copy_of_live(self, key: tuple[str, bytes], timings_s: dict[str, float]) -> ProcessedImage | None:
+        """The caller's own. What is live itself is for nobody's variables: an error's traceback would keep it in memory."""
+        image = self._live.get(key)
+        return None if image is None else _own_copy(image, timings_s)
+
+    async def _handed_out(self, key: tuple[str, bytes], image: ProcessedImage, room: RequestRoom) -> ProcessedImage:
+        """Takes over a copy and gives it to the caller, counted once for all who have one.
+
+        In pixels it counts until the engine has it, in descriptors until the request ends.
+        """
+        try:
+            room.take_pixels(image.width * image.height)
+            engine_hash = salted_hash(image.content_hash, key[0])  # as the prompt will name the picture
+            keep_arrays(engine_hash, await self._arrays.hold(key, _num_pixels(image), owner_or(key[0])))
+            keep(await self._descriptors.hold(key, len(image.arrays), owner_or(key[0])))
+        except BaseException:
+            _close(image)
+            raise
+        return image
 
     async def _fetch_and_measure(self, ref: ImageRef, tenant: str, room: RequestRoom) -> MeasuredImage:
         async with self._file(ref, tenant, {}) as data:
@@ -333,8 +352,9 @@ class VisionService:
                 result, arrays = await self._preprocess_pool.process(pixels, options, owner=owner_or(key[0]), max_tokens=self._max_tokens())
             image = ProcessedImage(key[1], result.num_tokens, arrays, result.layout, width, height, timings_s, result.views)
             await held.resize(_num_pixels(image))
-            self._cache.put(key, _own_copy(image, timings_s), sum(shared.num_bytes for shared in arrays.values()))
-            return _Processed(image, self._arrays.adopt(key, held.moved()))
+            live = self._live.setdefault(key, image)
+            self._cache.put(key, _own_copy(live, timings_s), sum(shared.num_bytes for shared in arrays.values()))
+            return _Processed(_own_copy(live, timings_s), self._arrays.adopt(key, held.moved()))
 
     @contextlib.asynccontextmanager
     async def _decoded_pixels(
@@ -393,8 +413,8 @@ async def _content_hash(data: bytes, options: ImageOptions, fingerprint: str) ->
 
 
 def _own_copy(image: ProcessedImage, timings_s: dict[str, float]) -> ProcessedImage:
-    """Other descriptors of the same memory: the cache and each caller close their own."""
-    arrays = {name: shared.duplicate() for name, shared in image.arrays.items()}
+    """The same memory: the cache and each caller close their own. While one of its arrays is open, all of `image` is there."""
+    arrays = {name: shared.duplicate(belongs_to=image) for name, shared in image.arrays.items()}
     return replace(image, arrays=arrays, layout=dict(image.layout), timings_s=timings_s)
 
 
@@ -403,18 +423,21 @@ def _num_pixels(image: ProcessedImage) -> int:
     return math.ceil(sum(shared.num_bytes for shared in image.arrays.values()) / BYTES_PER_PIXEL)
 
 
-def _as_media_error(error: MediaError | WorkerError | BudgetFullError | OSError, param: str) -> MediaError:
+def _as_media_error(error: MediaError | WorkerError | BudgetFullError | OSError, param: str) -> MediaError | None:
+    """What the client is told; None of what it has no part in."""
     match error:
         case MediaError():
             return MediaError(error.code, error.message, param=param, status=error.status, retry_after_s=error.retry_after_s)
         case BudgetFullError():
             return MediaError("server_busy", str(error), param=param, status=503, retry_after_s=error.retry_after_s)
-        case OSError():
+        case OSError(errno=errno.EMFILE | errno.ENFILE):
             return MediaError(
                 "server_busy", "the server has no file descriptors left for pictures; try again later", param=param, status=503
             )
         case WorkerError():
             return MediaError("vision_not_ready", "the server cannot process pictures now; try again", param=param, status=503)
+        case _:
+            return None
 
 
 def _close(image: ProcessedImage) -> None:

@@ -32,6 +32,7 @@ class SharedArray:
     def __init__(self, fd: int, shape: Sequence[int], dtype: str) -> None:
         """fd: below 0 for an array whose descriptor was lost on its way."""
         self._descriptor = _Descriptor(fd) if fd >= 0 else None
+        self._belongs_to: object = None
         self.shape = tuple(shape)
         self.dtype = np.dtype(dtype)
 
@@ -72,16 +73,20 @@ class SharedArray:
         self.shape = tuple(shape)
         os.ftruncate(self.fd, max(1, self.num_bytes))
 
-    def duplicate(self) -> "SharedArray":
-        """The same memory by the same descriptor, closed for itself: it takes none of the few that a process has."""
+    def duplicate(self, *, belongs_to: object = None) -> "SharedArray":
+        """The same memory by the same descriptor, closed for itself: it takes none of the few that a process has.
+
+        belongs_to: kept alive until the duplicate and all duplicates of that are closed; what this one belongs to already takes its place.
+        """
         if self._descriptor is None:
             raise OSError(errno.EBADF, "the array is closed")
         other = SharedArray(-1, self.shape, self.dtype.name)
         other._descriptor = self._descriptor
+        other._belongs_to = self._belongs_to or belongs_to
         return other
 
     def close(self) -> None:
-        self._descriptor = None
+        self._descriptor = self._belongs_to = None
 
 
 def _anonymous_file() -> int:

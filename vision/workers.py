@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from vision.confinement import ALL
-from vision.frames import Frame, FrameReader, send_frame
+from vision.frames import Frame, FrameReader, NoDescriptorsError, send_frame
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class _Worker:
         return self.process.poll() is None
 
     async def exchange(self, frame: Frame) -> Frame:
-        """Raises EOFError, OSError or ValueError when the worker died or broke the protocol."""
+        """Raises EOFError, OSError or ValueError when the worker died or broke the protocol; NoDescriptorsError when it did not."""
         send_frame(self.connection, frame)
         reader = FrameReader(self.connection)
         try:
@@ -162,7 +162,7 @@ class WorkerPool:
     async def call(self, frame: Frame) -> Frame:
         """The worker's answer, whose arrays are the caller's. Takes over `frame` and closes its arrays.
 
-        Raises WorkerError, WorkerTimeoutError, and the MediaError that the worker answered with.
+        Raises WorkerError, WorkerTimeoutError, NoDescriptorsError, and the MediaError that the worker answered with.
         """
         try:
             worker = await self._slots.get()
@@ -192,6 +192,9 @@ class WorkerPool:
                 worker = (await self._start())[0]
                 reply = await self._exchange(worker, frame)
             is_idle = True
+        except NoDescriptorsError:  # it has done its job
+            is_idle = True
+            raise
         except WorkerError as error:
             reason = str(error)
             raise
@@ -211,6 +214,8 @@ class WorkerPool:
                 return await worker.exchange(frame)
         except TimeoutError:
             raise WorkerTimeoutError(f"{self._module} took longer than {self._timeout_s:g} s") from None
+        except NoDescriptorsError:
+            raise
         except (EOFError, OSError) as error:
             worker.is_leaving = isinstance(error, EOFError)
             await self._end(worker)

@@ -76,7 +76,7 @@ class PictureLoading:
         return [None if isinstance(file, MediaError) else file for file in files]
 
     async def check_header(self, ref: ImageRef, *, salt: str) -> None:
-        """Raises MediaError where the picture cannot be used, as far as its header tells."""
+        """Raises MediaError where the picture cannot be used, as far as its header tells; one of more tokens than fit a prompt passes."""
         await self._loader([ref]).measure([ref], tenant=salt)
 
     async def load(

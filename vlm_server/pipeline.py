@@ -203,7 +203,10 @@ class Pipeline:
         return await self._loading.fetch(refs, limit_bytes=limit_bytes, salt=salt, report=report or PictureReport())
 
     async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None:
-        """Raises ImagesNotSupportedError or MediaError where the picture cannot be used, as far as its header tells."""
+        """Raises ImagesNotSupportedError or MediaError where the picture cannot be used, as far as its header tells.
+
+        One of more tokens than fit a prompt passes.
+        """
         await self._loading.check_header(ref, salt=self._tokens.salt(tenant))
 
     def with_answer(self, transcript: Transcript, token_ids: Sequence[int]) -> Transcript:
@@ -223,7 +226,10 @@ class Pipeline:
         pictures: Mapping[str, bytes] | None = None,
         report: PictureReport | None = None,
     ) -> list[int]:
-        """The tokens of the prompt that `chat_prompt` makes, its pictures measured by their headers and not loaded. Raises as it does."""
+        """The tokens of the prompt that `chat_prompt` makes, its pictures measured by their headers and not loaded.
+
+        Raises as that does, save for what a header does not tell and for pictures of more tokens than fit a prompt: those are counted.
+        """
         report = report or PictureReport()
         refs, write, marker = self._writing(
             messages,

@@ -292,6 +292,22 @@ async def test_too_many_descriptors_for_too_long_are_an_error_and_the_channel_go
     receiver.close()
 
 
+async def test_what_is_sent_in_order_is_refused_at_once_and_not_sent_after_what_follows(monkeypatch):
+    ours, theirs = socket.socketpair()
+    sender, receiver = AsyncSender(ours), Channel(theirs, Note)
+    monkeypatch.setattr(socket, "send_fds", failing_at(range(1), errno.ETOOMANYREFS))
+
+    notes = (Note("refused", {"a": array(1)}), Note("second"), Note("third", {"a": array(3)}))
+    refused, *_ = await asyncio.gather(*(sender.send_in_order(note) for note in notes), return_exceptions=True)
+
+    assert isinstance(refused, OSError)
+    assert refused.errno == errno.ETOOMANYREFS
+    assert [receiver.receive(5.0).text for _ in range(2)] == ["second", "third"]
+    assert receiver.receive(0.0) is None
+    sender.close()
+    receiver.close()
+
+
 async def test_half_a_payload_ends_the_channel(monkeypatch):
     ours, theirs = socket.socketpair()
     sender, receiver = AsyncSender(ours), Channel(theirs, Note)

@@ -7,18 +7,22 @@ import os
 import re
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from llguidance import LLMatcher
 
 import engine.client
+from engine.channel import AsyncSender, Channel
 from engine.client import EngineClient, EngineState
 from engine.config import EngineConfig
+from engine.messages import ToEngine, Withdraw
 from engine.request import (
     EngineDeadError,
     InvalidRequestError,
@@ -29,6 +33,7 @@ from engine.request import (
     UnreadError,
     make_cache_keys,
 )
+from tests.engine.fake_encoder import fake_image
 from tests.tiny_models import write_tiny
 from vlm_server.tokenizer import TextTokenizer, load_tokenizer
 
@@ -344,6 +349,32 @@ async def test_pictures_that_the_kernel_does_not_take_are_refused_for_now_and_th
         await ask(client, "r")
 
     assert len(client._streams) == 0
+
+
+async def test_a_picture_that_the_kernel_does_not_take_is_not_announced_after_it_was_withdrawn(config, monkeypatch):
+    ours, theirs = socket.socketpair()
+    sender, receiver = AsyncSender(ours), Channel(theirs, ToEngine)
+    client = EngineClient(config)
+    monkeypatch.setattr(client, "_ready_sender", lambda: sender)
+    send_fds, is_full = socket.send_fds, True
+
+    def send_unless_full(*args: Any) -> int:
+        if is_full:
+            raise OSError(errno.ETOOMANYREFS, "too many references")
+        return send_fds(*args)
+
+    monkeypatch.setattr(socket, "send_fds", send_unless_full)
+    announcement = client.announcement()
+    announcement.add(fake_image(1))
+    announcement.end(request_follows=False)
+    withdraw = await asyncio.to_thread(receiver.receive, 5.0)
+    is_full = False
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))
+
+    assert isinstance(withdraw, Withdraw)
+    assert receiver.receive(0.0) is None
+    sender.close()
+    receiver.close()
 
 
 async def test_closing_ends_the_process_and_what_runs(config):

@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _REPOSITORY = Path(__file__).parent.parent.parent
@@ -20,6 +22,19 @@ def python_prints(program: str) -> str:
 
 def num_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+@contextmanager
+def descriptors_left(number: int) -> Iterator[None]:
+    """This process can open so many, 0 or 1."""
+    lowest = os.dup(0)
+    os.close(lowest)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + number, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def freeze(process_id: int) -> None:

@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import socket
@@ -8,8 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.vision.processes import num_descriptors
-from vision.frames import MAX_FRAME_BYTES, Failure, Frame, FrameReader, receive_frame, send_frame
+from tests.vision.processes import descriptors_left, num_descriptors
+from vision.frames import MAX_FRAME_BYTES, Failure, Frame, FrameReader, NoDescriptorsError, receive_frame, send_frame
 from vision.shared_array import SharedArray
 
 
@@ -99,6 +100,18 @@ class SharedFd:
         self.array.close()
 
 
+def test_more_descriptors_than_allowed_are_refused_in_pieces_too(ends: tuple[socket.socket, socket.socket]) -> None:
+    before = num_descriptors()
+    with SharedFd() as fd:
+        for byte in b"\x00\x00\x00":
+            socket.send_fds(ends[0], [bytes([byte])], [fd] * 30)
+
+    with pytest.raises(ValueError, match="too many"):
+        receive_frame(ends[1])
+
+    assert num_descriptors() == before
+
+
 def test_more_descriptors_than_allowed_are_refused(ends: tuple[socket.socket, socket.socket]) -> None:
     before = num_descriptors()
     with SharedFd() as fd:
@@ -108,3 +121,18 @@ def test_more_descriptors_than_allowed_are_refused(ends: tuple[socket.socket, so
         receive_frame(ends[1])
 
     assert num_descriptors() == before
+
+
+@pytest.mark.parametrize("num_left", [0, 1])
+def test_a_frame_that_finds_no_descriptors_is_dropped_whole_and_the_next_one_comes(
+    ends: tuple[socket.socket, socket.socket], num_left: int
+) -> None:
+    send_frame(ends[0], Frame(b"x" * (100 << 10), {name: SharedArray.create((1,), "uint8") for name in "ab"}))
+    before = num_descriptors()
+
+    with descriptors_left(num_left), pytest.raises(NoDescriptorsError) as caught:
+        receive_frame(ends[1])
+
+    assert (caught.value.errno, num_descriptors()) == (errno.EMFILE, before)
+    send_frame(ends[0], Frame(b"next"))
+    assert receive_frame(ends[1]).body == b"next"

@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -14,11 +14,12 @@ from aiohttp import web
 
 from tests.vision.picture_server import Gate, PictureServer
 from tests.vision.pictures import data_url, png
-from tests.vision.processes import await_end, freeze, until
+from tests.vision.processes import await_end, descriptors_left, freeze, num_descriptors, until
 from tests.vision.test_service import FAKE, close, refs, unopened
 from vision.config import VisionConfig
 from vision.image import ImageRef, MediaError, salted_hash
 from vision.media_budgets import Holding, held_by
+from vision.request_room import RequestRoom
 from vision.service import VisionService
 
 PICTURE = len(png())  # bytes
@@ -154,6 +155,17 @@ async def test_what_pictures_hold_on_their_way_and_that_it_is_given_back_however
             await load(service, "a", *refs(data_url(png(seed=11))))
     assert (caught.value.code, caught.value.status, caught.value.param) == ("server_busy", 503, "messages[0].content[0].image_url")
     assert nothing_is_held(service)
+    freeze(preprocess_worker)
+    refused = asyncio.create_task(load(service, "a", *refs(data_url(png(seed=12)))))
+    await until(lambda: service.stats().num_in_flight["preprocess"] == 1)
+    with descriptors_left(1):
+        thaw(preprocess_worker)
+        with pytest.raises(MediaError, match="no file descriptors left") as caught:
+            await refused
+    assert (caught.value.code, caught.value.status, caught.value.param) == ("server_busy", 503, "messages[0].content[0].image_url")
+    assert nothing_is_held(service)
+    await load(service, "a", *refs(data_url(png(seed=12))))
+    assert service.process_ids[1] == preprocess_worker, "it did its job"
     with pytest.raises(MediaError, match="broke down"):
         await load(service, "a", *refs(data_url(png(13, 2))))  # kills the preprocessing worker
     assert nothing_is_held(service)
@@ -165,6 +177,64 @@ async def test_what_pictures_hold_on_their_way_and_that_it_is_given_back_however
     kill(decode_worker)
     await dying  # another worker does it
     assert nothing_is_held(service)
+
+
+async def test_equal_pictures_are_in_memory_once_though_no_cache_has_them(service: VisionService) -> None:
+    same = refs(data_url(png()))
+    close(await service.load(refs(data_url(png(seed=1)))))
+    before, num_done = num_descriptors(), service.stats().num_done["preprocess"]
+
+    # However many requests have it, one after another, before and after the engine has begun with it.
+    with ExitStack() as requests:
+        images: list[Any] = []
+        for _ in range(2):
+            holding = requests.enter_context(request(service, "a"))
+            images += await service.load(same)
+            holding.give_arrays([images[0].content_hash])
+            assert used(service)["pixels"] == 0
+        for _ in range(2):
+            requests.enter_context(request(service, "a"))
+            images += await service.load(same)
+        assert used(service) == {"media_bytes": 0, "pixels": ARRAYS, "descriptors": 2, "downloads": 0}
+        assert len({shared.fd for image in images for shared in image.arrays.values()}) == 2
+        assert num_descriptors() == before + 2
+        assert service.stats().num_done["preprocess"] == num_done + 1
+
+        # Another tenant's is another, and so is one with other options.
+        others = [*await service.load(same, tenant="b"), *await service.load(refs(data_url(png()), max_pixels=100))]
+        assert len({shared.fd for image in images + others for shared in image.arrays.values()}) == 6
+        assert (used(service)["descriptors"], service.stats().num_done["preprocess"]) == (6, num_done + 3)
+
+        # It is there until the last one closes it, and then for nobody.
+        close(images[:3] + others)
+        assert images[3].arrays["sizes"].numpy().tolist() == [3, 4]
+        close(images)
+        assert num_descriptors() == before
+        close(await service.load(same))
+        assert service.stats().num_done["preprocess"] == num_done + 4
+    assert nothing_is_held(service)
+
+    # More of them in one request than are worked on at once.
+    images = await service.load(same * 12)
+    assert (num_descriptors(), service.stats().num_done["preprocess"]) == (before + 2, num_done + 5)
+    close(images)
+
+    # Whoever is refused or leaves before it is handed out has none, whatever is kept of the error.
+    with pytest.raises(MediaError) as caught:
+        await service.load(same, room=RequestRoom(VisionConfig(max_request_pixels=PIXELS - 1)))
+    assert (caught.value.code, num_descriptors()) == ("image_too_large", before)
+    service._budgets.descriptors._wait_s = None
+    with await service._budgets.descriptors.reserve(200):
+        leaving = asyncio.create_task(load(service, "a", *same))
+        await until(lambda: service.stats().budgets["descriptors"].num_waiting > 0)
+        following = asyncio.create_task(load(service, "b", *same))
+        await until(lambda: service.stats().budgets["descriptors"].num_waiting > 1)
+        assert num_descriptors() == before + 2
+        leaving.cancel()
+        await asyncio.wait((leaving,))
+    await following
+    assert nothing_is_held(service)
+    assert num_descriptors() == before
 
 
 async def test_who_finds_no_room_is_told_to_come_again_and_others_are_not_kept_out(service: VisionService, server: PictureServer) -> None:

@@ -281,6 +281,7 @@ async def test_a_picture_of_more_tokens_than_fit_is_refused_by_its_field_or_left
     assert isinstance(left_out, MediaError)
     assert isinstance(loaded, ProcessedImage)
     assert loaded.num_tokens == 12
+    assert [measured.num_tokens for measured in await service.measure([small, large]) if isinstance(measured, MeasuredImage)] == [12, 50]
     close([loaded])
     await service.close()
 

@@ -1,6 +1,7 @@
 """Arrays in shared memory: who holds their descriptors, and until when."""
 
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -26,6 +27,23 @@ def test_duplicates_have_one_descriptor_which_is_closed_with_the_last_of_them() 
     assert copies[-1].numpy().tolist() == [[9, 1, 2], [3, 4, 5]]
     copies.clear()
     assert num_descriptors() == before
+
+
+def test_what_duplicates_belong_to_is_there_until_the_last_of_them_is_closed() -> None:
+    class Whole:
+        pass
+
+    array, whole = SharedArray.create((1,), "uint8"), Whole()
+    is_there = weakref.ref(whole)
+    first = array.duplicate(belongs_to=whole)
+    second = first.duplicate(belongs_to="what is gone sooner")
+    del whole
+
+    first.close()
+    assert is_there()
+    second.close()
+
+    assert not is_there()
 
 
 def test_a_closed_array_has_no_duplicates() -> None:
