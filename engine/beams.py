@@ -136,8 +136,8 @@ class Beams:
         return [output for search in ready if (output := self._advance(search)) is not None]
 
     def end(self, request_id: str, reason: FinishReason, *, error: str | None = None) -> StepOutput | None:
-        """End a whole search, given any of its beams. None: unknown."""
-        search = self._search_of.get(request_id)
+        """End a whole search, given its request or any of its beams. None: unknown."""
+        search = self._searches.get(request_id) or self._search_of.get(request_id)  # its own row may have been dropped
         return None if search is None else self._end(search, StepOutput(request_id="", finish_reason=reason, error=error))
 
     def _advance(self, search: BeamSearch) -> StepOutput | None:
@@ -183,7 +183,6 @@ class Beams:
         for beam_id in search.scores:
             self.scheduler.drop(search.request.request_id, beam_id)
             del self._search_of[beam_id]
-        self._search_of.pop(request.request_id, None)
         del self._searches[request.request_id]
         self.scheduler.unreserve(request.request_id)
         return StepOutput(
