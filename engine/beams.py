@@ -2,6 +2,10 @@
 
 The rule is that of transformers' `GenerationMixin._beam_search` with its defaults (length penalty 1, no early stopping): each step keeps
 the best continuations of all beams together, and the search ends when no running beam can beat the worst of as many finished ones.
+A search takes a step when all of its beams are wholly computed: then each has made its offer in its present state. Earlier offers, of a
+search that was preempted or of a step that failed, count for nothing, since their beams are computed again.
+A beam that waits for the others keeps its blocks. That ends, because the scheduler preempts a search as a whole (`engine.searches`), never
+the oldest, and because a search that could not run alone is refused.
 A client of the scheduler; knows nothing of tensors.
 """
 
@@ -131,13 +135,13 @@ class Beams:
         self._search_of[beam_id].offers[beam_id] = continuations
 
     def advance(self) -> list[StepOutput]:
-        """A step of every search whose beams were all computed; the outputs of those that are done."""
-        ready = [search for search in self._searches.values() if len(search.offers) == len(search.scores)]
+        """A step of every search whose beams are all computed; the outputs of those that are done."""
+        ready = [search for search in self._searches.values() if all(self.scheduler.is_computed(beam_id) for beam_id in search.scores)]
         return [output for search in ready if (output := self._advance(search)) is not None]
 
     def end(self, request_id: str, reason: FinishReason, *, error: str | None = None) -> StepOutput | None:
-        """End a whole search, given any of its beams. None: unknown."""
-        search = self._search_of.get(request_id)
+        """End a whole search, given its request or any of its beams. None: unknown."""
+        search = self._searches.get(request_id) or self._search_of.get(request_id)  # its own row may have been dropped
         return None if search is None else self._end(search, StepOutput(request_id="", finish_reason=reason, error=error))
 
     def _advance(self, search: BeamSearch) -> StepOutput | None:
@@ -173,7 +177,7 @@ class Beams:
             appended.append((beam_id, candidate.token_id))
         for beam_id in old:
             if beam_id not in taken:
-                self.scheduler.drop(search.request.request_id, beam_id)
+                self.scheduler.drop(beam_id)
                 del self._search_of[beam_id]
         for beam_id, token_id in appended:  # after all forks, which copy what their parents have
             self.scheduler.append(beam_id, token_id)
@@ -181,9 +185,8 @@ class Beams:
     def _end(self, search: BeamSearch, output: StepOutput) -> StepOutput:
         request = search.request
         for beam_id in search.scores:
-            self.scheduler.drop(search.request.request_id, beam_id)
+            self.scheduler.drop(beam_id)
             del self._search_of[beam_id]
-        self._search_of.pop(request.request_id, None)
         del self._searches[request.request_id]
         self.scheduler.unreserve(request.request_id)
         self.scheduler.num_output_tokens += len(output.token_ids)

@@ -13,13 +13,14 @@ from engine.request import ImagePiece, ImageSpan, InvalidRequestError, PromptToo
 class Row:
     """One request, from `Scheduler.add` to its end."""
 
-    __slots__ = ("awaits", "content_hashes", "lacks_images", "order", "request", "span_ends", "table")
+    __slots__ = ("awaits", "content_hashes", "lacks_images", "order", "request", "search_id", "span_ends", "table")
 
     def __init__(self, request: Request, order: tuple[int, int]) -> None:
         self.request = request
         self.order = order  # its place among the tenants' turns, and the number of its arrival
         self.awaits: bytes | None = None  # while it waits: the picture without which it cannot begin, when it was last looked at
         self.lacks_images = False  # while it waits: it was passed over because enough rows lacked pictures
+        self.search_id: str | None = None  # the request whose beam search it is a row of
         self.table = BlockTable(request.cache_keys, is_private=request.prompt.is_probe)
         self.content_hashes = frozenset(image.content_hash for image in request.prompt.images)
         self.span_ends = [span.start + span.num_tokens for span in request.prompt.spans]
@@ -36,6 +37,11 @@ class Row:
     @property
     def is_beam(self) -> bool:
         return self.request.params.num_beams > 1
+
+    @property
+    def is_computed(self) -> bool:
+        """Nothing is left to compute, as for a beam until all of its search are."""
+        return self.request.num_computed == len(self.request.token_ids)
 
     @property
     def is_decoding(self) -> bool:

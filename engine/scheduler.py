@@ -5,7 +5,8 @@ it says which pictures it waits for and is told when their embeddings are there.
 
 Order decides who is admitted first and, among a tenant's rows, who is preempted last: that of arrival, in which tenants take turns. So the
 oldest request always gets on, and everyone becomes the oldest. What is short, the prefill budget and the encoder, is shared as
-`engine.turns` says; what running rows hold, rows and blocks, as `engine.shares` says.
+`engine.turns` says; what running rows hold, rows and blocks, as `engine.shares` says. A beam search is preempted as a whole and waits as
+one row (`engine.searches`): of one that runs some row can always be computed, so that it never just holds blocks that others need.
 """
 
 from bisect import insort
@@ -29,7 +30,7 @@ from engine.request import (
     StepOutput,
 )
 from engine.row import Row, validate
-from engine.searches import Searches
+from engine.searches import Searches, num_common
 from engine.shares import Shares, Want, youngest_of_most_blocks
 from engine.turns import TenantTurns, by_turns
 
@@ -130,7 +131,7 @@ class Scheduler:
 
     def reserve(self, request_id: str, num_beams: int) -> None:
         """Let a waiting request become as many rows."""
-        self._searches.begin(request_id, num_beams, self.requests[request_id].prompt.tenant)
+        self._searches.begin(self._rows[request_id], num_beams)
 
     def unreserve(self, request_id: str) -> None:
         self._searches.end(request_id)
@@ -139,7 +140,7 @@ class Scheduler:
         """Another row like `parent_id`, which is wholly computed, on the same blocks."""
         parent = self._rows[parent_id]
         source = parent.request
-        assert source.num_computed == len(source.token_ids), f"fork of {parent}"
+        assert parent.is_computed, f"fork of {parent}"
         request = Request(
             child_id,
             source.prompt,
@@ -158,16 +159,19 @@ class Scheduler:
         self.blocks.fork(parent.table, row.table, request.num_computed)
         self.requests[child_id], self._rows[child_id] = request, row
         insort(self._running, row, key=_order)
-        self._searches.add_rows(request_id, 1)
+        self._searches.add_row(request_id, row)
+
+    def is_computed(self, request_id: str) -> bool:
+        """Whether a row has nothing left to compute."""
+        return self._rows[request_id].is_computed
 
     def append(self, request_id: str, token_id: int) -> None:
         """Let a wholly computed row go on with a token that was chosen elsewhere."""
         self._append_token(self.requests[request_id], token_id)
 
-    def drop(self, request_id: str, beam_id: str) -> None:
+    def drop(self, beam_id: str) -> None:
         """End one row of a search without a word."""
         self._remove(self._rows[beam_id], FinishReason.ABORT)
-        self._searches.add_rows(request_id, -1)
 
     # Pictures
 
@@ -260,13 +264,15 @@ class Scheduler:
     def check(self) -> None:
         """Raises AssertionError, with the state, where requests, rows and blocks do not agree."""
         self.blocks.check()
-        rows = [*self._running, *self._waiting]
+        set_aside = self._searches.set_aside()
+        rows = [*self._running, *self._waiting, *set_aside]
+        assert len(rows) == len(self.requests), f"a row is in two places: {rows}"
         assert {row.request.request_id: row.request for row in rows} == self.requests, f"rows {rows} of requests {self.requests}"
         assert {row.request.request_id: row for row in rows} == self._rows, f"rows {rows} by id {self._rows}"
         assert len(self._running) <= self.config.max_batch_size, f"{len(self._running)} run"
         for part in (self._running, self._waiting):
             assert [row.order for row in part] == sorted(row.order for row in part), f"out of order: {part}"
-        for row in self._waiting:
+        for row in (*self._waiting, *set_aside):
             assert row.request.status is RequestStatus.WAITING, f"waits: {row}"
             assert row.request.num_computed == len(row.table.block_ids) == 0, f"waits with blocks: {row}"
         for row in self._running:
@@ -293,36 +299,41 @@ class Scheduler:
 
     def _schedule_decodes(self) -> tuple[list[Chunk], list[tuple[int, int]]]:
         """A slot for each decoding row, oldest first; where blocks are short, rows are preempted, maybe some that have theirs already."""
-        decodes: list[tuple[Row, Chunk, list[tuple[int, int]]]] = []
+        given: list[tuple[Row, list[tuple[int, int]]]] = []
         for row in list(self._running):
-            if row.request.status is RequestStatus.RUNNING and row.is_decoding:
-                copies = self._append_slot(row)
+            if row.request.status is RequestStatus.RUNNING and (row.is_decoding or (row.is_beam and not row.is_computed)):
+                copies = self._append_slots(row)
                 if copies is not None:
-                    decodes.append((row, self._chunk(row, len(row.request.token_ids)), copies))
-        decodes = [decode for decode in decodes if decode[0].request.status is RequestStatus.RUNNING]
-        return [chunk for _, chunk, _ in decodes], [pair for _, _, copies in decodes for pair in copies]
+                    given.append((row, copies))
+        given = [(row, copies) for row, copies in given if row.request.status is RequestStatus.RUNNING]
+        chunks = [self._chunk(row, len(row.request.token_ids)) for row, _ in given if row.is_decoding]
+        return chunks, [pair for _, copies in given for pair in copies]
 
-    def _append_slot(self, row: Row) -> list[tuple[int, int]] | None:
-        """Room for the row's newest token. None: the row itself had to go."""
+    def _append_slots(self, row: Row) -> list[tuple[int, int]] | None:
+        """Room for the row's newest token, or for all that a beam which was set aside has to compute. None: the row itself had to go."""
         request = row.request
         while (copies := self.blocks.append(row.table, request.num_computed, len(request.token_ids))) is None:
-            preempted = youngest_of_most_blocks(self._running)
-            self._preempt(preempted)
-            if preempted is row:
+            self._preempt(youngest_of_most_blocks(self._running))
+            if request.status is RequestStatus.WAITING:
                 return None
         return copies
 
     def _preempt(self, row: Row) -> None:
-        """Back to waiting: without blocks, with its output. Its published blocks may still be there when its turn comes."""
-        self._running.remove(row)
-        self._release(row)
+        """Back to waiting: without blocks, with its output. Its published blocks may still be there when its turn comes.
+
+        All rows of a search go, and the first of them waits for all.
+        """
+        rows = self._searches.rows_with(row)
+        for each in rows:
+            if each.request.status is RequestStatus.RUNNING:
+                self._running.remove(each)
+                self._release(each)
+                each.request.status = RequestStatus.WAITING
+                each.request.num_computed = 0
+                each.request.num_preemptions += 1
         self._shares.rows_changed()
-        self._searches.row_preempted(row)
-        row.request.status = RequestStatus.WAITING
-        row.request.num_computed = 0
-        row.request.num_preemptions += 1
         self.num_preemptions += 1
-        insort(self._waiting, row, key=_order)
+        insort(self._waiting, rows[0], key=_order)
 
     def _schedule_prefill(self) -> list[Chunk]:
         """Chunks of prompts within the budget. While it does not suffice, every other step serves those first that need least."""
@@ -437,14 +448,15 @@ class Scheduler:
     def _start(self, row: Row, num_matched: int) -> bool:
         """Give a waiting row blocks for all its slots, and let it run. False where blocks are short.
 
-        One block per running row is left over, since each will soon need its next one: fewer preemptions.
+        One block per running row is left over, since each will soon need its next one: fewer preemptions. So is what the rows behind the
+        first one of a search will take.
         """
         request = row.request
-        if not self.blocks.allocate(row.table, len(request.token_ids), num_matched=num_matched, num_spare=len(self._running)):
+        num_spare = len(self._running) + self._searches.num_blocks_behind(row, self.blocks.block_size)
+        if not self.blocks.allocate(row.table, len(request.token_ids), num_matched=num_matched, num_spare=num_spare):
             return False
         for digest in self.blocks.digests(row.table, num_matched):
             self._pending.setdefault(digest, row)
-        self._searches.row_started(row)
         request.num_computed = num_matched * self.blocks.block_size
         request.status = RequestStatus.RUNNING
         if request.num_preemptions == 0 and not request.prompt.is_probe:
@@ -506,6 +518,18 @@ class Scheduler:
             for waiting in self._waiting:
                 if waiting.awaits in row.content_hashes:  # it may be in the prefix cache now
                     waiting.awaits = None
+        if row.is_computed:
+            for other in self._searches.behind(row):
+                self._resume(other, row)
+
+    def _resume(self, row: Row, first: Row) -> None:
+        """Let a beam that was set aside go on, on the blocks of its search's first row as far as they are the same."""
+        request = row.request
+        request.num_computed = num_common(first, row)
+        self.blocks.fork(first.table, row.table, request.num_computed)
+        request.status = RequestStatus.RUNNING
+        self._shares.rows_changed()
+        insort(self._running, row, key=_order)
 
     def _append(self, row: Row, sampled: SampledToken) -> StepOutput:
         request, token_id = row.request, sampled.token_id
@@ -560,7 +584,11 @@ class Scheduler:
         return StepOutput(request_id=request.request_id, finish_reason=reason, error=error, num_cached_tokens=request.num_cached)
 
     def _remove(self, row: Row, reason: FinishReason) -> None:
-        (self._running if row.request.status is RequestStatus.RUNNING else self._waiting).remove(row)
+        if row.request.status is RequestStatus.RUNNING:
+            self._running.remove(row)
+        elif row in self._waiting:  # else it was set aside
+            self._waiting.remove(row)
+        self._searches.remove_row(row)
         self._release(row)
         row.request.status = RequestStatus.FINISHED
         row.request.finish_reason = reason

@@ -2,7 +2,7 @@
 
 Three quarters of the rows, and of the blocks, are a tenant's share. It may hold more while nobody else wants it. A waiting request takes
 rows from a tenant that holds more than its share; one whose tenant holds nothing takes them from any that has two. A tenant's last row
-never makes way, and no row of a beam search, which would stand still without it. Requests without a tenant are nobody's share.
+never makes way, and no row of a beam search, all of which would have to go. Requests without a tenant are nobody's share.
 Knows nothing of pictures, of prefill or of who comes first.
 """
 
@@ -60,6 +60,7 @@ class Shares:
     def want(self, row: Row, num_matched: int) -> Want:
         """num_matched: leading blocks of the row that need not be computed."""
         num_blocks = self._blocks.num_taken(row.table, len(row.request.token_ids), num_matched)
+        num_blocks += self._searches.num_blocks_behind(row, self._blocks.block_size)
         return Want(row, self._searches.num_wanted(row), num_blocks)
 
     def rows_changed(self) -> None:
@@ -159,11 +160,15 @@ class Shares:
 
 
 def youngest_of_most_blocks(running: Sequence[Row]) -> Row:
-    """Who is preempted where blocks are short: of the tenant that holds most of them. Never the oldest of all, so that it gets on."""
+    """Who is preempted where blocks are short: of the tenant that holds most of them.
+
+    Never the oldest row of all nor another of its search, while there are others: so it gets on.
+    """
+    others = [row for row in running if row.order != running[0].order]
     num_blocks: dict[str, int] = {}
     for row in running:
         num_blocks[row.tenant] = num_blocks.get(row.tenant, 0) + len(row.table.block_ids)
-    return max(reversed(running[1:] or running), key=lambda row: (num_blocks[row.tenant], row.order))
+    return max(reversed(others or running), key=lambda row: (num_blocks[row.tenant], row.order))
 
 
 def _is_another(want: Want, row: Row) -> bool:

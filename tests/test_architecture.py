@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "engine.row": ".kv_cache .request",
     "engine.sampler": ".request",
     "engine.scheduler": ".config .kv_cache .request .row .searches .shares .turns",
-    "engine.searches": ".row",
+    "engine.searches": ".request .row",
     "engine.shares": ".kv_cache .request .row .searches",
     "engine.slices": "",
     "engine.turns": "",

@@ -187,6 +187,17 @@ def test_an_abort_or_a_failure_ends_all_beams(engine):
     assert not engine.has_work
 
 
+def test_an_abort_ends_a_search_that_has_dropped_its_first_beam(engine):
+    engine.add("aborted", prompt_of(1), greedy_beams(4))
+    while "aborted" in engine.scheduler.requests:
+        engine.step()
+    assert engine.has_work
+
+    assert engine.abort("aborted").finish_reason is FinishReason.ABORT
+
+    assert not engine.has_work
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
