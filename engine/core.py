@@ -143,7 +143,7 @@ class Engine:
         is_counted = any(request_id not in self._probes for request_id in self.scheduler.requests)
         self._release_compiled()
         num_decoding, num_prefilling = self.scheduler.prefill_load()
-        others = {"num_prefilling": num_prefilling, "num_images": len(self.scheduler.images_needed())}
+        others = {"num_prefilling": num_prefilling, "num_images": len(self._images_needed())}
         if others["num_images"]:
             self._drop_unwanted_encoding()  # it was announced, and its request has not come
         budget = self.pace.prefill_tokens(num_decoding=num_decoding, **others)
@@ -304,6 +304,7 @@ class Engine:
             for image in probe.images:
                 self.embeddings.discard(image.content_hash)
                 self.scheduler.image_forgotten(image.content_hash)
+        self._shrink_embeddings()
 
     def _read(self, plan: Plan, readings: dict[str, Reading]) -> None:
         """Add what the plan's chunks read to what their requests have. A preempted request begins anew."""
@@ -345,15 +346,19 @@ class Engine:
 
     def _next_encoding(self) -> Encoding | None:
         """Of pictures that requests need or, where they need none, of announced ones."""
-        needed, encoder = self.scheduler.images_needed(), self.runner.encoder
+        needed, encoder = self._images_needed(), self.runner.encoder
         if encoder is None:
             return None
         if needed:
             self.scheduler.encoding_begun()
-        else:
+        elif not self.embeddings.is_over_limit:
             needed = self.announced.needed()
         batch = choose_batch(encoder, needed, max_pixels=self.runner.part_pixels) if needed else []
         return Encoding(encoder, batch, self.runner.device) if batch else None
+
+    def _images_needed(self) -> list[ImageInput]:
+        """That are to be encoded for requests. Not ahead of a full cache: an embedding stays until its request has computed it."""
+        return self.scheduler.images_needed(ahead=not self.embeddings.is_over_limit)
 
     def _finish_encoding(self) -> list[StepOutput]:
         encoding, self.encoding = self.encoding, None
@@ -391,7 +396,7 @@ class Engine:
             self.encoding = None
 
     def _shrink_embeddings(self) -> None:
-        if self.embeddings.num_bytes > self.embeddings.limit_bytes:
+        if self.embeddings.is_over_limit:
             for content_hash in self.embeddings.shrink(self.scheduler.pinned_images()):
                 self.scheduler.image_forgotten(content_hash)
 
