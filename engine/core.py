@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.announced import AnnouncedImages
-from engine.beams import Beams, BeamSearch
+from engine.beams import Beams, BeamSearch, Continuation
 from engine.config import EngineConfig
 from engine.continuations import continuations
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
@@ -245,23 +245,30 @@ class Engine:
 
     @torch.inference_mode()
     def _execute(self, plan: Plan) -> tuple[dict[str, SampledToken], dict[str, RequestFailure]]:
-        """The sampled tokens, and why requests cannot go on: their logits overflowed, or their grammar failed."""
+        """The sampled tokens, and why requests cannot go on: their logits overflowed, or their grammar failed.
+
+        Out of memory has changed nothing: the chunks of the others are computed again.
+        """
         executed = self.ranks.execute(plan, self.embeddings.tensors)
+        sampled = ({}, {}) if executed.logits is None else self._choose(executed.sample_ids, executed.logits)
         self._read(plan, executed.readings)
-        request_ids, logits = executed.sample_ids, executed.logits
-        if logits is None:
-            return {}, {}
+        return sampled
+
+    def _choose(self, request_ids: Sequence[str], logits: Tensor) -> tuple[dict[str, SampledToken], dict[str, RequestFailure]]:
+        """As `_execute`, of all rows that sample. Beams are offered their continuations."""
         is_finite = logits.amax(-1).isfinite().tolist()
-        others = []
+        offers, others = {}, []
         for index, request_id in enumerate(request_ids):
             if search := self.beams.search_of(request_id):
-                self._offer(search, request_id, logits[index])
+                offers[request_id] = self._continuations(search, request_id, logits[index])
             else:
                 others.append(index)
-        if len(others) < len(request_ids):
-            request_ids, logits = tuple(request_ids[index] for index in others), logits[others]
-        tokens, reasons = self._sample(request_ids, logits) if others else ({}, {})
-        for request_id, finite in zip(executed.sample_ids, is_finite, strict=True):
+        if offers:
+            logits = logits[others]
+        tokens, reasons = self._sample([request_ids[index] for index in others], logits) if others else ({}, {})
+        for beam_id, offered in offers.items():
+            self.beams.offer(beam_id, offered)
+        for request_id, finite in zip(request_ids, is_finite, strict=True):
             if not finite:
                 reasons[request_id] = RequestFailure("the model computed no finite numbers for this input")
         return tokens, reasons
@@ -273,12 +280,12 @@ class Engine:
         self.guides.advance({request_id: tokens[request_id].token_id for request_id in masks})
         return tokens, reasons
 
-    def _offer(self, search: BeamSearch, beam_id: str, logits: Tensor) -> None:
-        """Tell a beam's search what it may go on with. Beams of one search draw different numbers."""
+    def _continuations(self, search: BeamSearch, beam_id: str, logits: Tensor) -> list[Continuation]:
+        """What a beam may go on with. Beams of one search draw different numbers."""
         row = _sampling_row(self.scheduler.requests[beam_id], None)
         row = replace(row, seed=hash64(row.seed, self.beams.rank(beam_id)))
         kept = {"num_kept": search.num_kept, "min_kept": max(2, 1 + len(search.end_token_ids))}
-        self.beams.offer(beam_id, continuations(logits, row, eos_token_ids=self.runner.eos_token_ids, **kept))
+        return continuations(logits, row, eos_token_ids=self.runner.eos_token_ids, **kept)
 
     def _fail(self, request_id: str, reason: RequestFailure) -> StepOutput | None:
         """End a request, given it or one of its beams, with an error. None where it has ended."""

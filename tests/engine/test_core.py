@@ -192,6 +192,38 @@ def test_out_of_memory_ends_the_largest_request_and_no_other(engine, monkeypatch
     assert outputs["small"][-1].finish_reason is FinishReason.LENGTH
 
 
+def test_out_of_memory_while_sampling_reads_no_prompt_twice_and_offers_beams_nothing(folder, monkeypatch):
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    answers, offers = [], []
+
+    for num_failures in (0, 1):
+        engine = make_engine(folder, max_prefill_token_num=16)
+        failures = [torch.OutOfMemoryError()] * num_failures
+
+        def short_of_memory(logits, rows, engine=engine, failures=failures, **settings):
+            read = engine.scheduler.requests.get("read")
+            if failures and read is not None and read.num_computed:
+                offers.append(dict(engine.beams.search_of("beams").offers))
+                raise failures.pop()
+            return sample(logits, rows, **settings)
+
+        monkeypatch.setattr("engine.core.sample", short_of_memory)
+        engine.add("decoding", text_prompt(*range(10, 18)), params)
+        engine.add("beams", text_prompt(*range(40, 48)), replace(params, num_beams=2))
+        engine.step()
+        engine.add("read", text_prompt(*range(100, 120)), replace(params, prompt_logprobs=0, pools=True))
+        engine.add("largest", text_prompt(*range(150, 250)), params)
+        answers.append(run(engine))
+        engine.close()
+
+    whole, short = answers
+    assert offers == [{}]
+    assert short["largest"][-1].finish_reason is FinishReason.ERROR
+    assert {name: tokens(short[name]) for name in ("read", "beams")} == {name: tokens(whole[name]) for name in ("read", "beams")}
+    assert len(short["read"][0].prompt_logprobs) == 19
+    assert short["read"][0].embedding == pytest.approx(whole["read"][0].embedding, rel=1e-5)
+
+
 class WideEncoder(FakeEncoder):
     def encode(self, batch):
         return [rows[:, :1].expand(-1, HIDDEN_SIZE) / 255 for rows in super().encode(batch)]
