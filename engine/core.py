@@ -140,7 +140,8 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Compute one plan, and a slice of the pictures that wait."""
         started = time.perf_counter()
-        is_counted = any(request_id not in self._probes for request_id in self.scheduler.requests)
+        requests = self.scheduler.requests
+        is_counted = not requests or any(request_id not in self._probes for request_id in requests)  # without any: of announced pictures
         self._release_compiled()
         num_decoding, num_prefilling = self.scheduler.prefill_load()
         others = {"num_prefilling": num_prefilling, "num_images": len(self._images_needed())}

@@ -426,6 +426,16 @@ def test_an_announced_picture_is_encoded_before_its_request_comes_and_not_again(
     assert list(first.timings_s) == ["queue", "prefill"]
 
 
+def test_the_time_of_announced_pictures_is_counted(seeing):
+    seeing.announce("prompt", fake_image(1))
+
+    encode_what_is_announced(seeing)
+
+    stats = seeing.stats()
+    assert stats.step_time_s >= stats.encode_time_s > 0
+    assert stats.num_steps == 0
+
+
 def test_an_answer_is_the_same_with_and_without_an_announcement(folder):
     answers = []
     for is_announced in (False, True):
