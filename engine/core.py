@@ -296,7 +296,8 @@ class Engine:
 
     def _release_compiled(self) -> None:
         """Let those run whose grammar is ready. Waits a moment where nothing else could run."""
-        if self._compiling and len(self._compiling) == self.scheduler.num_waiting and not self.scheduler.num_running:
+        are_all_held = len(self._compiling) == self.scheduler.num_waiting and not self.scheduler.num_running
+        if self._compiling and are_all_held and not self._has_pictures_to_encode:
             wait(self._compiling.values(), timeout=IDLE_COMPILE_S, return_when=FIRST_COMPLETED)
         for request_id in [request_id for request_id, work in self._compiling.items() if work.done()]:
             del self._compiling[request_id]
@@ -359,14 +360,22 @@ class Engine:
             return None
         if needed:
             self.scheduler.encoding_begun()
-        elif not self.embeddings.is_over_limit:
-            needed = self.announced.needed()
+        else:
+            needed = self._images_announced()
         batch = choose_batch(encoder, needed, max_pixels=self.runner.part_pixels) if needed else []
         return Encoding(encoder, batch, self.runner.device) if batch else None
+
+    @property
+    def _has_pictures_to_encode(self) -> bool:
+        return self.encoding is not None or bool(self._images_needed() or self._images_announced())
 
     def _images_needed(self) -> list[ImageInput]:
         """That are to be encoded for requests. Not ahead of a full cache: an embedding stays until its request has computed it."""
         return self.scheduler.images_needed(ahead=not self.embeddings.is_over_limit)
+
+    def _images_announced(self) -> list[ImageInput]:
+        """That may be encoded ahead of their requests."""
+        return [] if self.embeddings.is_over_limit else self.announced.needed()
 
     def _finish_encoding(self) -> list[StepOutput]:
         encoding, self.encoding = self.encoding, None

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 
@@ -406,6 +407,24 @@ def test_aborting_the_only_request_of_a_picture_stops_its_encoding(slow):
 
     assert slow.encoding is None
     assert slow.runner.encoder.num_layers_done < len(slow.runner.encoder.layers)
+
+
+def test_a_grammar_is_waited_for_only_when_no_picture_is_left_to_encode(slow, monkeypatch):
+    compiled: Future[None] = Future()
+    waits = []
+
+    def noted(futures, **how):
+        waits.append((slow.stats().num_images_encoded, slow.encoding))
+        compiled.set_result(None)
+
+    monkeypatch.setattr("engine.core.wait", noted)
+    monkeypatch.setattr(slow.guides, "begin", lambda *args, **settings: compiled)
+    slow.set_vocabulary("any")
+    slow.announce("prompt", fake_image(2, side=3))
+    slow.add("guided", image_prompt(1), SamplingParams(max_tokens=1, temperature=0, grammar="any"))
+    run(slow)
+
+    assert waits == [(2, None)]
 
 
 def encode_what_is_announced(engine: Engine) -> None:
