@@ -100,7 +100,7 @@ class Engine:
         try:
             request = self._queued(request_id, prompt, params)
         except EngineError:
-            self._drop_unwanted_encoding()  # of its pictures, which were announced
+            self.drop_unwanted_encoding()  # of its pictures, which were announced
             raise
         if prompt.is_probe:
             self._probes[request_id] = prompt
@@ -119,7 +119,7 @@ class Engine:
         """End a request; its blocks are free on return. None where it is unknown or has ended."""
         output = self.beams.end(request_id, FinishReason.ABORT) or self.scheduler.abort(request_id)
         self._forget(request_id)
-        self._drop_unwanted_encoding()
+        self.drop_unwanted_encoding()
         return output
 
     def announce(self, owner: str, image: ImageInput) -> None:
@@ -135,7 +135,16 @@ class Engine:
         """No more pictures of this prompt. A batch that is being encoded goes on where `request_follows`, and else is given up."""
         self.announced.withdraw(owner)
         if not request_follows:
-            self._drop_unwanted_encoding()
+            self.drop_unwanted_encoding()
+
+    def drop_unwanted_encoding(self) -> None:
+        """Stop encoding pictures that no request wants any more, e.g. since the one that they were announced for is refused."""
+        if self.encoding and not any(
+            self.announced.has(image.content_hash) or self.scheduler.requests_with_image(image.content_hash)
+            for image in self.encoding.images
+        ):
+            self.encoding.cancel()
+            self.encoding = None
 
     def step(self) -> list[StepOutput]:
         """Compute one plan, and a slice of the pictures that wait."""
@@ -146,7 +155,7 @@ class Engine:
         num_decoding, num_prefilling = self.scheduler.prefill_load()
         others = {"num_prefilling": num_prefilling, "num_images": len(self._images_needed())}
         if others["num_images"]:
-            self._drop_unwanted_encoding()  # it was announced, and its request has not come
+            self.drop_unwanted_encoding()  # it was announced, and its request has not come
         budget = self.pace.prefill_tokens(num_decoding=num_decoding, **others)
         plan = self.scheduler.schedule(max_prefill_tokens=budget)
         for chunk in plan.chunks:
@@ -402,15 +411,6 @@ class Engine:
 
     def _probe_images(self) -> set[bytes]:
         return {image.content_hash for probe in self._probes.values() for image in probe.images}
-
-    def _drop_unwanted_encoding(self) -> None:
-        """Stop encoding pictures that no request wants any more."""
-        if self.encoding and not any(
-            self.announced.has(image.content_hash) or self.scheduler.requests_with_image(image.content_hash)
-            for image in self.encoding.images
-        ):
-            self.encoding.cancel()
-            self.encoding = None
 
     def _shrink_embeddings(self) -> None:
         if self.embeddings.is_over_limit:
