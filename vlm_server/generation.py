@@ -330,6 +330,9 @@ class Generation:
         try:
             async with aclosing(self._run(self._answers[0]) if is_simple else self._merged()) as deltas:
                 async for delta in deltas:
+                    if delta.finish_reason == FinishReason.ABORT:  # what was held back, and no token of this moment
+                        yield delta
+                        continue
                     now_s = self.last_s = time.monotonic()
                     self.first_s = self.first_s or now_s
                     if last_s[delta.index]:
