@@ -469,9 +469,9 @@ def _sum_known(numbers: Sequence[int | None]) -> int | None:
 
 
 def _raise_engine_error(step: StepOutput) -> None:
-    if step.finish_reason is FinishReason.ERROR and step.is_refusal:
-        raise bad_request("grammar_too_complex", step.error or "the grammar cannot be followed")
     if step.finish_reason is FinishReason.ERROR:
+        if step.is_refusal:
+            raise bad_request("grammar_too_complex", step.error or "the grammar cannot be followed")
         raise ApiError(500, "engine_error", step.error or "the engine failed at this request")
     if step.finish_reason is FinishReason.ABORT:
         raise ApiError(503, "aborted", "the request was aborted by the server")
