@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.announced import AnnouncedImages
-from engine.beams import Beams, BeamSearch
+from engine.beams import Beams, BeamSearch, Continuation
 from engine.config import EngineConfig
 from engine.continuations import continuations
 from engine.encoding import EmbeddingCache, Encoding, choose_batch
@@ -100,7 +100,7 @@ class Engine:
         try:
             request = self._queued(request_id, prompt, params)
         except EngineError:
-            self._drop_unwanted_encoding()  # of its pictures, which were announced
+            self.drop_unwanted_encoding()  # of its pictures, which were announced
             raise
         if prompt.is_probe:
             self._probes[request_id] = prompt
@@ -119,7 +119,7 @@ class Engine:
         """End a request; its blocks are free on return. None where it is unknown or has ended."""
         output = self.beams.end(request_id, FinishReason.ABORT) or self.scheduler.abort(request_id)
         self._forget(request_id)
-        self._drop_unwanted_encoding()
+        self.drop_unwanted_encoding()
         return output
 
     def announce(self, owner: str, image: ImageInput) -> None:
@@ -135,17 +135,27 @@ class Engine:
         """No more pictures of this prompt. A batch that is being encoded goes on where `request_follows`, and else is given up."""
         self.announced.withdraw(owner)
         if not request_follows:
-            self._drop_unwanted_encoding()
+            self.drop_unwanted_encoding()
+
+    def drop_unwanted_encoding(self) -> None:
+        """Stop encoding pictures that no request wants any more, e.g. since the one that they were announced for is refused."""
+        if self.encoding and not any(
+            self.announced.has(image.content_hash) or self.scheduler.requests_with_image(image.content_hash)
+            for image in self.encoding.images
+        ):
+            self.encoding.cancel()
+            self.encoding = None
 
     def step(self) -> list[StepOutput]:
         """Compute one plan, and a slice of the pictures that wait."""
         started = time.perf_counter()
-        is_counted = any(request_id not in self._probes for request_id in self.scheduler.requests)
+        requests = self.scheduler.requests
+        is_counted = not requests or any(request_id not in self._probes for request_id in requests)  # without any: of announced pictures
         self._release_compiled()
         num_decoding, num_prefilling = self.scheduler.prefill_load()
-        others = {"num_prefilling": num_prefilling, "num_images": len(self.scheduler.images_needed())}
+        others = {"num_prefilling": num_prefilling, "num_images": len(self._images_needed())}
         if others["num_images"]:
-            self._drop_unwanted_encoding()  # it was announced, and its request has not come
+            self.drop_unwanted_encoding()  # it was announced, and its request has not come
         budget = self.pace.prefill_tokens(num_decoding=num_decoding, **others)
         plan = self.scheduler.schedule(max_prefill_tokens=budget)
         for chunk in plan.chunks:
@@ -245,23 +255,30 @@ class Engine:
 
     @torch.inference_mode()
     def _execute(self, plan: Plan) -> tuple[dict[str, SampledToken], dict[str, RequestFailure]]:
-        """The sampled tokens, and why requests cannot go on: their logits overflowed, or their grammar failed."""
+        """The sampled tokens, and why requests cannot go on: their logits overflowed, or their grammar failed.
+
+        Out of memory has changed nothing: the chunks of the others are computed again.
+        """
         executed = self.ranks.execute(plan, self.embeddings.tensors)
+        sampled = ({}, {}) if executed.logits is None else self._choose(executed.sample_ids, executed.logits)
         self._read(plan, executed.readings)
-        request_ids, logits = executed.sample_ids, executed.logits
-        if logits is None:
-            return {}, {}
+        return sampled
+
+    def _choose(self, request_ids: Sequence[str], logits: Tensor) -> tuple[dict[str, SampledToken], dict[str, RequestFailure]]:
+        """As `_execute`, of all rows that sample. Beams are offered their continuations."""
         is_finite = logits.amax(-1).isfinite().tolist()
-        others = []
+        offers, others = {}, []
         for index, request_id in enumerate(request_ids):
             if search := self.beams.search_of(request_id):
-                self._offer(search, request_id, logits[index])
+                offers[request_id] = self._continuations(search, request_id, logits[index])
             else:
                 others.append(index)
-        if len(others) < len(request_ids):
-            request_ids, logits = tuple(request_ids[index] for index in others), logits[others]
-        tokens, reasons = self._sample(request_ids, logits) if others else ({}, {})
-        for request_id, finite in zip(executed.sample_ids, is_finite, strict=True):
+        if offers:
+            logits = logits[others]
+        tokens, reasons = self._sample([request_ids[index] for index in others], logits) if others else ({}, {})
+        for beam_id, offered in offers.items():
+            self.beams.offer(beam_id, offered)
+        for request_id, finite in zip(request_ids, is_finite, strict=True):
             if not finite:
                 reasons[request_id] = RequestFailure("the model computed no finite numbers for this input")
         return tokens, reasons
@@ -273,12 +290,12 @@ class Engine:
         self.guides.advance({request_id: tokens[request_id].token_id for request_id in masks})
         return tokens, reasons
 
-    def _offer(self, search: BeamSearch, beam_id: str, logits: Tensor) -> None:
-        """Tell a beam's search what it may go on with. Beams of one search draw different numbers."""
+    def _continuations(self, search: BeamSearch, beam_id: str, logits: Tensor) -> list[Continuation]:
+        """What a beam may go on with. Beams of one search draw different numbers."""
         row = _sampling_row(self.scheduler.requests[beam_id], None)
         row = replace(row, seed=hash64(row.seed, self.beams.rank(beam_id)))
         kept = {"num_kept": search.num_kept, "min_kept": max(2, 1 + len(search.end_token_ids))}
-        self.beams.offer(beam_id, continuations(logits, row, eos_token_ids=self.runner.eos_token_ids, **kept))
+        return continuations(logits, row, eos_token_ids=self.runner.eos_token_ids, **kept)
 
     def _fail(self, request_id: str, reason: RequestFailure) -> StepOutput | None:
         """End a request, given it or one of its beams, with an error. None where it has ended."""
@@ -288,7 +305,8 @@ class Engine:
 
     def _release_compiled(self) -> None:
         """Let those run whose grammar is ready. Waits a moment where nothing else could run."""
-        if self._compiling and len(self._compiling) == self.scheduler.num_waiting and not self.scheduler.num_running:
+        are_all_held = len(self._compiling) == self.scheduler.num_waiting and not self.scheduler.num_running
+        if self._compiling and are_all_held and not self._has_pictures_to_encode:
             wait(self._compiling.values(), timeout=IDLE_COMPILE_S, return_when=FIRST_COMPLETED)
         for request_id in [request_id for request_id, work in self._compiling.items() if work.done()]:
             del self._compiling[request_id]
@@ -304,6 +322,7 @@ class Engine:
             for image in probe.images:
                 self.embeddings.discard(image.content_hash)
                 self.scheduler.image_forgotten(image.content_hash)
+        self._shrink_embeddings()
 
     def _read(self, plan: Plan, readings: dict[str, Reading]) -> None:
         """Add what the plan's chunks read to what their requests have. A preempted request begins anew."""
@@ -345,15 +364,27 @@ class Engine:
 
     def _next_encoding(self) -> Encoding | None:
         """Of pictures that requests need or, where they need none, of announced ones."""
-        needed, encoder = self.scheduler.images_needed(), self.runner.encoder
+        needed, encoder = self._images_needed(), self.runner.encoder
         if encoder is None:
             return None
         if needed:
             self.scheduler.encoding_begun()
         else:
-            needed = self.announced.needed()
+            needed = self._images_announced()
         batch = choose_batch(encoder, needed, max_pixels=self.runner.part_pixels) if needed else []
         return Encoding(encoder, batch, self.runner.device) if batch else None
+
+    @property
+    def _has_pictures_to_encode(self) -> bool:
+        return self.encoding is not None or bool(self._images_needed() or self._images_announced())
+
+    def _images_needed(self) -> list[ImageInput]:
+        """That are to be encoded for requests. Not ahead of a full cache: an embedding stays until its request has computed it."""
+        return self.scheduler.images_needed(ahead=not self.embeddings.is_over_limit)
+
+    def _images_announced(self) -> list[ImageInput]:
+        """That may be encoded ahead of their requests."""
+        return [] if self.embeddings.is_over_limit else self.announced.needed()
 
     def _finish_encoding(self) -> list[StepOutput]:
         encoding, self.encoding = self.encoding, None
@@ -381,17 +412,8 @@ class Engine:
     def _probe_images(self) -> set[bytes]:
         return {image.content_hash for probe in self._probes.values() for image in probe.images}
 
-    def _drop_unwanted_encoding(self) -> None:
-        """Stop encoding pictures that no request wants any more."""
-        if self.encoding and not any(
-            self.announced.has(image.content_hash) or self.scheduler.requests_with_image(image.content_hash)
-            for image in self.encoding.images
-        ):
-            self.encoding.cancel()
-            self.encoding = None
-
     def _shrink_embeddings(self) -> None:
-        if self.embeddings.num_bytes > self.embeddings.limit_bytes:
+        if self.embeddings.is_over_limit:
             for content_hash in self.embeddings.shrink(self.scheduler.pinned_images()):
                 self.scheduler.image_forgotten(content_hash)
 

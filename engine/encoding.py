@@ -34,6 +34,10 @@ class EmbeddingCache:
         self.num_bytes = 0
         self.tensors: OrderedDict[bytes, Tensor] = OrderedDict()
 
+    @property
+    def is_over_limit(self) -> bool:
+        return self.num_bytes > self.limit_bytes
+
     def add(self, content_hash: bytes, embedding: Tensor) -> None:
         self.tensors[content_hash] = embedding
         self.num_bytes += embedding.nbytes
@@ -53,7 +57,7 @@ class EmbeddingCache:
         """Forget unpinned embeddings until the budget is kept; the hashes forgotten."""
         forgotten = []
         for content_hash in list(self.tensors):
-            if self.num_bytes <= self.limit_bytes:
+            if not self.is_over_limit:
                 break
             if content_hash not in pinned:
                 self.num_bytes -= self.tensors.pop(content_hash).nbytes

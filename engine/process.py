@@ -94,6 +94,7 @@ class EngineLoop:
         """With pictures that others brought as those have them. Raises QueueFullError where this process had no descriptors for them."""
         images = tuple(self._images.get(image.content_hash, image) for image in prompt.images)
         if not all(image.is_open for image in images):
+            self.engine.drop_unwanted_encoding()  # of its other pictures, which were announced
             raise QueueFullError("the engine has no file descriptors left for more pictures; try again later")
         self._images.update({image.content_hash: image for image in images})
         return replace(prompt, images=images)

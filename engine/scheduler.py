@@ -175,14 +175,14 @@ class Scheduler:
 
     # Pictures
 
-    def images_needed(self) -> list[ImageInput]:
+    def images_needed(self, *, ahead: bool = True) -> list[ImageInput]:
         """Pictures without an embedding, each content hash once: by turns of the first request that lacks some, and of whoever lacks least.
 
         At most MAX_IMAGES_AHEAD, of running rows and of the first `max_batch_size` waiting ones, then of as many that are held; also those
-        that are being encoded.
+        that are being encoded. ahead: False where memory is short: of these waiting rows only each tenant's first one with pictures, so
+        that everyone gets on.
         """
-        parts = ([row for row in self._waiting if (row.request.request_id in self._held) is is_held] for is_held in (False, True))
-        rows = (*self._running, *(row for part in parts for row in part[: self.config.max_batch_size]))
+        rows = (*self._running, *(self._next_waiting() if ahead else self._first_with_pictures()))
         missing = [images for row in rows if (images := {image.content_hash: image for image in self._missing_images(row)}.values())]
         pictures = [(sum(image.num_tokens for image in images), image) for images in missing for image in images]
         needed: dict[bytes, ImageInput] = {}
@@ -208,11 +208,11 @@ class Scheduler:
         self._ready_images.discard(content_hash)
 
     def pinned_images(self) -> set[bytes]:
-        """Ready pictures that a running row has not wholly computed: these must not be forgotten."""
+        """Ready pictures that a running row, or a waiting one that `images_needed` looks at, has yet to compute: not to be forgotten."""
         return {
             content_hash
-            for row in self._running
-            for span in row.spans_from(row.request.num_computed)
+            for row in (*self._running, *self._next_waiting())
+            for span in self._spans_to_compute(row)
             if (content_hash := row.request.prompt.images[span.image].content_hash) in self._ready_images
         }
 
@@ -606,14 +606,32 @@ class Scheduler:
         return row.request.prompt.images[span.image].content_hash in self._ready_images
 
     def _missing_images(self, row: Row) -> Iterator[ImageInput]:
-        """Pictures that the row has yet to compute and that are not ready, in order. Those in the prefix cache are not needed."""
-        images = row.request.prompt.images
-        missing = [span for span in row.spans_from(row.request.num_computed) if not self._is_ready(row, span)]
-        if missing and row.request.status is RequestStatus.WAITING:
-            num_cached = self._without_cut_spans(row, self._match(row)) * self.blocks.block_size
-            missing = [span for span in missing if span.start + span.num_tokens > num_cached]
-        for span in missing:
-            yield images[span.image]
+        """Pictures that the row has yet to compute and that are not ready, in order."""
+        if self._lacking_span(row, row.request.num_computed) is None:
+            return
+        for span in self._spans_to_compute(row):
+            if not self._is_ready(row, span):
+                yield row.request.prompt.images[span.image]
+
+    def _spans_to_compute(self, row: Row) -> Iterator[ImageSpan]:
+        """Where the row has yet to compute pictures, in order. Those in the prefix cache are not needed."""
+        slot = row.request.num_computed
+        if row.request.prompt.spans and row.request.status is RequestStatus.WAITING:
+            slot = self._without_cut_spans(row, self._match(row)) * self.blocks.block_size
+        return row.spans_from(slot)
+
+    def _next_waiting(self) -> list[Row]:
+        """Those for which pictures are encoded, held ones last."""
+        parts = ([row for row in self._waiting if (row.request.request_id in self._held) is is_held] for is_held in (False, True))
+        return [row for part in parts for row in part[: self.config.max_batch_size]]
+
+    def _first_with_pictures(self) -> Collection[Row]:
+        """Of the next waiting rows each tenant's first one that has pictures to compute, ready or not."""
+        firsts: dict[str, Row] = {}
+        for row in self._next_waiting():
+            if row.tenant not in firsts and next(self._spans_to_compute(row), None) is not None:
+                firsts[row.tenant] = row
+        return firsts.values()
 
 
 def _order(row: Row) -> tuple[int, int]:

@@ -330,6 +330,9 @@ class Generation:
         try:
             async with aclosing(self._run(self._answers[0]) if is_simple else self._merged()) as deltas:
                 async for delta in deltas:
+                    if delta.finish_reason == FinishReason.ABORT:  # what was held back, and no token of this moment
+                        yield delta
+                        continue
                     now_s = self.last_s = time.monotonic()
                     self.first_s = self.first_s or now_s
                     if last_s[delta.index]:
@@ -466,9 +469,9 @@ def _sum_known(numbers: Sequence[int | None]) -> int | None:
 
 
 def _raise_engine_error(step: StepOutput) -> None:
-    if step.finish_reason is FinishReason.ERROR and step.is_refusal:
-        raise bad_request("grammar_too_complex", step.error or "the grammar cannot be followed")
     if step.finish_reason is FinishReason.ERROR:
+        if step.is_refusal:
+            raise bad_request("grammar_too_complex", step.error or "the grammar cannot be followed")
         raise ApiError(500, "engine_error", step.error or "the engine failed at this request")
     if step.finish_reason is FinishReason.ABORT:
         raise ApiError(503, "aborted", "the request was aborted by the server")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 
@@ -192,6 +193,38 @@ def test_out_of_memory_ends_the_largest_request_and_no_other(engine, monkeypatch
     assert outputs["small"][-1].finish_reason is FinishReason.LENGTH
 
 
+def test_out_of_memory_while_sampling_reads_no_prompt_twice_and_offers_beams_nothing(folder, monkeypatch):
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    answers, offers = [], []
+
+    for num_failures in (0, 1):
+        engine = make_engine(folder, max_prefill_token_num=16)
+        failures = [torch.OutOfMemoryError()] * num_failures
+
+        def short_of_memory(logits, rows, engine=engine, failures=failures, **settings):
+            read = engine.scheduler.requests.get("read")
+            if failures and read is not None and read.num_computed:
+                offers.append(dict(engine.beams.search_of("beams").offers))
+                raise failures.pop()
+            return sample(logits, rows, **settings)
+
+        monkeypatch.setattr("engine.core.sample", short_of_memory)
+        engine.add("decoding", text_prompt(*range(10, 18)), params)
+        engine.add("beams", text_prompt(*range(40, 48)), replace(params, num_beams=2))
+        engine.step()
+        engine.add("read", text_prompt(*range(100, 120)), replace(params, prompt_logprobs=0, pools=True))
+        engine.add("largest", text_prompt(*range(150, 250)), params)
+        answers.append(run(engine))
+        engine.close()
+
+    whole, short = answers
+    assert offers == [{}]
+    assert short["largest"][-1].finish_reason is FinishReason.ERROR
+    assert {name: tokens(short[name]) for name in ("read", "beams")} == {name: tokens(whole[name]) for name in ("read", "beams")}
+    assert len(short["read"][0].prompt_logprobs) == 19
+    assert short["read"][0].embedding == pytest.approx(whole["read"][0].embedding, rel=1e-5)
+
+
 class WideEncoder(FakeEncoder):
     def encode(self, batch):
         return [rows[:, :1].expand(-1, HIDDEN_SIZE) / 255 for rows in super().encode(batch)]
@@ -376,6 +409,24 @@ def test_aborting_the_only_request_of_a_picture_stops_its_encoding(slow):
     assert slow.runner.encoder.num_layers_done < len(slow.runner.encoder.layers)
 
 
+def test_a_grammar_is_waited_for_only_when_no_picture_is_left_to_encode(slow, monkeypatch):
+    compiled: Future[None] = Future()
+    waits = []
+
+    def noted(futures, **how):
+        waits.append((slow.stats().num_images_encoded, slow.encoding))
+        compiled.set_result(None)
+
+    monkeypatch.setattr("engine.core.wait", noted)
+    monkeypatch.setattr(slow.guides, "begin", lambda *args, **settings: compiled)
+    slow.set_vocabulary("any")
+    slow.announce("prompt", fake_image(2, side=3))
+    slow.add("guided", image_prompt(1), SamplingParams(max_tokens=1, temperature=0, grammar="any"))
+    run(slow)
+
+    assert waits == [(2, None)]
+
+
 def encode_what_is_announced(engine: Engine) -> None:
     while engine.has_work:
         assert engine.step() == []
@@ -392,6 +443,16 @@ def test_an_announced_picture_is_encoded_before_its_request_comes_and_not_again(
 
     assert seeing.runner.encoder.batch_sizes == [1]
     assert list(first.timings_s) == ["queue", "prefill"]
+
+
+def test_the_time_of_announced_pictures_is_counted(seeing):
+    seeing.announce("prompt", fake_image(1))
+
+    encode_what_is_announced(seeing)
+
+    stats = seeing.stats()
+    assert stats.step_time_s >= stats.encode_time_s > 0
+    assert stats.num_steps == 0
 
 
 def test_an_answer_is_the_same_with_and_without_an_announcement(folder):

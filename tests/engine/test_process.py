@@ -25,12 +25,16 @@ class TakingEngine:
     def __init__(self) -> None:
         self.prompts: dict[str, Prompt] = {}
         self.announced: list[ImageInput] = []
+        self.encoding: ImageInput | None = None
 
     def add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
         self.prompts[request_id] = prompt
 
     def announce(self, owner: str, image: ImageInput) -> None:
         self.announced.append(image)
+
+    def drop_unwanted_encoding(self) -> None:
+        self.encoding = None
 
 
 class Process:
@@ -94,6 +98,16 @@ def test_a_request_whose_pictures_found_no_descriptors_is_rejected_and_the_engin
     assert "file descriptors" in rejected.message
     assert list(process.engine.prompts) == ["next"]
     assert process.engine.announced == []
+
+
+def test_a_request_whose_pictures_found_no_descriptors_ends_the_encoding_that_was_announced_for_it(process: Process) -> None:
+    process.engine.encoding = fake_image(1)
+    process.tell(add("another", fake_image(2)))
+    assert process.engine.encoding is not None
+
+    process.loop._handle(add("lost", fake_image(1), LOST))
+
+    assert process.engine.encoding is None
 
 
 def test_a_picture_that_was_lost_is_taken_from_a_request_that_has_it(process: Process) -> None:

@@ -702,13 +702,33 @@ def test_the_look_ahead_for_pictures_is_bounded() -> None:
     assert len(scheduler.images_needed()) == MAX_IMAGES_AHEAD
 
 
-def test_ready_pictures_of_running_rows_are_pinned_until_they_are_computed() -> None:
+def test_without_looking_ahead_only_each_tenants_first_request_with_pictures_has_them_encoded() -> None:
+    scheduler = make_scheduler(max_batch_size=4)
+    add(scheduler, "a0", [1], tenant="a")
+    add(scheduler, "a1", ("x", 2), [1], tenant="a")
+    add(scheduler, "a2", ("y", 2), [1], tenant="a")
+    add(scheduler, "b", ("z", 2), ("x", 2), [1], tenant="b")
+    for request_id in ("a0", "a1", "a2", "b"):
+        scheduler.hold(request_id)
+
+    def needed(*, ahead: bool) -> set[bytes]:
+        return {image.content_hash for image in scheduler.images_needed(ahead=ahead)}
+
+    assert (needed(ahead=True), needed(ahead=False)) == ({b"x", b"y", b"z"}, {b"x", b"z"})
+    scheduler.image_ready(b"x")
+    assert needed(ahead=False) == {b"z"}
+    scheduler.release("a1")
+    scheduler.schedule()
+    assert needed(ahead=False) == {b"y", b"z"}
+
+
+def test_ready_pictures_of_requests_are_pinned_until_they_are_computed() -> None:
     scheduler = make_scheduler(max_prefill_token_num=2)
     for name in (b"x", b"y"):
         scheduler.image_ready(name)
     add(scheduler, "a", [1], ("x", 2), [1])
     add(scheduler, "b", ("y", 2), [1])
-    assert scheduler.pinned_images() == set()
+    assert scheduler.pinned_images() == {b"x", b"y"}
 
     pinned = []
     for _ in range(4):
@@ -716,7 +736,20 @@ def test_ready_pictures_of_running_rows_are_pinned_until_they_are_computed() -> 
         pinned.append(scheduler.pinned_images())
         scheduler.commit(plan, {chunk.request_id: SampledToken(5) for chunk in plan.chunks if chunk.samples})
 
-    assert pinned == [{b"x"}, {b"x"}, {b"y"}, set()]
+    assert pinned == [{b"x", b"y"}, {b"x", b"y"}, {b"y"}, set()]
+
+
+def test_a_waiting_request_pins_no_picture_that_the_prefix_cache_has_or_that_it_left() -> None:
+    scheduler = make_scheduler(max_prefill_token_num=64)
+    for name in (b"x", b"y"):
+        scheduler.image_ready(name)
+    add(scheduler, "first", ("x", 4), [1], max_tokens=1)
+    step(scheduler)
+
+    add(scheduler, "again", ("x", 4), ("y", 4), [1])
+    assert scheduler.pinned_images() == {b"y"}
+    scheduler.abort("again")
+    assert scheduler.pinned_images() == set()
 
 
 def test_requests_that_still_need_a_picture_are_known() -> None:
@@ -921,7 +954,7 @@ class Engine(RuleBasedStateMachine):
                 assert answer == alone
 
     def teardown(self) -> None:
-        """Everyone ends soon, with an embedding cache that holds no more than one picture that nobody has pinned."""
+        """Everyone ends soon, with an embedding cache that is full as soon as anything in it is pinned."""
         num_slots = sum(len(request.prompt.token_ids) + 24 for request in self.scheduler.requests.values())
         for _ in range(10 * num_slots):
             if not self.scheduler.has_work:
@@ -929,7 +962,7 @@ class Engine(RuleBasedStateMachine):
             for content_hash in sorted(self.runner.embeddings - self.scheduler.pinned_images()):
                 self.runner.embeddings.discard(content_hash)
                 self.scheduler.image_forgotten(content_hash)
-            for image in self.scheduler.images_needed()[:1]:
+            for image in self.scheduler.images_needed(ahead=not self.runner.embeddings)[:1]:
                 self.encoded(image.content_hash)
             self.step()
             self.scheduler.check()

@@ -214,6 +214,25 @@ async def test_the_engine_is_free_at_once_though_nobody_reads_the_answer(n: int,
     assert generation.usage().completion_tokens == sum(len(piece.token_ids) for piece in pieces)
 
 
+async def test_an_answer_that_is_aborted_before_its_first_token_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, switch, metrics, measured = FakeBackend(), AbortSwitch(), Metrics(), []
+    backend.engine.hangs_after = 0
+    for name in ("first_token", "next_token", "stages_measured"):
+        monkeypatch.setattr(metrics, name, measured.append)
+    body = CompletionRequest(model="m", prompt="hi")
+    prompt = Prompt(token_ids=(104,), cache_keys=(104,))
+    generation = Generation(
+        backend.engine, ByteTokenizer(), [prompt], SamplingParams(), body, request_id="x", metrics=metrics, abort=switch
+    )
+
+    switch.set()
+    deltas = [delta async for delta in generation.deltas()]
+
+    assert [delta.finish_reason for delta in deltas] == ["abort"]
+    assert measured == []
+    assert (generation.first_s, generation.last_s) == (None, None)
+
+
 @pytest.mark.parametrize("num_read", [1, 99])
 async def test_pictures_are_let_go_when_the_answers_end_or_are_left(num_read: int) -> None:
     """At once, and not when the garbage collector comes by: what a cancelled task held is in circles."""
