@@ -622,8 +622,9 @@ class Scheduler:
 
     def _next_waiting(self) -> list[Row]:
         """Those for which pictures are encoded, held ones last."""
-        parts = ([row for row in self._waiting if (row.request.request_id in self._held) is is_held] for is_held in (False, True))
-        return [row for part in parts for row in part[: self.config.max_batch_size]]
+        free = islice((row for row in self._waiting if row.request.request_id not in self._held), self.config.max_batch_size)
+        held = sorted((self._rows[request_id] for request_id in self._held), key=_order)
+        return [*free, *held[: self.config.max_batch_size]]
 
     def _first_with_pictures(self) -> Collection[Row]:
         """Of the next waiting rows each tenant's first one that has pictures to compute, ready or not."""
