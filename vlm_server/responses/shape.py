@@ -15,6 +15,11 @@ from vlm_server.sampling import SamplingDefaults
 from vlm_server.stage_timings import Report, no_report
 from vlm_server.streaming import EventStyle
 
+# What a finish reason makes of the response, and its details; others complete it.
+_CUTS: dict[str | None, tuple[str, dict[str, str] | None]] = {
+    "length": ("incomplete", {"reason": "max_output_tokens"}),
+    "abort": ("cancelled", None),
+}
 _FAILURES = {429: "rate_limit_exceeded", 503: "server_error", 500: "server_error"}
 
 
@@ -57,7 +62,8 @@ class ResponseShape:
     def last_chunks(self, usage: Usage) -> list[Chunk]:
         chunks = self._writer.finish(is_cut=self._is_cut)
         final = self._finished(usage)
-        return self._numbered([*chunks, {"type": f"response.{final['status']}", "response": final}])
+        kind = "response.incomplete" if self._is_cut else "response.completed"  # a cancelled response has no event of its own
+        return self._numbered([*chunks, {"type": kind, "response": final}])
 
     def error_chunk(self, error: ApiError) -> Chunk:
         """The response as it is, failed. What was written so far is in it, cut."""
@@ -77,14 +83,15 @@ class ResponseShape:
 
     @property
     def _is_cut(self) -> bool:
-        return self._finish_reason == "length"
+        return self._finish_reason in _CUTS
 
     def _finished(self, usage: Usage) -> dict[str, Any]:
+        status, details = _CUTS.get(self._finish_reason, ("completed", None))
         self.final = {
             **self._head,
-            "status": "incomplete" if self._is_cut else "completed",
+            "status": status,
             "completed_at": None if self._is_cut else int(time.time()),
-            "incomplete_details": {"reason": "max_output_tokens"} if self._is_cut else None,
+            "incomplete_details": details,
             "output": self._writer.items,
             "output_text": self._writer.text,
             "usage": _usage(usage),
