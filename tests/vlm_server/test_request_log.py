@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import queue
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,6 +122,20 @@ def test_a_stream_that_its_client_left_is_unfinished(server: RunningServer, line
 
     line = lines.next_request()
     assert (line["status"], line["finish_reason"], line["completion_tokens"] > 0) == (200, "unfinished", True)
+
+
+@pytest.mark.parametrize("route", [CHAT, "/v1/messages", "/v1/files"])
+def test_a_client_that_leaves_in_its_body_is_no_client_that_sent_a_wrong_one(server: RunningServer, lines: Lines, route: str) -> None:
+    form, json_text = ("multipart/form-data; boundary=B", b"--B\r\n"), ("application/json", b'{"model": ')
+    media_type, begun = form if route == "/v1/files" else json_text
+    head = f"POST {route} HTTP/1.1\r\nHost: a\r\nContent-Type: {media_type}\r\nContent-Length: 1000\r\n\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall(head.encode() + begun)
+
+    line = lines.next_request()
+    assert (line["route"], line["status"], line["error"]) == (route, 499, "client_closed_request")
 
 
 def test_a_path_that_no_route_has_is_not_in_the_line(server: RunningServer, lines: Lines) -> None:
