@@ -71,7 +71,7 @@ class MessageShape:
         last = {"usage": _usage(usage), **self._extras, **self._report()}
         return [{"type": "message_delta", "delta": delta, **last}, {"type": "message_stop"}]
 
-    def error_chunk(self, error: ApiError) -> Chunk:
+    def error_chunk(self, error: ApiError, usage: Usage) -> Chunk:
         return error.anthropic_body(self._request_id)
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:

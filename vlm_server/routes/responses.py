@@ -75,8 +75,8 @@ async def _answer(
     shape = ResponseShape(head, tokenizer, warnings=list(all_warnings), paths=chat.paths, extras=extras, report=report)
 
     async def keep() -> None:
-        assert shape.final is not None
-        await context.responses.keep(tenant_of(request.scope), KeptResponse(shape.final, items))
+        final = shape.final or shape.finish(begun.generation.usage())
+        await context.responses.keep(tenant_of(request.scope), KeptResponse(final, items))
 
     before_end = keep if body.is_stored else None
     ping_s = context.config.sse_ping_s
