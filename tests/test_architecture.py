@@ -277,8 +277,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.routes.health": ".auth .context .errors .metrics .readiness .response_schema .sessions.store .streaming engine.request",
     "vlm_server.routes.interactive": (
-        ".auth .context .errors .interactive_protocol .json_body .middleware .picture_report .response_schema .sessions.store .shapes "
-        ".stage_timings .streaming .turns .waiting_room"
+        ".auth .context .errors .generation .interactive_protocol .json_body .middleware .picture_report .response_schema "
+        ".sessions.store .shapes .stage_timings .streaming .turns .waiting_room engine.request"
     ),
     "vlm_server.routes.messages": (
         ".anthropic.field_names .anthropic.models .anthropic.protocol .anthropic.response_schema .anthropic.shapes .anthropic.translation "
