@@ -255,8 +255,8 @@ MAY_IMPORT = {
     "vlm_server.routes": "",
     "vlm_server.routes.abort": ".aborting .auth .context .errors .field_rules .generate_protocol .json_body",
     "vlm_server.routes.alpaca": (
-        ".alpaca .alpaca_protocol .alpaca_shapes .auth .context .embedding_protocol .field_rules .generation .guided .json_body "
-        ".middleware .protocol .request_limits .routes.embeddings .shapes .streaming"
+        ".aborting .alpaca .alpaca_protocol .alpaca_shapes .auth .context .embedding_protocol .field_rules .generation .guided "
+        ".json_body .middleware .protocol .request_limits .routes.embeddings .shapes .streaming"
     ),
     "vlm_server.routes.chat": ".chats .context .json_body .middleware .protocol .response_schema .shapes .streaming",
     "vlm_server.routes.completions": (
@@ -277,8 +277,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.routes.health": ".auth .context .errors .metrics .readiness .response_schema .sessions.store .streaming engine.request",
     "vlm_server.routes.interactive": (
-        ".auth .context .errors .interactive_protocol .json_body .middleware .picture_report .response_schema .sessions.store .shapes "
-        ".stage_timings .streaming .turns .waiting_room"
+        ".auth .context .errors .generation .interactive_protocol .json_body .middleware .picture_report .response_schema "
+        ".sessions.store .shapes .stage_timings .streaming .turns .waiting_room engine.request"
     ),
     "vlm_server.routes.messages": (
         ".anthropic.field_names .anthropic.models .anthropic.protocol .anthropic.response_schema .anthropic.shapes .anthropic.translation "
@@ -286,8 +286,8 @@ MAY_IMPORT = {
     ),
     "vlm_server.routes.models": ".anthropic.models .context .errors .response_schema",
     "vlm_server.routes.responses": (
-        ".auth .chats .context .errors .json_body .middleware .responses.items .responses.records .responses.request .responses.schema "
-        ".responses.shape .responses.translation .sessions.store .streaming"
+        ".aborting .auth .chats .context .errors .json_body .middleware .responses.items .responses.records .responses.request "
+        ".responses.schema .responses.shape .responses.translation .sessions.store .streaming"
     ),
     "vlm_server.routes.scoring": (
         ".auth .context .errors .json_body .middleware .response_schema .shapes .streaming .token_protocol engine.request"

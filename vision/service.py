@@ -12,7 +12,7 @@ import math
 import os
 import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -183,19 +183,27 @@ class VisionService:
         room = self.request_room()
         return await self._side_by_side(refs, lambda ref: self._fetch_and_measure(ref, tenant, room))
 
-    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes | MediaError]:
+    async def fetch(
+        self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "", kept: Mapping[str, bytes] | None = None
+    ) -> list[bytes | MediaError]:
         """The pictures' files as they are, for a caller who keeps them and gives them to `load` as `ImageRef.data`.
 
-        limit_bytes: of all together. Raises as `load`.
+        kept: files that the caller has already, by their SHA-256 in hexadecimal. Equal files are one object, one of these if it is here.
+        limit_bytes: of all others together. Raises as `load`.
         """
-        room_bytes = limit_bytes
+        files, room_bytes, room = dict(kept or {}), limit_bytes, self.request_room()
 
         async def fetch_within(ref: ImageRef) -> bytes:
             nonlocal room_bytes
             async with self._file(ref, tenant, {}) as data:
+                room.take_bytes(len(data))  # equal files too: what is downloaded for one request has a limit
+                digest = await _file_digest(data)
+                if digest in files:
+                    return files[digest]
                 if len(data) > room_bytes:
                     raise MediaError("image_too_large", f"the pictures together have more than the {limit_bytes} bytes that can be kept")
                 room_bytes -= len(data)
+                files[digest] = data
                 await hold_bytes(len(data) if ref.data is None else 0)
                 return data
 
@@ -410,6 +418,12 @@ async def _content_hash(data: bytes, options: ImageOptions, fingerprint: str) ->
     else:
         await asyncio.to_thread(digest.update, data)
     return digest.digest()
+
+
+async def _file_digest(data: bytes) -> str:
+    if len(data) <= _IN_PLACE_BYTES:
+        return hashlib.sha256(data).hexdigest()
+    return (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()
 
 
 def _own_copy(image: ProcessedImage, timings_s: dict[str, float]) -> ProcessedImage:

@@ -136,7 +136,13 @@ class PromptPipeline(Protocol):
     ) -> TurnPrompt: ...
 
     async def fetch_pictures(
-        self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "", report: PictureReport | None = None
+        self,
+        refs: Sequence[ImageRef],
+        *,
+        limit_bytes: int,
+        tenant: str = "",
+        report: PictureReport | None = None,
+        kept: Mapping[str, bytes] | None = None,
     ) -> list[bytes | None]: ...
 
     async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None: ...

@@ -87,7 +87,7 @@ class AbortRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    abort_all: bool = Field(False, description="All requests of this API key.")
+    abort_all: bool = Field(False, description="All requests of this API key but turns of /v1/chat/interactive, which are cancelled there.")
     session_id: int = Field(NO_SESSION, ge=-(2**63), lt=2**63, description="Those that were sent with this number.")
 
     @field_validator("*", mode="before")

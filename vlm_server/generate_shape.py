@@ -42,7 +42,7 @@ class GenerateShape:
     def last_chunks(self, usage: Usage) -> list[dict[str, Any]]:
         return []
 
-    def error_chunk(self, error: ApiError) -> dict[str, Any]:
+    def error_chunk(self, error: ApiError, usage: Usage) -> dict[str, Any]:
         return error.body()
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:

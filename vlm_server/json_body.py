@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from vlm_server.config import RequestLimits
@@ -37,6 +38,13 @@ class JsonRoute(APIRoute):
 
 
 class _JsonRequest(Request):
+    async def body(self) -> bytes:
+        """FastAPI, which asks for it first, would call a client that left in it one that sent a wrong body."""
+        try:
+            return await super().body()
+        except ClientDisconnect:
+            raise RefusedBodyError(ApiError(499, "client_closed_request", "the client closed its connection")) from None
+
     async def json(self) -> Any:
         limits: RequestLimits = self.app.state.context.config.limits
         try:

@@ -41,7 +41,9 @@ class ImageLoader(Protocol):
 
     async def measure(self, refs: Sequence[ImageRef], *, tenant: str = "") -> list[MeasuredImage | MediaError]: ...
 
-    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes | MediaError]: ...
+    async def fetch(
+        self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "", kept: Mapping[str, bytes] | None = None
+    ) -> list[bytes | MediaError]: ...
 
 
 class PictureLoading:
@@ -62,8 +64,10 @@ class PictureLoading:
         """What the pictures of several `parts_prompt` of one request share; None where there are no pictures."""
         return self._images.request_room() if self._images is not None else None
 
-    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, salt: str, report: PictureReport) -> list[bytes | None]:
-        """The files of pictures that are to be kept, at most `limit_bytes` together. Raises MediaError.
+    async def fetch(
+        self, refs: Sequence[ImageRef], *, limit_bytes: int, salt: str, report: PictureReport, kept: Mapping[str, bytes] | None = None
+    ) -> list[bytes | None]:
+        """The files of pictures that are to be kept, at most `limit_bytes` together without those that are `kept`. Raises MediaError.
 
         None: one that may fail; the report knows it as lost from now on, so that no prompt has it.
         """
@@ -71,7 +75,9 @@ class PictureLoading:
             return []
         images = self._loader(refs)
         admit_pictures()
-        files = await report.gather(held(refs, None, report), lambda wanted: images.fetch(wanted, limit_bytes=limit_bytes, tenant=salt))
+        files = await report.gather(
+            held(refs, None, report), lambda wanted: images.fetch(wanted, limit_bytes=limit_bytes, tenant=salt, kept=kept)
+        )
         report.lost |= {ref.url: file for ref, file in zip(refs, files, strict=True) if isinstance(file, MediaError)}
         return [None if isinstance(file, MediaError) else file for file in files]
 

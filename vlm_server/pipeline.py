@@ -193,14 +193,21 @@ class Pipeline:
         return replace(turn, transcript=Transcript(turn.transcript.segments, fingerprint))
 
     async def fetch_pictures(
-        self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "", report: PictureReport | None = None
+        self,
+        refs: Sequence[ImageRef],
+        *,
+        limit_bytes: int,
+        tenant: str = "",
+        report: PictureReport | None = None,
+        kept: Mapping[str, bytes] | None = None,
     ) -> list[bytes | None]:
         """The files of pictures that are to be kept, at most `limit_bytes` together. Raises ImagesNotSupportedError or MediaError.
 
+        kept: files that are kept already, by their SHA-256 in hexadecimal; they count no more, nor does an equal file twice.
         None: one that may fail; the report knows it as lost from now on, so that no prompt has it.
         """
         salt = self._tokens.salt(tenant)
-        return await self._loading.fetch(refs, limit_bytes=limit_bytes, salt=salt, report=report or PictureReport())
+        return await self._loading.fetch(refs, limit_bytes=limit_bytes, salt=salt, report=report or PictureReport(), kept=kept)
 
     async def check_picture(self, ref: ImageRef, *, tenant: str = "") -> None:
         """Raises ImagesNotSupportedError or MediaError where the picture cannot be used, as far as its header tells.

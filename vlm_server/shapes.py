@@ -70,7 +70,7 @@ class ChatShape:
     def last_chunks(self, usage: Usage) -> list[dict[str, Any]]:
         return usage_chunks({**self._head, **self._warnings}, usage if self._includes_usage else None, self._report())
 
-    def error_chunk(self, error: ApiError) -> dict[str, Any]:
+    def error_chunk(self, error: ApiError, usage: Usage) -> dict[str, Any]:
         return error.body()
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class CompletionShape:
     def last_chunks(self, usage: Usage) -> list[dict[str, Any]]:
         return usage_chunks({**self._head, **self._warnings}, usage if self._includes_usage else None, self._report())
 
-    def error_chunk(self, error: ApiError) -> dict[str, Any]:
+    def error_chunk(self, error: ApiError, usage: Usage) -> dict[str, Any]:
         return error.body()
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Shape(Protocol):
     def last_chunks(self, usage: Usage) -> list[dict[str, Any]]:
         """Chunks after all answers have ended."""
 
-    def error_chunk(self, error: ApiError) -> dict[str, Any]:
+    def error_chunk(self, error: ApiError, usage: Usage) -> dict[str, Any]:
         """The last chunk of a stream that failed."""
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]: ...
@@ -80,7 +80,8 @@ async def answer(
 ) -> Response:
     """The generation's answers, streamed or whole.
 
-    before_end: awaited once the shape has all of the answers and the client is not told yet; what it raises fails the request.
+    before_end: awaited once the shape has all of the answers and the client is not told yet, of a stream before `last_chunks` are made;
+    what it raises fails the request.
     """
     if streams:
         return await stream(request, generation, shape, ping_s=ping_s, before_end=before_end)
@@ -149,16 +150,15 @@ async def _events(
                     generation.tell(request_timings(request.scope))
                 if written := await _written(shape, delta):
                     yield written
-        ending = shape.last_chunks(generation.usage())
         if before_end is not None:
             await before_end()
-        yield b"".join(event(chunk) for chunk in ending) + closing
+        yield b"".join(event(chunk) for chunk in shape.last_chunks(generation.usage())) + closing
     except Exception as error:  # the status is sent already: the error becomes the last event
         api_error = to_api_error(error)
         if api_error.code == "internal_error":
             logger.exception("a stream failed")
         request_facts(request.scope)["error"] = api_error.code
-        yield event(shape.error_chunk(api_error)) + closing
+        yield event(shape.error_chunk(api_error, generation.usage())) + closing
     finally:
         _note_usage(request, generation)
 

@@ -20,7 +20,7 @@ from vlm_server.errors import ApiError
 from vlm_server.generation import Generation, Usage
 from vlm_server.picture_report import PictureReport
 from vlm_server.request_limits import check_conversation
-from vlm_server.sessions.history import History, OpenSession, SessionBusyError, Sessions, picture_url
+from vlm_server.sessions.history import PICTURE_SCHEME, History, OpenSession, SessionBusyError, Sessions, picture_url
 from vlm_server.sessions.store import LeaseLostError, RecordId
 from vlm_server.stage_timings import StageTimings
 
@@ -199,8 +199,11 @@ class Turns:
         paths = [path for _, _, path in request.pictures]
         refs = [ImageRef(image["url"], path, data=request.files.get(image["url"])) for image, path in zip(images, paths, strict=True)]
         limit_bytes = max(0, self._sessions.max_bytes - session.num_picture_bytes)
+        kept = {url.removeprefix(PICTURE_SCHEME): data for url, data in session.pictures.items()}
         with request.timings.stage("pictures"):
-            files = await self._pipeline.fetch_pictures(refs, limit_bytes=limit_bytes, tenant=request.tenant, report=request.report)
+            files = await self._pipeline.fetch_pictures(
+                refs, limit_bytes=limit_bytes, tenant=request.tenant, report=request.report, kept=kept
+            )
         had = [(image, data) for image, data in zip(images, files, strict=True) if data is not None]
         urls = await asyncio.to_thread(lambda: [picture_url(data) for _, data in had])
         for (image, _), url in zip(had, urls, strict=True):

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import hashlib
 import json
 import threading
 import time
@@ -355,7 +356,13 @@ class FakePipeline:
         return TurnPrompt(Prompt(token_ids=transcript.token_ids, cache_keys=keys), transcript, len(known.token_ids))
 
     async def fetch_pictures(
-        self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "", report: PictureReport | None = None
+        self,
+        refs: Sequence[ImageRef],
+        *,
+        limit_bytes: int,
+        tenant: str = "",
+        report: PictureReport | None = None,
+        kept: Mapping[str, bytes] | None = None,
     ) -> list[bytes | None]:
         files: list[bytes | None] = []
         for ref in refs:
@@ -367,7 +374,8 @@ class FakePipeline:
                     raise
                 report.lost[ref.url] = error
                 files[-1] = None
-        if sum(len(data) for data in files if data is not None) > limit_bytes:
+        by_digest = {hashlib.sha256(data).hexdigest(): len(data) for data in files if data is not None}
+        if sum(num_bytes for digest, num_bytes in by_digest.items() if digest not in (kept or {})) > limit_bytes:
             raise MediaError("image_too_large", f"more than the {limit_bytes} bytes", param=refs[0].param)
         return files
 

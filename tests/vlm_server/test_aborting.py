@@ -36,8 +36,9 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-def post(server: RunningServer, path: str, *, key: str = "mine", **fields: Any) -> requests.Response:
-    return requests.post(f"{server.url}{path}", json=fields, headers={"authorization": f"Bearer {key}"}, timeout=10)
+def post(server: RunningServer, path: str, *, key: str = "mine", version: str | None = None, **fields: Any) -> requests.Response:
+    headers = {"authorization": f"Bearer {key}", "anthropic-version": version}
+    return requests.post(f"{server.url}{path}", json=fields, headers=headers, timeout=10)
 
 
 def post_chat(server: RunningServer, **fields: Any) -> requests.Response:
@@ -86,6 +87,62 @@ def test_an_aborted_stream_ends_with_its_reason_and_its_usage(server: RunningSer
     assert usage["usage"]["completion_tokens"] <= 5
     assert running.result().text.endswith("data: [DONE]\n\n")
     assert server.backend.activity.was_left_within(1)
+
+
+@pytest.mark.parametrize("num_steps", [0, 5])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_aborted_response_is_cancelled_and_kept(
+    server: RunningServer, threads: ThreadPoolExecutor, stream: bool, num_steps: int
+) -> None:
+    server.backend.engine.hangs_after = num_steps
+    running = threads.submit(post, server, "/v1/responses", input="hi", stream=stream)
+    assert server.backend.activity.has_begun_within(5)
+
+    assert post(server, "/abort_request", abort_all=True).status_code == 200
+
+    answered = running.result(10)
+    response = chunks_of(answered)[-1]["response"] if stream else answered.json()
+    assert not stream or chunks_of(answered)[-1]["type"] == "response.incomplete"
+    assert (response["status"], response["incomplete_details"], response["completed_at"]) == ("cancelled", None, None)
+    [message] = response["output"]
+    assert message["status"] == "incomplete"
+    assert DEFAULT_REPLY.startswith(response["output_text"])
+    assert response["usage"]["output_tokens"] <= num_steps
+    assert server.backend.activity.was_left_within(1)
+    authorization = {"authorization": "Bearer mine"}
+    assert requests.get(f"{server.url}/v1/responses/{response['id']}", headers=authorization, timeout=10).json() == response
+
+
+@pytest.mark.parametrize("num_steps", [0, 5])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_aborted_message_says_it_is_cut(server: RunningServer, threads: ThreadPoolExecutor, stream: bool, num_steps: int) -> None:
+    server.backend.engine.hangs_after = num_steps
+    fields = {"model": server.model, "messages": HELLO, "max_tokens": 50, "stream": stream}
+    running = threads.submit(post, server, "/v1/messages", version="2023-06-01", **fields)
+    assert server.backend.activity.has_begun_within(5)
+
+    assert post(server, "/abort_request", abort_all=True).status_code == 200
+
+    answered = running.result(10)
+    stop = chunks_of(answered)[-2]["delta"] if stream else answered.json()
+    assert (stop["stop_reason"], stop["stop_sequence"]) == ("max_tokens", None)
+    assert not stream or chunks_of(answered)[-1] == {"type": "message_stop"}
+    assert server.backend.activity.was_left_within(1)
+
+
+@pytest.mark.parametrize("how", [{"session_id": 7}, {"abort_all": True}], ids=str)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_alpacas_routes_can_be_aborted_too(threads: ThreadPoolExecutor, path: str, how: dict[str, Any]) -> None:
+    asked = {"messages": HELLO} if "chat" in path else {"prompt": "hi"}
+    with running_server(fake_config(enable_abort_handling=True, compat="alpaca", model_name="chinese-llama-alpaca")) as server:
+        server.backend.engine.hangs_after = 5
+        running = threads.submit(post, server, path, session_id=7, stream=True, **asked)
+        assert server.backend.activity.has_begun_within(5)
+
+        assert post(server, "/abort_request", **how).status_code == 200
+
+        assert chunks_of(running.result(10))[-1]["choices"][0]["finish_reason"] == "abort"
+        assert server.backend.activity.was_left_within(1)
 
 
 def test_text_that_was_held_back_is_in_the_aborted_answer() -> None:

@@ -282,6 +282,17 @@ def test_a_sessions_pictures_have_a_limit_together() -> None:
         assert post(server, prompt="two", image_url=PICTURE + "x").status_code == 200
 
 
+def test_a_picture_that_a_session_has_takes_nothing_of_its_limit_again() -> None:
+    with running_server(fake_config(max_session_bytes=len(PICTURE) + 10)) as server:
+        turn(server, "one", 1, image_url=[PICTURE, PICTURE])
+        turn(server, "two", 1, image_url=PICTURE)
+        turn(server, "three", 1, image_url=[PICTURE, "data:y"])
+
+        response = post(server, prompt="four", image_url=[PICTURE, "data:z", "data:zz"], session_id=1, interactive_mode=True)
+
+        assert_refused(response, 400, "image_too_large", "image_url[0]")
+
+
 def test_a_stream_is_lines_of_json_whose_texts_are_the_answer(server: RunningServer, number: int) -> None:
     response = post(server, prompt="hi", session_id=number, interactive_mode=True, stream=True)
 

@@ -1,7 +1,7 @@
 """The meter of one request: what is charged, when it is refused, and that pictures count by their size."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -132,7 +132,9 @@ class CountingImages(FakeImages):
         self.num_loaded += len(refs)
         return await super().load(refs, **options)
 
-    async def fetch(self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "") -> list[bytes]:
+    async def fetch(
+        self, refs: Sequence[ImageRef], *, limit_bytes: int, tenant: str = "", kept: Mapping[str, bytes] | None = None
+    ) -> list[bytes]:
         self.num_fetched += len(refs)
         return [b""] * len(refs)
 

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import queue
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,6 +122,48 @@ def test_a_stream_that_its_client_left_is_unfinished(server: RunningServer, line
 
     line = lines.next_request()
     assert (line["status"], line["finish_reason"], line["completion_tokens"] > 0) == (200, "unfinished", True)
+
+
+@pytest.mark.parametrize("route", [CHAT, "/v1/chat/interactive"])
+def test_a_whole_answer_that_failed_is_unfinished_and_has_its_tokens(server: RunningServer, lines: Lines, route: str) -> None:
+    server.backend.engine.fails_after = 5
+
+    requests.post(server.url + route, json={"model": server.model, "messages": [{"role": "user", "content": PROMPT}]}, timeout=10)
+
+    line = lines.next_request()
+    assert (line["status"], line["error"], line["finish_reason"]) == (503, "engine_unavailable", "unfinished")
+    assert (line["prompt_tokens"] > 0, line["completion_tokens"]) == (True, 5)
+
+
+@pytest.mark.parametrize("route", [CHAT, "/v1/chat/interactive"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_its_client_did_not_wait_for_is_unfinished(server: RunningServer, lines: Lines, route: str, stream: bool) -> None:
+    server.backend.engine.hangs_after = 0 if stream else 5
+    content = json.dumps({"model": server.model, "messages": [{"role": "user", "content": PROMPT}], "stream": stream}).encode()
+    head = f"POST {route} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall(head.encode() + content)
+        assert server.backend.activity.has_begun_within(5)
+
+    line = lines.next_request()
+    assert (line["status"], line["error"], line["finish_reason"]) == (499, "client_closed_request", "unfinished")
+    assert (line["prompt_tokens"] > 0, line["completion_tokens"] <= 5) == (True, True)
+
+
+@pytest.mark.parametrize("route", [CHAT, "/v1/messages", "/v1/files"])
+def test_a_client_that_leaves_in_its_body_is_no_client_that_sent_a_wrong_one(server: RunningServer, lines: Lines, route: str) -> None:
+    form, json_text = ("multipart/form-data; boundary=B", b"--B\r\n"), ("application/json", b'{"model": ')
+    media_type, begun = form if route == "/v1/files" else json_text
+    head = f"POST {route} HTTP/1.1\r\nHost: a\r\nContent-Type: {media_type}\r\nContent-Length: 1000\r\n\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.sendall(head.encode() + begun)
+
+    line = lines.next_request()
+    assert (line["route"], line["status"], line["error"]) == (route, 499, "client_closed_request")
 
 
 def test_a_path_that_no_route_has_is_not_in_the_line(server: RunningServer, lines: Lines) -> None:

@@ -47,7 +47,7 @@ class MessageUsage(DeltaUsage):
 
 
 class StopFields(BaseModel):
-    stop_reason: StopReasonName | None = Field(description="Null only in message_start.")
+    stop_reason: StopReasonName | None = Field(description="Null only in message_start. max_tokens also for an answer that was aborted.")
     stop_sequence: str | None = Field(description="Which of the request's stop_sequences ended the answer.")
     stop_details: None = None
 

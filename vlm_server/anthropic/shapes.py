@@ -71,7 +71,7 @@ class MessageShape:
         last = {"usage": _usage(usage), **self._extras, **self._report()}
         return [{"type": "message_delta", "delta": delta, **last}, {"type": "message_stop"}]
 
-    def error_chunk(self, error: ApiError) -> Chunk:
+    def error_chunk(self, error: ApiError, usage: Usage) -> Chunk:
         return error.anthropic_body(self._request_id)
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
@@ -96,6 +96,8 @@ class MessageShape:
             return _stop("tool_use")
         if finish_reason == FinishReason.LENGTH:
             return _stop("max_tokens" if usage.completion_tokens >= self._request.max_tokens else "model_context_window_exceeded")
+        if finish_reason == FinishReason.ABORT:  # the API has no word for it; this one says that the answer is cut, and asks for no retry
+            return _stop("max_tokens")
         is_own = stop_string in (self._request.stop_sequences or ())  # others are the chat template's
         return _stop("stop_sequence", stop_string) if is_own else _stop("end_turn")
 

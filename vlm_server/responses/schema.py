@@ -104,7 +104,9 @@ class Response(BaseModel):
     id: str
     object: Literal["response"]
     created_at: int = Field(description="When it was begun, in seconds since 1970.")
-    status: Literal["in_progress", "completed", "incomplete", "failed"] = Field(description="in_progress and failed: in events alone.")
+    status: Literal["in_progress", "completed", "incomplete", "cancelled", "failed"] = Field(
+        description="in_progress and failed: in events alone. cancelled: by POST /abort_request."
+    )
     background: Literal[False] = Field(description="Always false.")
     completed_at: int | None = Field(description="When it was completed, in seconds since 1970.")
     error: ResponseError | None = Field(description="Of a failed response.")

@@ -15,7 +15,11 @@ from vlm_server.sampling import SamplingDefaults
 from vlm_server.stage_timings import Report, no_report
 from vlm_server.streaming import EventStyle
 
-_FAILURES = {429: "rate_limit_exceeded", 503: "server_error", 500: "server_error"}
+# What a finish reason makes of the response, and its details; others complete it.
+_CUTS: dict[str | None, tuple[str, dict[str, str] | None]] = {
+    "length": ("incomplete", {"reason": "max_output_tokens"}),
+    "abort": ("cancelled", None),
+}
 
 
 class ResponseShape:
@@ -43,6 +47,7 @@ class ResponseShape:
         self._writer = OutputWriter()
         self._finish_reason: str | None = None
         self._number = -1
+        self._ending: list[Chunk] = []  # of the last item; the client is not told yet
         self.final: dict[str, Any] | None = None  # the response, once it is whole
 
     def first_chunks(self, num_answers: int, usage: Usage) -> list[Chunk]:
@@ -55,36 +60,35 @@ class ResponseShape:
         return self._numbered(self._writer.write(delta.events, logprobs))
 
     def last_chunks(self, usage: Usage) -> list[Chunk]:
-        chunks = self._writer.finish(is_cut=self._is_cut)
-        final = self._finished(usage)
-        return self._numbered([*chunks, {"type": f"response.{final['status']}", "response": final}])
+        final = self.final or self.finish(usage)
+        kind = "response.incomplete" if self._is_cut else "response.completed"  # a cancelled response has no event of its own
+        return self._numbered([*self._ending, {"type": kind, "response": final}])
 
-    def error_chunk(self, error: ApiError) -> Chunk:
-        """The response as it is, failed. What was written so far is in it, cut."""
+    def error_chunk(self, error: ApiError, usage: Usage) -> Chunk:
+        """The response as it is, failed. What was written so far is in it; an item whose end the client was not told of is cut."""
         named = self._paths.error(error)
-        self._writer.finish(is_cut=True)
-        code = _FAILURES.get(error.status, "invalid_prompt")
+        if self._ending or self._writer.finish(is_cut=True):
+            self._writer.items[-1]["status"] = "incomplete"
+        code = "server_error" if error.status >= 500 else "rate_limit_exceeded" if error.status == 429 else "invalid_prompt"
         failure = {"code": code, "message": named.message, "type": named.code, "param": named.param}
         failed = {**self._head, "status": "failed", "error": failure, "output": self._writer.items}
-        failed["output_text"] = self._writer.text
+        failed |= {"output_text": self._writer.text, "usage": _usage(usage)}
         return self._numbered([{"type": "response.failed", "response": failed}])[0]
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
         [answer] = answers
         self.chunks(Delta(0, answer.text, answer.logprobs, answer.finish_reason, answer.events))
-        self._writer.finish(is_cut=self._is_cut)
-        return self._finished(usage)
+        return self.finish(usage)
 
-    @property
-    def _is_cut(self) -> bool:
-        return self._finish_reason == "length"
-
-    def _finished(self, usage: Usage) -> dict[str, Any]:
+    def finish(self, usage: Usage) -> dict[str, Any]:
+        """The whole response, once: to be kept before the client is told of it in `last_chunks`."""
+        self._ending = self._writer.finish(is_cut=self._is_cut)
+        status, details = _CUTS.get(self._finish_reason, ("completed", None))
         self.final = {
             **self._head,
-            "status": "incomplete" if self._is_cut else "completed",
+            "status": status,
             "completed_at": None if self._is_cut else int(time.time()),
-            "incomplete_details": {"reason": "max_output_tokens"} if self._is_cut else None,
+            "incomplete_details": details,
             "output": self._writer.items,
             "output_text": self._writer.text,
             "usage": _usage(usage),
@@ -93,6 +97,10 @@ class ResponseShape:
             **self._report(),
         }
         return self.final
+
+    @property
+    def _is_cut(self) -> bool:
+        return self._finish_reason in _CUTS
 
     def _numbered(self, chunks: list[Chunk]) -> list[Chunk]:
         for chunk in chunks:

@@ -17,7 +17,10 @@ router = APIRouter(route_class=JsonRoute, tags=["operation"])
 
 @router.post("/abort_request", summary="End running answers, with --enable-abort-handling", response_class=Response)
 async def abort_request(request: Request, body: AbortRequest) -> Response:
-    """Of this API key alone. They answer at once with what they have and `finish_reason: "abort"`, and give their memory back."""
+    """Of this API key alone. They answer at once with what they have and `finish_reason: "abort"`, and give their memory back.
+
+    Where an API has other words, a response is `cancelled` and a message ends with `max_tokens`.
+    """
     context = context_of(request)
     if context.running is None:
         raise ApiError(501, "not_enabled", "this server was started without --enable-abort-handling")

@@ -6,6 +6,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from vlm_server.aborting import unless_aborted
 from vlm_server.alpaca import TASK, Turn, chat_prompt, completion_prompt
 from vlm_server.alpaca_protocol import (
     AlpacaChatRequest,
@@ -21,7 +22,7 @@ from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, Stopwatch, context_of
 from vlm_server.embedding_protocol import EmbeddingsRequest
 from vlm_server.field_rules import check_fields
-from vlm_server.generation import Generation
+from vlm_server.generation import NO_PROMPT, Generation
 from vlm_server.guided import grammar_of
 from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_facts, request_timings
@@ -87,12 +88,14 @@ async def _begin(
 ) -> Generation:
     """The answers to a prompt that is written already. They are text alone: Alpaca's models mark neither calls nor reasoning."""
     context.accept(request, body)
+    abort = context.abortable(request, body.session_id)
     grammar = await unless_client_leaves(request, grammar_of(body, context.backend.grammars))
     watch = Stopwatch()
     with request_timings(request.scope).stage("tokenize"):
-        prompt = await unless_client_leaves(request, context.text_prompt(text, tenant=tenant_of(request.scope)))
+        work = context.text_prompt(text, tenant=tenant_of(request.scope))
+        prompt = await unless_client_leaves(request, unless_aborted(abort, work, instead=NO_PROMPT))
     context.metrics.prompt_prepared(watch.elapsed_s)
-    return context.generation(body, [prompt], grammar=grammar, request_id=response_id)
+    return context.generation(body, [prompt], grammar=grammar, request_id=response_id, abort=abort)
 
 
 def _naming(request: Request, context: ServerContext, body: AlpacaFields, response_id: str, warnings: list[str]) -> dict[str, Any]:

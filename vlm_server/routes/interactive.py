@@ -13,9 +13,11 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from engine.request import Prompt
 from vlm_server.auth import tenant_of
 from vlm_server.context import ServerContext, context_of
 from vlm_server.errors import bad_request, to_api_error
+from vlm_server.generation import Generation
 from vlm_server.interactive_protocol import NO_SESSION, GenerateRequest
 from vlm_server.json_body import JsonRoute
 from vlm_server.middleware import request_facts, request_timings
@@ -56,11 +58,12 @@ async def chat_interactive(request: Request, body: GenerateRequest) -> Response:
         with timings.stage("files"):
             taking = context.files.take(uploaded, tenant=tenant, lost=report.lost if report.may_fail else None)
             files = await unless_client_leaves(request, taking)
-    replies = context.turns.replies(_turn_request(context, body, messages, files, tenant, session_id, timings, report))
+    begun: list[Generation] = []  # the turn's, as soon as there is one
+    replies = context.turns.replies(_turn_request(context, body, messages, files, tenant, session_id, timings, report, begun))
     shown = _Shown(warnings, timings.report_if(body.return_timings), report)
     if body.stream:
-        return await _stream(request, replies, shown)
-    return Response(shown.line(await _collected(request, replies)), media_type="application/json")
+        return await _stream(request, replies, shown, begun)
+    return Response(shown.line(await _collected(request, replies, begun)), media_type="application/json")
 
 
 def _check(body: GenerateRequest) -> list[str]:
@@ -102,8 +105,14 @@ def _turn_request(
     session_id: RecordId | None,
     timings: StageTimings,
     report: PictureReport,
+    begun: list[Generation],
 ) -> TurnRequest:
     fields, response_id = body.turn_fields(context.config.model_name), new_id("interactive")
+
+    def generation(prompt: Prompt) -> Generation:
+        begun.append(context.generation(fields, [prompt], request_id=response_id))
+        return begun[-1]
+
     return TurnRequest(
         tenant=tenant,
         session_id=session_id,
@@ -111,39 +120,45 @@ def _turn_request(
         messages=messages,
         pictures=tuple(body.picture_fields()),
         files=files,
-        generation=lambda prompt: context.generation(fields, [prompt], request_id=response_id),
+        generation=generation,
         report=report,
         prompt_prepared=context.metrics.prompt_prepared,
         timings=timings,
     )
 
 
-async def _collected(request: Request, replies: AsyncGenerator[Reply, None]) -> Reply:
+async def _collected(request: Request, replies: AsyncGenerator[Reply, None], begun: list[Generation]) -> Reply:
     """All replies as one. Raises what the turn raises, and ApiError 499 where the client left."""
 
+    pieces, last = [], Reply()
+
     async def collect() -> Reply:
-        pieces = []
+        nonlocal last
         async with aclosing(replies):
-            async for reply in replies:
-                pieces.append(reply.text)
-        return Reply("".join(pieces), reply.usage, reply.history_tokens, reply.finish_reason)
+            async for last in replies:
+                pieces.append(last.text)
+        return Reply("".join(pieces), last.usage, last.history_tokens, last.finish_reason)
 
-    reply = await unless_client_leaves(request, collect())
-    _note(request, reply)
-    return reply
+    try:
+        return await unless_client_leaves(request, collect())
+    finally:
+        _note(request, last, begun)
 
 
-async def _stream(request: Request, replies: AsyncGenerator[Reply, None], shown: "_Shown") -> Response:
+async def _stream(request: Request, replies: AsyncGenerator[Reply, None], shown: "_Shown", begun: list[Generation]) -> Response:
     """The answer in lines, begun. Raises what the turn raises before its first piece."""
     try:
         first = await unless_client_leaves(request, anext(replies))
     except BaseException:
         await replies.aclose()
+        _note(request, Reply(), begun)
         raise
-    return EventStream(_lines(request, first, replies, shown), replies, ping_s=0)  # a comment would be no JSON
+    return EventStream(_lines(request, first, replies, shown, begun), replies, ping_s=0)  # a comment would be no JSON
 
 
-async def _lines(request: Request, first: Reply, replies: AsyncGenerator[Reply, None], shown: "_Shown") -> AsyncGenerator[bytes, None]:
+async def _lines(
+    request: Request, first: Reply, replies: AsyncGenerator[Reply, None], shown: "_Shown", begun: list[Generation]
+) -> AsyncGenerator[bytes, None]:
     last = first
     try:
         async with aclosing(replies):
@@ -158,12 +173,14 @@ async def _lines(request: Request, first: Reply, replies: AsyncGenerator[Reply, 
         failed = Reply(usage=last.usage, history_tokens=last.history_tokens, finish_reason="error")
         yield _encode(shown.as_dict(failed) | {"error": api_error.body()["error"]}) + b"\n"
     finally:
-        _note(request, last)
+        _note(request, last, begun)
 
 
-def _note(request: Request, reply: Reply) -> None:
-    note_usage(request, reply.usage)
-    request_facts(request.scope)["finish_reason"] = reply.finish_reason or UNFINISHED
+def _note(request: Request, last: Reply, begun: list[Generation]) -> None:
+    """What the turn cost, for the log; nothing of one that was refused before its answer was begun."""
+    if begun or last.finish_reason:
+        note_usage(request, begun[-1].usage() if begun else last.usage)
+        request_facts(request.scope)["finish_reason"] = last.finish_reason or UNFINISHED
 
 
 @dataclass(frozen=True, slots=True)

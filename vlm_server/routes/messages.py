@@ -41,10 +41,11 @@ async def messages(request: Request, body: MessagesRequest, anthropic_version: V
     """Messages of text and pictures in, a message of content blocks out; with `stream`, as server-sent events."""
     context = context_of(request)
     warnings = check_fields(body, strict=context.config.strict_fields) + without_effect(body)
+    abort = context.abortable(request, session_id=None)
     translation = translate(body)
     with _named(translation.names):
         response_id = f"msg_{uuid.uuid4().hex}"
-        chat = await begin_chat(request, context, translation.chat, response_id=response_id)
+        chat = await begin_chat(request, context, translation.chat, response_id=response_id, abort=abort)
         warnings += map(translation.names.in_warning, chat.warnings)
         extras, request_id = chat.report.fields(translation.names.of), request_facts(request.scope)["id"]
         report = request_timings(request.scope).report_if(body.return_timings)

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import ValidationError
 from starlette.responses import Response as HttpResponse
 
+from vlm_server.aborting import AbortSwitch
 from vlm_server.auth import tenant_of
 from vlm_server.chats import begin_chat
 from vlm_server.context import ServerContext, context_of
@@ -45,20 +46,28 @@ async def create_response(request: Request, body: CreateResponse) -> HttpRespons
     """Text, pictures and items in, output items out; with `stream`, as server-sent events."""
     context = context_of(request)
     warnings = context.accept(request, body)
+    abort = context.abortable(request, session_id=None)
     earlier = await _conversation(context, tenant_of(request.scope), body.previous_response_id)
     chat = translated(body, _as_items(earlier), model=context.config.model_name)
     items = [*earlier, *map(as_given_back, new_items(body))]
     if body.is_stored:
         await _check_size(context, items)
     with chat.paths.named_in_errors():
-        return await _answer(request, context, body, chat, items, warnings)
+        return await _answer(request, context, body, chat, items, warnings, abort=abort)
 
 
 async def _answer(
-    request: Request, context: ServerContext, body: CreateResponse, chat: TranslatedChat, items: list[dict[str, Any]], warnings: list[str]
+    request: Request,
+    context: ServerContext,
+    body: CreateResponse,
+    chat: TranslatedChat,
+    items: list[dict[str, Any]],
+    warnings: list[str],
+    *,
+    abort: AbortSwitch | None,
 ) -> HttpResponse:
     response_id, model = new_response_id(), context.config.model_name
-    begun = await begin_chat(request, context, chat.request, response_id=response_id)
+    begun = await begin_chat(request, context, chat.request, response_id=response_id, abort=abort)
     all_warnings = dict.fromkeys([*warnings, *map(chat.paths.text, begun.warnings)])
     head = response_head(body, response_id=response_id, model=model, defaults=context.defaults)
     extras, tokenizer = begun.report.fields(chat.paths.of), context.backend.pipeline.tokenizer
@@ -66,8 +75,8 @@ async def _answer(
     shape = ResponseShape(head, tokenizer, warnings=list(all_warnings), paths=chat.paths, extras=extras, report=report)
 
     async def keep() -> None:
-        assert shape.final is not None
-        await context.responses.keep(tenant_of(request.scope), KeptResponse(shape.final, items))
+        final = shape.final or shape.finish(begun.generation.usage())
+        await context.responses.keep(tenant_of(request.scope), KeptResponse(final, items))
 
     before_end = keep if body.is_stored else None
     ping_s = context.config.sse_ping_s

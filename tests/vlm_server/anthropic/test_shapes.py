@@ -194,7 +194,7 @@ def test_what_is_an_object_stays_that_object(text: str) -> None:
 
 
 def test_an_error_within_a_stream_is_anthropics() -> None:
-    chunk = new_shape().error_chunk(ApiError(503, "engine_unavailable", "the engine process ended"))
+    chunk = new_shape().error_chunk(ApiError(503, "engine_unavailable", "the engine process ended"), USAGE)
 
     details = {"error_code": "engine_unavailable", "param": None}
     error = {"type": "overloaded_error", "message": "the engine process ended", "details": details}

@@ -3,10 +3,12 @@
 import itertools
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlm_server.errors import ApiError
+from engine.request import InvalidRequestError, QueueFullError
+from vlm_server.errors import ApiError, to_api_error
 from vlm_server.generation import Delta, FinishedAnswer, Usage
 from vlm_server.parsing.events import ArgumentPiece, CallBegun, CallEnded, Content, Event, Reasoning, merged
 from vlm_server.responses.field_paths import FieldPaths
@@ -14,6 +16,7 @@ from vlm_server.responses.items import ITEMS
 from vlm_server.responses.output import OutputWriter
 from vlm_server.responses.shape import ResponseShape
 from vlm_server.responses.token_texts import TokenTexts
+from vlm_server.sessions.store import StoreError, StoreFullError
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1, image_tokens=0, reasoning_tokens=1)
 TEXTS = st.text(max_size=3)
@@ -118,12 +121,37 @@ def test_a_stream_that_fails_ends_with_what_it_has() -> None:
     written.first_chunks(1, USAGE)
     written.chunks(Delta(0, "", None, None, [Content("Hel")]))
 
-    failed = written.error_chunk(ApiError(503, "engine_unavailable", "the engine process ended"))
+    failed = written.error_chunk(ApiError(503, "engine_unavailable", "the engine process ended"), USAGE)
 
     assert failed["type"] == "response.failed"
     response = failed["response"]
     assert response["error"]["code"] == "server_error"
     assert (response["status"], response["output"][0]["status"], response["output_text"]) == ("failed", "incomplete", "Hel")
+    assert response["usage"]["output_tokens"] == USAGE.completion_tokens
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StoreFullError(), "server_error"),
+        (StoreError("gone"), "server_error"),
+        (ValueError(), "server_error"),
+        (QueueFullError("full", retry_after_s=1), "rate_limit_exceeded"),
+        (InvalidRequestError("max_tokens: no"), "invalid_prompt"),
+    ],
+)
+def test_what_is_not_the_clients_fault_is_not_called_an_invalid_prompt(error: Exception, code: str) -> None:
+    assert shape().error_chunk(to_api_error(error), USAGE)["response"]["error"]["code"] == code
+
+
+def test_a_call_that_has_ended_stays_complete_in_a_failed_response() -> None:
+    written = shape()
+    written.chunks(Delta(0, "", None, "tool_calls", [CallBegun("look"), ArgumentPiece("{}"), CallEnded(True)]))
+    written.finish(USAGE)
+
+    failed = written.error_chunk(to_api_error(StoreFullError()), USAGE)
+
+    assert [item["status"] for item in failed["response"]["output"]] == ["completed"]
 
 
 def token(text: str) -> dict[str, Any]:

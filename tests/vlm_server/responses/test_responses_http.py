@@ -371,9 +371,14 @@ def test_a_store_that_fails_is_told_of_in_place_of_an_answer(server_that_cannot_
     server = server_that_cannot_store
 
     assert_refused(post(server), 503, "session_store_unavailable", None)
-    failed = events_of(post(server, stream=True))[-1]
+    events = events_of(post(server, stream=True))
+    failed = events[-1]
     assert (failed["type"], failed["response"]["error"]["code"]) == ("response.failed", "server_error")
     assert "disk full" in failed["response"]["error"]["message"]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert "response.output_item.done" not in {event["type"] for event in events}
+    assert [(item["status"], item["content"][0]["text"]) for item in failed["response"]["output"]] == [("incomplete", DEFAULT_REPLY)]
+    assert failed["response"]["usage"]["output_tokens"] == len(DEFAULT_REPLY.encode()) + 1, "the end token is the last"
     assert answered(server, store=False)["output_text"] == DEFAULT_REPLY
 
 
