@@ -23,7 +23,7 @@ from vlm_server.sessions.store import LeaseLostError, Limits, Quota, RecordId, S
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 5.0  # for Redis to be reached, for one of these connections to be free, and to answer
+TIMEOUT_S = 5.0  # for Redis to be reached, for one of these connections to be free, to answer, and for earlier additions to be done
 MAX_CONNECTIONS = 64  # operations at once; others wait
 MAX_RETRIES = 1  # of a command whose connection turns out to be closed: Redis was restarted; one that does not answer is not asked again
 MAX_TRIES = 20  # of a transaction that others disturb
@@ -135,7 +135,7 @@ class RedisStore:
                 pipe.pexpire(name, _milliseconds(max([now_s + ttl_s, *ends_s.values()]) - now_s))
             pipe.sadd(self._tenants(record_id.namespace), record_id.tenant)
 
-        async with self._adding:
+        async with self._turn_to_add():
             await self._transaction(record_id, None, write)
 
     async def values(self, namespace: str, tenant: str) -> dict[str, bytes]:
@@ -184,6 +184,19 @@ class RedisStore:
     async def revoke(self, record_id: RecordId) -> None:
         async with _translated():
             await self._redis.delete(self._key("lease", record_id))
+
+    @asynccontextmanager
+    async def _turn_to_add(self) -> AsyncIterator[None]:
+        """Raises StoreError where those before take too long: where Redis hangs, each waits for it in turn."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                await self._adding.acquire()
+        except TimeoutError:
+            raise StoreError("the session store is busy; try again") from None
+        try:
+            yield
+        finally:
+            self._adding.release()
 
     async def _field_sizes(self, record_id: RecordId) -> dict[bytes, int]:
         """Bytes of a record's value and parts; empty where there is none."""
