@@ -10,7 +10,7 @@ import pytest
 
 from vlm_server.sessions.history import NAMESPACE, History, SessionBusyError, Sessions, picture_url
 from vlm_server.sessions.lease import LeaseTimes
-from vlm_server.sessions.store import LeaseLostError, Limits, RecordId, RecordStore, StoreError
+from vlm_server.sessions.store import LeaseLostError, Limits, RecordId, RecordStore, UnreadableRecordError
 from vlm_server.transcript import Segment, Transcript
 
 LIMITS = Limits(ttl_s=3600, max_records=100)
@@ -218,7 +218,7 @@ async def test_a_session_that_lost_its_pictures_or_its_form_says_so_until_it_is_
     await store.put(two, b"\xc1 no msgpack", parts={}, limits=LIMITS)
 
     for session_id, reason in ((one, "picture"), (two, "another version")):
-        with pytest.raises(StoreError, match=reason):
+        with pytest.raises(UnreadableRecordError, match=rf"^session_id: .*{reason}"):
             async with sessions.open(session_id, on_lost=never):
                 pass
         await sessions.end(session_id)
