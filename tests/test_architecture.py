@@ -178,7 +178,7 @@ MAY_IMPORT = {
         ".interactive_protocol .message_schema .protocol .responses.request .token_protocol .tool_schema"
     ),
     "vlm_server.file_protocol": ".message_schema",
-    "vlm_server.files": ".errors .sessions.store vision.image vision.media_budgets",
+    "vlm_server.files": ".errors .finishing .sessions.store vision.image vision.media_budgets",
     "vlm_server.finishing": "",
     "vlm_server.flags": (
         ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config engine.log_lines vision.config"
