@@ -178,7 +178,8 @@ MAY_IMPORT = {
         ".interactive_protocol .message_schema .protocol .responses.request .token_protocol .tool_schema"
     ),
     "vlm_server.file_protocol": ".message_schema",
-    "vlm_server.files": ".errors .sessions.store vision.image vision.media_budgets",
+    "vlm_server.files": ".errors .finishing .sessions.store vision.image vision.media_budgets",
+    "vlm_server.finishing": "",
     "vlm_server.flags": (
         ".alpaca .answer_formats .config .parsing.reasoning .parsing.tool_formats engine.config engine.log_lines vision.config"
     ),
@@ -303,7 +304,7 @@ MAY_IMPORT = {
     ),
     "vlm_server.sessions": "",
     "vlm_server.sessions.history": ".sessions.lease .sessions.store .transcript vision.media_budgets",
-    "vlm_server.sessions.lease": ".sessions.store",
+    "vlm_server.sessions.lease": ".finishing .sessions.store",
     "vlm_server.sessions.opening": ".sessions.redis_store .sessions.sqlite_store .sessions.store",
     "vlm_server.sessions.redis_store": ".sessions.store",
     "vlm_server.sessions.sqlite_store": ".sessions.store",

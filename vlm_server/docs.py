@@ -83,7 +83,7 @@ _ERRORS = {
     "400": "The request is wrong, or not allowed here; `param` names the field.",
     "401": "The API key is missing or unknown.",
     "404": "The model, the file or the response does not exist.",
-    "409": "Another turn of the session is under way.",
+    "409": "Another turn of the session is under way, or what was kept cannot be read by this version.",
     "413": "The body is too large, or the API key has too many files.",
     "429": "Too many requests wait, or the key's quota is used up; try again after `Retry-After` seconds.",
     "500": "The server failed.",
@@ -202,9 +202,9 @@ def _statuses(path: str, method: str, config: ServerConfig) -> list[str]:
     if path == _ABORT:
         return ["400", *keyed, "413", "501"]
     if method == "post":
-        return ["400", *keyed[:1], "404", *(["409"] if path == _INTERACTIVE else []), "413", "429", "500", "503"]
+        return ["400", *keyed[:1], "404", *(["409"] if path in (_INTERACTIVE, _RESPONSES) else []), "413", "429", "500", "503"]
     if path.startswith(_RESPONSES):
-        return ["400", *keyed, "404", "503"]
+        return ["400", *keyed, "404", *(["409"] if method == "get" else []), "503"]
     return [*(["400"] if path == _MAY_BE_OFF else []), *keyed, *(["404"] if "{" in path else []), *(["503"] if path in _HEALTH else [])]
 
 

@@ -109,6 +109,11 @@ ERROR_CODES: dict[str, ErrorCode] = {
         ("conversation_too_large", (400,), "The items are larger than what is kept of a response (`--max-session-bytes`)."),
         ("not_cancellable", (400,), "Only responses that run in the background could be cancelled, and none does."),
         (
+            "record_unreadable",
+            (409,),
+            "The session or response was kept by another version of this server, or lost a picture. End the session, or go on without it.",
+        ),
+        (
             "session_store_full",
             (507,),
             "The disk, or Redis's memory, has no room for what was to be kept (deleting works), or the temporary folder for an upload.",

@@ -21,7 +21,7 @@ from vlm_server.error_codes import ERROR_CODES
 from vlm_server.jinja_process import RendererLostError
 from vlm_server.quotas import QuotaExceededError
 from vlm_server.sessions.history import SessionBusyError
-from vlm_server.sessions.store import StoreError, StoreFullError
+from vlm_server.sessions.store import StoreError, StoreFullError, UnreadableRecordError
 
 MAX_DETAILS = 32
 RETRY_AFTER_S = 2  # an engine that died is back after about as long
@@ -136,6 +136,8 @@ def to_api_error(error: Exception, *, param: str | None = None) -> ApiError:
             return ApiError(503, "template_unavailable", message, headers={"retry-after": str(RETRY_AFTER_S)})
         case StoreFullError():
             return ApiError(507, "session_store_full", str(error), headers={"retry-after": str(FULL_RETRY_AFTER_S)})
+        case UnreadableRecordError():
+            return ApiError(409, "record_unreadable", str(error), param=_leading_field(str(error)))
         case StoreError():
             return ApiError(503, "session_store_unavailable", str(error), headers={"retry-after": str(RETRY_AFTER_S)})
         case UnreadError():

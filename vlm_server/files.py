@@ -18,6 +18,7 @@ import msgspec
 from vision.image import MediaError
 from vision.media_budgets import hold_bytes
 from vlm_server.errors import ApiError, bad_request
+from vlm_server.finishing import finished
 from vlm_server.sessions.store import Quota, QuotaError, RecordId, RecordStore
 
 logger = logging.getLogger(__name__)
@@ -59,11 +60,14 @@ class Files:
         try:
             await asyncio.shield(writing)
         except asyncio.CancelledError:
-            await asyncio.wait((writing,))
-            if writing.exception() is None:
-                await self.store.delete(_record_id(tenant, file.id))
+            await finished(self._take_back(tenant, file.id, writing))
             raise
         return file
+
+    async def _take_back(self, tenant: str, file_id: str, writing: asyncio.Task[None]) -> None:
+        await asyncio.wait((writing,))
+        if writing.exception() is None:
+            await self.store.delete(_record_id(tenant, file_id))
 
     async def get(self, tenant: str, file_id: str, *, param: str = "file_id") -> StoredFile:
         """Raises ApiError 404, which names `param`, where the tenant has no such file, or has it no more."""

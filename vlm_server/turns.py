@@ -5,6 +5,7 @@ or left. What is saved is a whole turn or nothing. Knows nothing of HTTP.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
@@ -23,6 +24,8 @@ from vlm_server.request_limits import check_conversation
 from vlm_server.sessions.history import PICTURE_SCHEME, History, OpenSession, SessionBusyError, Sessions, picture_url
 from vlm_server.sessions.store import LeaseLostError, RecordId
 from vlm_server.stage_timings import StageTimings
+
+logger = logging.getLogger(__name__)
 
 WAIT_FOR_END_S = 30.0  # of a running turn, when its session is to be ended
 WAIT_FOR_CANCEL_S = 5.0
@@ -68,6 +71,7 @@ class _Turn:
     num_known_tokens: int = 0
     is_final: bool = False  # from here on it cannot be cancelled by another request: its history may be written
     is_aborted: bool = False
+    is_left: bool = False
 
     def abort(self) -> None:
         if self.task is not None and not self.is_final and not self.is_aborted:
@@ -76,6 +80,7 @@ class _Turn:
 
     def leave(self) -> None:
         """Nobody reads the answer any more. A turn that is being saved ends by itself."""
+        self.is_left = True
         if self.task is not None and not self.is_final:
             self.task.cancel()
 
@@ -110,7 +115,7 @@ class Turns:
         turn = _Turn(request)
         turn.task = asyncio.create_task(self._run(turn))
         self._turns.add(turn)
-        turn.task.add_done_callback(lambda task: self._turns.discard(turn))
+        turn.task.add_done_callback(lambda task: self._forget(turn, task))
         try:
             while True:
                 item = await turn.replies.get()
@@ -122,6 +127,14 @@ class Turns:
                 turn.room.release()
         finally:
             turn.leave()
+
+    def _forget(self, turn: _Turn, task: asyncio.Task[None]) -> None:
+        self._turns.discard(turn)
+        if not task.cancelled():
+            return
+        if not turn.is_left:  # something that it waited for was cancelled: its reader would wait for ever
+            logger.error("a turn was cancelled, and nobody had asked for it")
+        turn.replies.put_nowait(ApiError(500, "internal_error", "internal error: the turn was cancelled, and nobody had asked for it"))
 
     async def cancel(self, session_id: RecordId) -> None:
         """Stops the session's running turn, here or on another server. Where none runs, nothing happens."""

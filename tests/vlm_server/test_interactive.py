@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -602,6 +603,22 @@ def test_servers_with_one_redis_share_their_sessions_one_turn_at_a_time() -> Non
     assert rest[-1]["finish_reason"] == "abort"
     assert second["history_tokens"] == total(first)
     assert third["history_tokens"] == total(second)
+
+
+def test_a_session_of_another_version_is_refused_for_good_until_it_is_ended(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.sqlite3"
+    with running_server(fake_config(session_store=str(path))) as server:
+        turn(server, "hi", 1)
+        with contextlib.closing(sqlite3.connect(path)) as file, file:
+            file.execute("UPDATE records SET value = x'c1'")
+
+        refusal = post(server, prompt="x", session_id=1, interactive_mode=True)
+        ended = post(server, prompt="", session_id=1, interactive_mode=False, request_output_len=0)
+
+        assert_refused(refusal, 409, "record_unreadable", "session_id")
+        assert "retry-after" not in refusal.headers
+        assert ended.json() == ZEROS
+        assert turn(server, "again", 1)["history_tokens"] == 0
 
 
 def test_a_store_that_fails_is_503_and_the_other_routes_go_on() -> None:

@@ -11,7 +11,7 @@ from engine.request import Prompt, SamplingParams, UnreadError
 from tests.contract.fake_engine import SESSION_LEN, FakeBackend
 from tests.vlm_server.byte_tokenizer import ByteTokenizer
 from vlm_server.connections import MIN_TAKEN_BYTES, _Progress
-from vlm_server.errors import to_api_error
+from vlm_server.errors import ApiError, to_api_error
 from vlm_server.generation import MAX_DELTAS_AHEAD, Generation
 from vlm_server.metrics import Metrics
 from vlm_server.protocol import CompletionRequest
@@ -78,6 +78,27 @@ def turn_of(sessions: Sessions, engine: Any) -> TurnRequest:
         messages=[{"role": "user", "content": "hi"}],
         generation=lambda prompt: generation_of(engine),
     )
+
+
+class CancelledWithin:
+    """An engine in which something is cancelled that a turn waits for, and not by the turn's client."""
+
+    async def generate(self, prompt: Prompt, params: SamplingParams, *, request_id: str) -> AsyncIterator[Any]:
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        yield await future
+
+
+async def test_a_turn_that_is_cancelled_by_nobody_tells_its_reader(sessions: Sessions, caplog: pytest.LogCaptureFixture) -> None:
+    replies = Turns(sessions, FakeBackend().pipeline).replies(turn_of(sessions, CancelledWithin()))
+
+    with pytest.raises(ApiError, match="internal error") as failure:
+        await asyncio.wait_for(anext(replies), 5)
+
+    assert (failure.value.status, failure.value.code) == (500, "internal_error")
+    assert "nobody had asked for it" in caplog.text
+    async with sessions.open(sessions.id_of("", 1), on_lost=lambda: None):
+        pass
 
 
 async def test_a_turn_waits_for_its_reader_and_is_whole_in_the_end(sessions: Sessions) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from vision.media_budgets import hold_kept_bytes
-from vlm_server.sessions.store import Limits, RecordId, RecordStore, StoreError
+from vlm_server.sessions.store import Limits, RecordId, RecordStore, UnreadableRecordError
 
 NAMESPACE = "responses"
 
@@ -59,8 +59,11 @@ class ResponseRecords:
         value = await asyncio.to_thread(msgspec.json.encode, kept)  # not msgpack: a schema's numbers may have any size
         await self._store.put(_record(tenant, kept.response["id"]), value, parts={}, limits=self._limits)
 
-    async def find(self, tenant: str, response_id: str) -> KeptResponse | None:
-        """None for one that was never kept, has ended, or is another tenant's. Raises BudgetFullError."""
+    async def find(self, tenant: str, response_id: str, *, param: str = "response_id") -> KeptResponse | None:
+        """None for one that was never kept, has ended, or is another tenant's.
+
+        Raises BudgetFullError, or UnreadableRecordError, which names `param`.
+        """
         num_bytes = await self._num_bytes(tenant, response_id)
         if num_bytes is None:
             return None
@@ -71,7 +74,7 @@ class ResponseRecords:
         try:
             return await asyncio.to_thread(msgspec.json.decode, value, type=KeptResponse)
         except msgspec.DecodeError as error:
-            raise StoreError("the response was kept by another version of this server") from error
+            raise UnreadableRecordError(f"{param}: the response was kept by another version of this server") from error
 
     async def delete(self, tenant: str, response_id: str) -> bool:
         """Whether there was one."""

@@ -20,7 +20,7 @@ from vlm_server.responses.request import INCLUDABLE, CreateResponse
 from vlm_server.responses.schema import DeletedResponse, Response, ResponseItemList
 from vlm_server.responses.shape import ResponseShape, response_head
 from vlm_server.responses.translation import TranslatedChat, new_items, translated
-from vlm_server.sessions.store import StoreError
+from vlm_server.sessions.store import UnreadableRecordError
 from vlm_server.streaming import answer
 
 router = APIRouter(route_class=JsonRoute, tags=["responses"])
@@ -136,10 +136,10 @@ async def list_input_items(
 
 
 async def _conversation(context: ServerContext, tenant: str, response_id: str | None) -> list[dict[str, Any]]:
-    """The items before a request's own. Raises ApiError 404 where the response is not this tenant's, or is none."""
+    """The items before a request's own. Raises UnreadableRecordError, or ApiError 404 where it is no response of the tenant's."""
     if response_id is None:
         return []
-    kept = await context.responses.find(tenant, response_id)
+    kept = await context.responses.find(tenant, response_id, param="previous_response_id")
     if kept is None:
         raise _not_found("previous_response_id", response_id)
     return kept.conversation
@@ -149,7 +149,8 @@ def _as_items(kept: list[dict[str, Any]]) -> list[AnyItem]:
     try:
         return ITEMS.validate_python(kept)
     except ValidationError as error:
-        raise StoreError("the previous response was kept by another version of this server") from error
+        message = "previous_response_id: the response was kept by another version of this server; send its conversation without it"
+        raise UnreadableRecordError(message) from error
 
 
 async def _check_size(context: ServerContext, items: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from vision.media_budgets import hold_kept_bytes
 from vlm_server.sessions.lease import LeaseTimes, RecordBusyError, leased
-from vlm_server.sessions.store import Limits, RecordId, RecordStore, StoreError
+from vlm_server.sessions.store import Limits, RecordId, RecordStore, UnreadableRecordError
 from vlm_server.transcript import Transcript
 
 NAMESPACE = "interactive"
@@ -81,7 +81,8 @@ class Sessions:
     async def open(self, session_id: RecordId, *, on_lost: Callable[[], None]) -> AsyncIterator[OpenSession]:
         """The session, for one turn alone; empty where there is none yet. `on_lost`: the turn was cancelled from elsewhere.
 
-        Its bytes count for the request of the moment until that ends. Raises SessionBusyError, StoreError or BudgetFullError.
+        Its bytes count for the request of the moment until that ends. Raises SessionBusyError, StoreError, UnreadableRecordError among
+        them, or BudgetFullError.
         """
         try:
             async with leased(self._store, session_id, times=self._times, on_lost=on_lost) as token:
@@ -115,12 +116,12 @@ class Sessions:
         try:
             return msgspec.msgpack.decode(value, type=History)
         except msgspec.DecodeError as error:
-            raise StoreError("the session was kept by another version of this server; end it to begin anew") from error
+            raise UnreadableRecordError("session_id: another version of this server kept the session; end it to begin anew") from error
 
     async def _load_pictures(self, session_id: RecordId, history: History) -> dict[str, bytes]:
         found = await self._store.get_parts(session_id, [_part_name(url) for url in history.picture_urls])
         if len(found) < len(history.picture_urls):
-            raise StoreError("a picture of the session is not in the store any more; end the session to begin anew")
+            raise UnreadableRecordError("session_id: a picture of the session is not in the store any more; end the session to begin anew")
         return {url: found[_part_name(url)] for url in history.picture_urls}
 
 

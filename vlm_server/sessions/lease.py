@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from vlm_server.finishing import finished
 from vlm_server.sessions.store import RecordId, RecordStore, StoreError
 
 logger = logging.getLogger(__name__)
@@ -39,14 +40,18 @@ async def leased(store: RecordStore, record_id: RecordId, *, times: LeaseTimes, 
         yield token
     finally:  # also where the acquisition was cancelled: it may have gone through
         is_over.set()
+        await finished(_give_back(store, record_id, token, renewal))  # a turn can be cancelled twice: from elsewhere, and by its client
+
+
+async def _give_back(store: RecordStore, record_id: RecordId, token: str, renewal: asyncio.Task[None] | None) -> None:
+    try:
+        if renewal is not None:
+            await renewal  # one that is under way would take the release for a loss
+    finally:
         try:
-            if renewal is not None:
-                await renewal  # one that is under way would take the release for a loss
-        finally:
-            try:
-                await store.release(record_id, token)
-            except StoreError as error:
-                logger.warning("a lease could not be given back and will end by itself: %s", error)
+            await store.release(record_id, token)
+        except StoreError as error:
+            logger.warning("a lease could not be given back and will end by itself: %s", error)
 
 
 async def _renew(

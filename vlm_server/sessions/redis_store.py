@@ -23,7 +23,7 @@ from vlm_server.sessions.store import LeaseLostError, Limits, Quota, RecordId, S
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 5.0  # for Redis to be reached, for one of these connections to be free, and to answer
+TIMEOUT_S = 5.0  # for Redis to be reached, for one of these connections to be free, to answer, and for earlier additions to be done
 MAX_CONNECTIONS = 64  # operations at once; others wait
 MAX_RETRIES = 1  # of a command whose connection turns out to be closed: Redis was restarted; one that does not answer is not asked again
 MAX_TRIES = 20  # of a transaction that others disturb
@@ -91,21 +91,22 @@ class RedisStore:
 
     async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
         record, index, sizes = self._key("record", record_id), self._index(record_id), self._sizes(record_id)
-        ttl_ms, ends_s = _milliseconds(limits.ttl_s), time.time() + limits.ttl_s
 
         async def write(pipe: Any) -> None:
             await pipe.watch(record)  # not the index, which every write changes: the next one ends what two at once leave too many
             known = await self._field_sizes(record_id)
             new = {name: data for name, data in ((_PART + name.encode(), data) for name, data in parts.items()) if name not in known}
             num_bytes = sum((known | {name: len(data) for name, data in new.items()} | {_VALUE: len(value)}).values())
-            surplus = await _surplus(pipe, index, sizes, record_id.key.encode(), num_bytes, limits)
+            ends_s = await _ends_s(pipe, index)
+            now_s = time.time()
+            surplus = await _surplus(pipe, ends_s, sizes, record_id.key.encode(), num_bytes, limits)
             pipe.multi()
             pipe.hset(record, mapping={_VALUE: value, **new})
-            pipe.pexpire(record, ttl_ms)
-            pipe.zadd(index, {record_id.key: ends_s})
+            pipe.pexpire(record, _milliseconds(limits.ttl_s))
+            pipe.zadd(index, {record_id.key: now_s + limits.ttl_s})
             pipe.hset(sizes, record_id.key, num_bytes)
             for name in (index, sizes):
-                pipe.pexpire(name, ttl_ms)
+                pipe.pexpire(name, _lifetime_ms(ends_s, limits.ttl_s, now_s))
             pipe.sadd(self._tenants(record_id.namespace), record_id.tenant)
             for key in surplus:
                 self._forget(pipe, RecordId(record_id.namespace, record_id.tenant, key.decode()))
@@ -119,7 +120,7 @@ class RedisStore:
         async def write(pipe: Any) -> None:
             await pipe.watch(index)  # changes with every size
             now_s = time.time()
-            ends_s = dict(await pipe.zrange(index, 0, -1, withscores=True))
+            ends_s = await _ends_s(pipe, index)
             size_of = await pipe.hgetall(sizes)
             ended = {key for key, end_s in ends_s.items() if end_s <= now_s}
             held = [int(size_of.get(key, 0)) for key in ends_s if key not in ended]
@@ -132,10 +133,10 @@ class RedisStore:
             pipe.zadd(index, {record_id.key: now_s + ttl_s})
             pipe.hset(sizes, record_id.key, num_bytes)
             for name in (index, sizes):
-                pipe.pexpire(name, _milliseconds(max([now_s + ttl_s, *ends_s.values()]) - now_s))
+                pipe.pexpire(name, _lifetime_ms(ends_s, ttl_s, now_s))
             pipe.sadd(self._tenants(record_id.namespace), record_id.tenant)
 
-        async with self._adding:
+        async with self._turn_to_add():
             await self._transaction(record_id, None, write)
 
     async def values(self, namespace: str, tenant: str) -> dict[str, bytes]:
@@ -184,6 +185,19 @@ class RedisStore:
     async def revoke(self, record_id: RecordId) -> None:
         async with _translated():
             await self._redis.delete(self._key("lease", record_id))
+
+    @asynccontextmanager
+    async def _turn_to_add(self) -> AsyncIterator[None]:
+        """Raises StoreError where those before take too long: where Redis hangs, each waits for it in turn."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                await self._adding.acquire()
+        except TimeoutError:
+            raise StoreError("the session store is busy; try again") from None
+        try:
+            yield
+        finally:
+            self._adding.release()
 
     async def _field_sizes(self, record_id: RecordId) -> dict[bytes, int]:
         """Bytes of a record's value and parts; empty where there is none."""
@@ -242,12 +256,22 @@ def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
 
-async def _surplus(pipe: Any, index: str, sizes: str, key: bytes, num_bytes: int, limits: Limits) -> list[bytes]:
+def _lifetime_ms(ends_s: Mapping[bytes, float], ttl_s: float, now_s: float) -> int:
+    """Of an index: it stays as long as any of its records, also beside a new one that ends sooner."""
+    return _milliseconds(max([now_s + ttl_s, *ends_s.values()]) - now_s)
+
+
+async def _ends_s(pipe: Any, index: str) -> dict[bytes, float]:
+    """Of a tenant's records, by their keys, the soonest first; some may have ended."""
+    return dict(await pipe.zrange(index, 0, -1, withscores=True))
+
+
+async def _surplus(pipe: Any, ends_s: dict[bytes, float], sizes: str, key: bytes, num_bytes: int, limits: Limits) -> list[bytes]:
     """The tenant's records that have ended, and its oldest ones beyond the limits once `key` is written with so many bytes."""
     now_s, size_of = time.time(), await pipe.hgetall(sizes)
-    others = [other for other in await pipe.zrevrange(index, 0, -1, withscores=True) if other[0] != key]
-    newest = [other for other, end_s in others if end_s > now_s]
-    ended = [other for other, end_s in others if end_s <= now_s]
+    others = [other for other in reversed(ends_s) if other != key]
+    newest = [other for other in others if ends_s[other] > now_s]
+    ended = [other for other in others if ends_s[other] <= now_s]
     num_kept = limits.num_kept([num_bytes, *(int(size_of.get(other, 0)) for other in newest)])
     return [*ended, *newest[num_kept - 1 :]]
 

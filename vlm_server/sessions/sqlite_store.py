@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 IN_MEMORY = ":memory:"
 BUSY_TIMEOUT_S = 5.0  # for another process's write
+TIMEOUT_S = 15.0  # for an operation and those before it, of which each may wait for another process
 CHECKPOINT_DELAY_S = 1.0  # after something has ended: one checkpoint for many ends, and none for those that a client waits for
 _CHECKPOINT_TIMEOUT_S = 0.1  # for which it holds up the store and other processes' writes; then it is tried again after the delay
 _OPEN_POLL_S = 0.01  # of a file that another process is opening
@@ -47,6 +48,8 @@ _NUM_BYTES = (  # of one of `records`; SQLite reads no blob for its length
     "LENGTH(value) + (SELECT COALESCE(SUM(LENGTH(data)), 0) FROM parts WHERE "
     "parts.namespace = records.namespace AND parts.tenant = records.tenant AND parts.key = records.key)"
 )
+
+_READ, _WRITE = "BEGIN", "BEGIN IMMEDIATE"  # a read waits for no other process's write
 
 Result = TypeVar("Result")
 
@@ -86,7 +89,7 @@ class SqliteStore:
 
     async def get(self, record_id: RecordId) -> bytes | None:
         query = f"SELECT value FROM records WHERE {_THIS} AND expires_s > ?"
-        row = await self._run(lambda db: db.execute(query, (*_row(record_id), self._clock())).fetchone())
+        row = await self._run(lambda db: db.execute(query, (*_row(record_id), self._clock())).fetchone(), begin=_READ)
         return None if row is None else bytes(row[0])
 
     async def get_parts(self, record_id: RecordId, names: Collection[str]) -> dict[str, bytes]:
@@ -96,11 +99,11 @@ class SqliteStore:
             rows = {name: db.execute(query, (*_row(record_id), name, self._clock())).fetchone() for name in names}
             return {name: bytes(row[0]) for name, row in rows.items() if row is not None}
 
-        return await self._run(read)
+        return await self._run(read, begin=_READ)
 
     async def num_bytes(self, record_id: RecordId) -> int | None:
         query = f"SELECT {_NUM_BYTES} FROM records WHERE {_THIS} AND expires_s > ?"
-        row = await self._run(lambda db: db.execute(query, (*_row(record_id), self._clock())).fetchone())
+        row = await self._run(lambda db: db.execute(query, (*_row(record_id), self._clock())).fetchone(), begin=_READ)
         return None if row is None else int(row[0])
 
     async def put(self, record_id: RecordId, value: bytes, *, parts: Mapping[str, bytes], limits: Limits, token: str | None = None) -> None:
@@ -125,7 +128,7 @@ class SqliteStore:
 
     async def values(self, namespace: str, tenant: str) -> dict[str, bytes]:
         query = "SELECT key, value FROM records WHERE namespace = ? AND tenant = ? AND expires_s > ?"
-        rows = await self._run(lambda db: db.execute(query, (namespace, tenant, self._clock())).fetchall())
+        rows = await self._run(lambda db: db.execute(query, (namespace, tenant, self._clock())).fetchall(), begin=_READ)
         return {key: bytes(value) for key, value in rows}
 
     async def delete(self, record_id: RecordId, *, token: str | None = None) -> None:
@@ -137,7 +140,7 @@ class SqliteStore:
 
     async def count(self, namespace: str) -> int:
         query = "SELECT COUNT(*) FROM records WHERE namespace = ? AND expires_s > ?"
-        (number,) = await self._run(lambda db: db.execute(query, (namespace, self._clock())).fetchone())
+        (number,) = await self._run(lambda db: db.execute(query, (namespace, self._clock())).fetchone(), begin=_READ)
         return int(number)
 
     async def acquire(self, record_id: RecordId, token: str, *, lifetime_s: float) -> bool:
@@ -190,10 +193,19 @@ class SqliteStore:
             return True
         return not self._holds_ended
 
-    async def _run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        """`work` as one transaction, in the store's thread; a caller that is cancelled does not end it."""
+    async def _run(self, work: Callable[[sqlite3.Connection], Result], *, begin: str = _WRITE) -> Result:
+        """`work` as one transaction, in the store's thread; a caller that is cancelled does not end it once it has begun.
+
+        What has not begun in time is not done, what is not done in time is undone.
+        """
+        deadline_s = time.monotonic() + TIMEOUT_S
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, _transaction, self._connection, work)
+            async with asyncio.timeout(TIMEOUT_S):
+                return await loop.run_in_executor(self._thread, _transaction, self._connection, work, begin, deadline_s)
+        except TimeoutError:
+            logger.error("the session store was busy for %g s", TIMEOUT_S)
+            raise StoreError("the session store is busy; try again") from None
         except sqlite3.Error as error:
             logger.error("the session store failed: %s", error)
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
@@ -248,10 +260,13 @@ def _prepare(connection: sqlite3.Connection) -> None:
         connection.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
 
 
-def _transaction(connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], Result]) -> Result:
-    connection.execute("BEGIN IMMEDIATE")
+def _transaction(connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], Result], begin: str, deadline_s: float) -> Result:
+    """Raises TimeoutError where it is not done by the deadline, on the monotonic clock."""
+    _set_busy_timeout(connection, min(BUSY_TIMEOUT_S, _left_s(deadline_s)))
+    connection.execute(begin)
     try:
         result = work(connection)
+        _left_s(deadline_s)  # its caller was told that it failed
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:  # some failures, a full disk among them, have ended it
@@ -260,13 +275,22 @@ def _transaction(connection: sqlite3.Connection, work: Callable[[sqlite3.Connect
     return result
 
 
+def _left_s(deadline_s: float) -> float:
+    """Raises TimeoutError where nothing is."""
+    left_s = deadline_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError
+    return left_s
+
+
+def _set_busy_timeout(connection: sqlite3.Connection, timeout_s: float) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {round(timeout_s * 1000)}")
+
+
 def _empty_journal(connection: sqlite3.Connection) -> bool:
     """Brings what the journal holds into the file, and cuts the journal. False where another process reads or writes just now."""
-    connection.execute(f"PRAGMA busy_timeout = {round(_CHECKPOINT_TIMEOUT_S * 1000)}")
-    try:
-        [(is_busy, *_)] = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    finally:
-        connection.execute(f"PRAGMA busy_timeout = {round(BUSY_TIMEOUT_S * 1000)}")
+    _set_busy_timeout(connection, _CHECKPOINT_TIMEOUT_S)
+    [(is_busy, *_)] = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     return not is_busy
 
 

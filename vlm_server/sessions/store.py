@@ -27,6 +27,10 @@ class StoreFullError(StoreError):
         super().__init__("the session store is full: nothing can be kept until there is room again; requests that keep nothing work")
 
 
+class UnreadableRecordError(StoreError):
+    """A record that is there can never be used: another version wrote it, or it lost a part. The message begins with its field."""
+
+
 class LeaseLostError(Exception):
     """The lease ended before the write: it was revoked, or not renewed in time. Nothing was written."""
 

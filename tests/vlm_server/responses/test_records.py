@@ -7,7 +7,7 @@ import pytest
 
 from vlm_server.responses.records import KeptResponse, ResponseRecords, TooLargeError, new_response_id
 from vlm_server.sessions.sqlite_store import IN_MEMORY, SqliteStore
-from vlm_server.sessions.store import Limits, RecordId, StoreError
+from vlm_server.sessions.store import Limits, RecordId, UnreadableRecordError
 
 
 class Clock:
@@ -107,9 +107,9 @@ async def test_what_is_no_id_is_not_looked_up(response_id: str) -> None:
     assert await ResponseRecords(no_store, limits=Limits(1, 1), max_bytes=1).find("t", response_id) is None
 
 
-async def test_a_record_of_another_version_is_the_stores_failure(records: ResponseRecords, store: SqliteStore) -> None:
+async def test_a_record_of_another_version_says_so(records: ResponseRecords, store: SqliteStore) -> None:
     response_id = new_response_id()
     await store.put(RecordId("responses", "t", response_id), b'{"response": 5}', parts={}, limits=Limits(60, 10))
 
-    with pytest.raises(StoreError, match="another version"):
+    with pytest.raises(UnreadableRecordError, match=r"^response_id: .* another version"):
         await records.find("t", response_id)

@@ -382,7 +382,7 @@ def test_a_store_that_fails_is_told_of_in_place_of_an_answer(server_that_cannot_
     assert answered(server, store=False)["output_text"] == DEFAULT_REPLY
 
 
-def test_a_conversation_of_another_version_is_the_stores_failure() -> None:
+def test_what_another_version_kept_is_refused_for_good() -> None:
     stores: list[RecordStore] = []
 
     @contextlib.asynccontextmanager
@@ -397,8 +397,13 @@ def test_a_conversation_of_another_version_is_the_stores_failure() -> None:
         asyncio.run(stores[0].put(RecordId("responses", "", UNKNOWN), value, parts={}, limits=Limits(60, 10)))
 
         response = requests.post(url + PATH, json={"input": "x", "previous_response_id": UNKNOWN}, timeout=10)
+        asyncio.run(stores[0].put(RecordId("responses", "", UNKNOWN), b'{"response": 5}', parts={}, limits=Limits(60, 10)))
+        continued = requests.post(url + PATH, json={"input": "x", "previous_response_id": UNKNOWN}, timeout=10)
+        retrieved = requests.get(f"{url}{PATH}/{UNKNOWN}", timeout=10)
 
-    assert_refused(response, 503, "session_store_unavailable", None)
+    for refusal, param in ((response, "previous_response_id"), (continued, "previous_response_id"), (retrieved, "response_id")):
+        assert_refused(refusal, 409, "record_unreadable", param)
+        assert "retry-after" not in refusal.headers, "it stays so"
 
 
 def test_a_conversation_that_is_too_large_to_keep_is_refused_before_it_is_answered() -> None:

@@ -1,7 +1,9 @@
 """Stores that fail for a while: what callers are told, that nothing waits for long, and that all is well when the reason is gone."""
 
+import asyncio
 import logging
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from redis.exceptions import OutOfMemoryError, ResponseError
 
 import vlm_server.sessions.redis_store as redis_store
+import vlm_server.sessions.sqlite_store as sqlite_store
 from tests.redis_relay import Relay, relay
 from vlm_server.errors import to_api_error
 from vlm_server.sessions.redis_store import RedisStore, _translated
@@ -86,6 +89,64 @@ async def test_another_failure_of_the_file_is_no_full_disk_and_its_text_is_for_t
     assert await disk_store.get(RECORD) == b"before"
 
 
+@pytest.fixture
+def writes_elsewhere(disk_store: SqliteStore, tmp_path: Path) -> Iterator[None]:
+    """Another process, in the middle of a write to the file."""
+    connection = sqlite3.connect(tmp_path / "sessions.sqlite3", isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    yield
+    connection.close()
+
+
+@pytest.mark.usefixtures("writes_elsewhere")
+async def test_reads_do_not_wait_for_another_process_that_writes(disk_store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_store, "BUSY_TIMEOUT_S", 0.0)
+
+    assert await disk_store.get(RECORD) == b"before"
+    assert await disk_store.get_parts(RECORD, ["a"]) == {"a": b"A"}
+    assert await disk_store.num_bytes(RECORD) == 7
+    assert await disk_store.values("test", "tenant") == {"1": b"before"}
+    assert await disk_store.count("test") == 1
+    with pytest.raises(StoreError):
+        await disk_store.delete(RECORD)
+
+
+@pytest.mark.usefixtures("writes_elsewhere")
+async def test_many_writes_that_another_process_holds_up_wait_for_it_together(
+    disk_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_store, "BUSY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(sqlite_store, "TIMEOUT_S", 0.3)
+
+    started_s = time.monotonic()
+    failures = await asyncio.gather(*(disk_store.delete(RECORD) for _ in range(50)), return_exceptions=True)
+    took_s = time.monotonic() - started_s
+
+    assert all(isinstance(failure, StoreError) for failure in failures)
+    assert took_s < 5, "each alone would wait 0.2 s"
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+async def test_a_write_that_is_late_is_not_done_whether_it_has_begun_or_not(
+    disk_store: SqliteStore, monkeypatch: pytest.MonkeyPatch, has_begun: bool
+) -> None:
+    may_go = threading.Event()
+
+    def write(db: sqlite3.Connection) -> None:
+        may_go.wait(10)
+        db.execute("DELETE FROM records")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sqlite_store, "TIMEOUT_S", 0.01)
+        if not has_begun:
+            disk_store._thread.submit(may_go.wait, 10)
+        with pytest.raises(StoreError, match="busy; try again"):
+            await disk_store._run(write)
+    may_go.set()
+
+    assert await disk_store.get(RECORD) == b"before"
+
+
 def test_clients_are_told_that_the_store_is_full_or_out_of_reach() -> None:
     full, unreachable = to_api_error(StoreFullError()), to_api_error(StoreError("the session store does not answer; try again"))
 
@@ -158,6 +219,21 @@ async def test_a_redis_that_hangs_is_waited_for_once_and_no_longer(store: RedisS
     assert len(messages) == 6
     assert took_s < 6 * 2 * redis_store.TIMEOUT_S + 1, "each waits for one command, and perhaps for a new connection's greeting"
     assert await store.get(RECORD) == b"before"
+
+
+async def test_many_additions_to_a_redis_that_hangs_wait_for_it_together(store: RedisStore, network: Relay) -> None:
+    quota = Quota(99, 99)
+    network.hold()
+
+    started_s = time.monotonic()
+    additions = (store.add(RecordId("test", "tenant", f"new {n}"), b"", parts={}, ttl_s=60, quota=quota) for n in range(30))
+    failures = await asyncio.gather(*additions, return_exceptions=True)
+    took_s = time.monotonic() - started_s
+    network.mend()
+
+    assert all(isinstance(failure, StoreError) for failure in failures)
+    assert took_s < 5, "each alone would wait 0.3 s"
+    await store.add(RecordId("test", "tenant", "later"), b"", parts={}, ttl_s=0.001, quota=quota)
 
 
 @pytest.mark.parametrize(

@@ -113,13 +113,16 @@ class SlowStore:
         await self.is_heard.wait()
 
 
-async def test_an_upload_whose_client_leaves_while_it_is_written_is_taken_back(store: RecordStore, tenant: str) -> None:
+@pytest.mark.parametrize("num_times", [1, 2, 4])
+async def test_an_upload_whose_client_leaves_while_it_is_written_is_taken_back(store: RecordStore, tenant: str, num_times: int) -> None:
     slow = SlowStore(store)
     upload = asyncio.create_task(add(files_in(slow), tenant))
     await slow.is_done.wait()
     assert len(await files_in(store).all(tenant)) == 1
 
-    upload.cancel()
+    for _ in range(num_times):
+        upload.cancel()
+        await asyncio.sleep(0)
     slow.is_heard.set()
     with pytest.raises(asyncio.CancelledError):
         await upload

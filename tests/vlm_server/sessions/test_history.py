@@ -10,7 +10,7 @@ import pytest
 
 from vlm_server.sessions.history import NAMESPACE, History, SessionBusyError, Sessions, picture_url
 from vlm_server.sessions.lease import LeaseTimes
-from vlm_server.sessions.store import LeaseLostError, Limits, RecordId, RecordStore, StoreError
+from vlm_server.sessions.store import LeaseLostError, Limits, RecordId, RecordStore, UnreadableRecordError
 from vlm_server.transcript import Segment, Transcript
 
 LIMITS = Limits(ttl_s=3600, max_records=100)
@@ -26,7 +26,7 @@ HISTORY = History(
 )
 
 
-def sessions_in(store: RecordStore, **options: Any) -> Sessions:
+def sessions_in(store: Any, **options: Any) -> Sessions:
     return Sessions(store, **{"model": "m", "limits": LIMITS, "max_bytes": 1000, **options})
 
 
@@ -117,6 +117,50 @@ async def test_a_turn_that_fails_or_is_cancelled_leaves_the_session_free_and_as_
         assert session.history == HISTORY
 
 
+class SlowRelease:
+    """A store whose releases wait to be let go."""
+
+    def __init__(self, store: RecordStore) -> None:
+        self._store = store
+        self.is_asked = asyncio.Event()
+        self.may_go = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def release(self, *args: Any) -> None:
+        self.is_asked.set()
+        await self.may_go.wait()
+        await self._store.release(*args)
+
+
+@pytest.mark.parametrize("num_more", [1, 3])
+async def test_a_turn_that_is_cancelled_again_while_its_lease_is_given_back_leaves_the_session_free(
+    store: RecordStore, tenant: str, num_more: int
+) -> None:
+    slow = SlowRelease(store)
+    sessions = sessions_in(slow)
+    session_id, is_open = sessions.id_of(tenant, 1), asyncio.Event()
+
+    async def turn() -> None:
+        async with sessions.open(session_id, on_lost=never):
+            is_open.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(turn())
+    await is_open.wait()
+    task.cancel()
+    await slow.is_asked.wait()
+    for _ in range(num_more):
+        task.cancel()
+        await asyncio.sleep(0)
+    slow.may_go.set()
+    await asyncio.wait((task,))
+
+    assert task.cancelled()
+    assert await _can_open(sessions_in(store), session_id)
+
+
 async def test_a_turn_whose_session_is_revoked_elsewhere_hears_of_it_and_cannot_save(store: RecordStore, tenant: str) -> None:
     here, elsewhere = sessions_in(store, times=LeaseTimes(60, 0.001)), sessions_in(store)
     is_lost = asyncio.Event()
@@ -174,7 +218,7 @@ async def test_a_session_that_lost_its_pictures_or_its_form_says_so_until_it_is_
     await store.put(two, b"\xc1 no msgpack", parts={}, limits=LIMITS)
 
     for session_id, reason in ((one, "picture"), (two, "another version")):
-        with pytest.raises(StoreError, match=reason):
+        with pytest.raises(UnreadableRecordError, match=rf"^session_id: .*{reason}"):
             async with sessions.open(session_id, on_lost=never):
                 pass
         await sessions.end(session_id)
