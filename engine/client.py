@@ -222,16 +222,15 @@ class EngineClient:
             return
         watchdog = asyncio.create_task(self._watch(connection))
         try:
-            await connection.sender.send(Start(self.config))
-            while True:
-                message = connection.decoder.decode(await read_frame(connection.reader))
+            await self._send(connection.sender, Start(self.config))
+            while (message := await _receive(connection)) is not None:
                 if isinstance(message, Ready) and self._vocabulary is not None:  # this one replaces another; requests come after it
-                    await connection.sender.send(SetVocabulary(self._vocabulary))
+                    await self._send(connection.sender, SetVocabulary(self._vocabulary))
                 self._handle(message)
                 if isinstance(message, Ready):
                     connection.is_ready.set()
-        except (asyncio.IncompleteReadError, OSError):
-            pass  # its end of the socket is closed: it ended, or was killed
+        except EngineDeadError:
+            pass  # it takes no messages: it ended, or was killed
         except ValueError:  # of msgspec too
             logger.exception("the engine process sends what cannot be read; it is ended")
         finally:
@@ -258,7 +257,7 @@ class EngineClient:
         served_s = asyncio.get_running_loop().time() - self._ready_since_s
         return FIRST_BACKOFF_S if served_s > HEALTHY_AFTER_S else min(2 * backoff_s, MAX_BACKOFF_S)
 
-    def _handle(self, message: Loading | Ready | StartFailed | Outputs | Rejected | Stats) -> None:
+    def _handle(self, message: FromEngine) -> None:
         match message:
             case Outputs(outputs):
                 for output in outputs:
@@ -271,7 +270,7 @@ class EngineClient:
                 if answer and not answer.done():
                     answer.set_result(stats)
             case Loading(fraction):
-                self._on_progress(fraction)
+                self._report_progress(fraction)
             case Ready(info):
                 self.info, self.state = info, EngineState.READY
                 self._ready_since_s = asyncio.get_running_loop().time()
@@ -281,6 +280,12 @@ class EngineClient:
                 self.failure, self.state = reason, EngineState.FAILED
             case StartFailed(reason):  # of one that replaces another: what is missing may come back
                 logger.error("the engine cannot start again yet: %s", reason)
+
+    def _report_progress(self, fraction: float) -> None:
+        try:
+            self._on_progress(fraction)
+        except Exception:  # the caller's: a terminal that is gone, say, is no reason to load the weights again
+            logger.exception("the engine's progress cannot be reported")
 
     def _fail_all(self, error: EngineDeadError) -> None:
         self._streams.fail_all(error)
@@ -360,6 +365,16 @@ async def _spawn(config: EngineConfig) -> _Connection:
         inbox.close()
         outbox.close()
     return _Connection(leftovers, process, AsyncSender(to_engine), reader, writer)
+
+
+async def _receive(connection: _Connection) -> FromEngine | None:
+    """The process's next message; None where its end of the socket is closed: it ended, or was killed. Raises ValueError."""
+    try:
+        frame = await read_frame(connection.reader)
+    except (asyncio.IncompleteReadError, OSError):
+        return None
+    message: FromEngine = connection.decoder.decode(frame)
+    return message
 
 
 async def _stop(connection: _Connection) -> None:

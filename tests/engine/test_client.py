@@ -192,6 +192,20 @@ async def test_a_process_that_cannot_be_started_again_is_tried_until_it_can(clie
     assert await ask(client, "at last")
 
 
+async def test_progress_that_cannot_be_told_ends_no_engine(config):
+    """Regression: a standard error that was gone was taken for the end of the engine's socket, at each start anew."""
+
+    def fail(fraction: float) -> None:
+        raise BrokenPipeError
+
+    client = EngineClient(config, on_progress=fail)
+
+    await client.start()
+
+    assert client.state is EngineState.READY
+    await client.close()
+
+
 async def test_signals_for_the_whole_group_leave_the_engine_to_its_server(client):
     """A terminal's Ctrl-C, or a service manager that stops all processes at once: running requests may finish."""
     running = asyncio.create_task(ask(client, "running", num_tokens=100))
