@@ -296,19 +296,16 @@ class EngineClient:
             self._first_ready.set_exception(error)
 
     async def _watch(self, connection: _Connection) -> None:
-        """Kill a process that is not ready in time, or that is and then answers nothing between steps for too long."""
-        try:
+        """Kill a process that is not ready in time, or that is and then takes no messages or answers nothing for too long."""
+        with contextlib.suppress(EngineDeadError, TimeoutError):  # not its end, which would end this task first
             await asyncio.wait_for(connection.is_ready.wait(), START_TIMEOUT_S)
             is_alive = True
             while is_alive:
                 await asyncio.sleep(PING_INTERVAL_S)
                 is_alive = await self._answers(connection)
-        except EngineDeadError:
-            return
-        except TimeoutError:
-            pass
         logger.error("the engine process hangs; it is killed")
-        connection.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            connection.process.kill()
 
     async def _answers(self, connection: _Connection) -> bool:
         """Within the time that it has. Raises EngineDeadError, or TimeoutError where it is busy for far too long."""

@@ -170,6 +170,19 @@ async def test_an_engine_that_hangs_with_full_sockets_is_told_from_a_busy_one_by
     await watched.close()
 
 
+async def test_an_engine_that_hangs_and_can_be_sent_nothing_is_killed_and_started_again(client, monkeypatch):
+    """Regression: a failed ping was taken for the process's end, which nobody then brought about."""
+    monkeypatch.setattr(engine.client, "PING_INTERVAL_S", 0.01)
+    watched = EngineClient(client.config)
+    await watched.start()
+
+    os.kill(watched.process_id, signal.SIGSTOP)
+    watched._connection.sender._end()
+    await until(lambda: watched.num_restarts == 1)
+
+    await watched.close()
+
+
 async def ask_long(client: EngineClient, name: str, token_ids: tuple[int, ...]) -> None:
     async for _ in client.generate(Prompt(token_ids=token_ids, cache_keys=token_ids), SamplingParams(), request_id=name):
         pass
