@@ -204,7 +204,10 @@ class EngineClient:
         backoff_s = FIRST_BACKOFF_S
         while True:
             self._ready_since_s = None
-            await self._live_once()
+            try:
+                await self._live_once()
+            except Exception:  # no thread or memory is left, say: the next life may have them
+                logger.exception("the engine process cannot be served")
             self._note_end()
             if self.state is EngineState.FAILED:
                 return

@@ -189,7 +189,7 @@ async def ask_long(client: EngineClient, name: str, token_ids: tuple[int, ...]) 
 
 
 async def test_a_process_that_cannot_be_started_again_is_tried_until_it_can(client, monkeypatch):
-    failures = iter([OSError("no more processes"), OSError("no more memory")])
+    failures = iter([OSError("no more processes"), RuntimeError("can't start new thread")])
     spawn = engine.client._spawn
 
     async def fails_twice(config: EngineConfig):
@@ -203,6 +203,20 @@ async def test_a_process_that_cannot_be_started_again_is_tried_until_it_can(clie
     await until(lambda: client.num_restarts == 3 and client.state is EngineState.READY)
 
     assert await ask(client, "at last")
+
+
+async def test_an_engine_that_cannot_be_started_at_all_is_a_final_failure(config, monkeypatch):
+    async def fail(config: EngineConfig):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(engine.client, "_spawn", fail)
+    client = EngineClient(config)
+
+    with pytest.raises(EngineDeadError) as failure:
+        await asyncio.wait_for(client.start(), WAIT_S)
+
+    assert failure.value.is_final
+    await client.close()
 
 
 async def test_progress_that_cannot_be_told_ends_no_engine(config):
