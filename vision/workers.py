@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 LEAVING_S = 1.0
+_LOOK_S = 0.01
 _PACKAGE_ROOT = Path(__file__).parent.parent
 _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")  # no keys, tokens or proxies
 _SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -149,7 +150,9 @@ class WorkerPool:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(self._end(worker) for worker in tuple(self._workers)))
+        ends = await asyncio.gather(*(self._end(worker) for worker in tuple(self._workers)), return_exceptions=True)
+        for error in filter(None, ends):
+            logger.error("a process of %s could not be ended: %r", self._module, error)
 
     @property
     def num_idle(self) -> int:
@@ -264,8 +267,8 @@ class WorkerPool:
         return worker, ready
 
     async def _end(self, worker: _Worker) -> None:
-        if worker.ending is None:
-            worker.ending = asyncio.create_task(asyncio.to_thread(worker.end))
+        if worker.ending is None or _has_failed(worker.ending):
+            worker.ending = asyncio.create_task(_ended(worker))
         await asyncio.shield(worker.ending)
         self._workers.discard(worker)  # only now: where this is cancelled, `close()` waits for it
 
@@ -277,6 +280,20 @@ class WorkerPool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def _ended(worker: _Worker) -> None:
+    try:
+        await asyncio.to_thread(worker.end)
+    except RuntimeError:  # no thread can be started
+        worker.process.kill()
+        while worker.is_alive:  # noqa: ASYNC110  (of a killed process there is no event)
+            await asyncio.sleep(_LOOK_S)
+        worker.connection.close()
+
+
+def _has_failed(task: "asyncio.Task[None]") -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def _discard(job: "asyncio.Task[Frame]") -> None:
