@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,6 +96,38 @@ class _Worker:
         self.connection.close()
 
 
+class _Slots:
+    """Idle workers, None where one is yet to start. Each is handed to who waits longest, which later callers cannot overtake then."""
+
+    def __init__(self) -> None:
+        self._idle: deque[_Worker | None] = deque()
+        self._turns: deque[asyncio.Future[_Worker | None]] = deque()
+
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
+
+    async def take(self) -> _Worker | None:
+        if self._idle:  # then nobody waits
+            return self._idle.popleft()
+        turn: asyncio.Future[_Worker | None] = asyncio.get_running_loop().create_future()
+        self._turns.append(turn)
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it came at the last moment
+                self.put(turn.result())
+            raise
+
+    def put(self, worker: _Worker | None) -> None:
+        while self._turns:
+            turn = self._turns.popleft()
+            if not turn.done():  # else its caller left
+                turn.set_result(worker)
+                return
+        self._idle.append(worker)
+
+
 class WorkerPool:
     """`num_workers` processes of one module; each does one job at a time, first come first served."""
 
@@ -120,7 +153,7 @@ class WorkerPool:
         self._start_timeout_s = start_timeout_s
         self._abandon_s = abandon_s
         self._environment = clean_environment(environment)
-        self._slots: asyncio.Queue[_Worker | None] = asyncio.Queue()  # idle workers; None where one is yet to start
+        self._slots = _Slots()
         self._workers: set[_Worker] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closed = False
@@ -134,7 +167,7 @@ class WorkerPool:
             raise failures[0]
         started = [start for start in starts if not isinstance(start, BaseException)]
         for worker, _ in started:
-            self._slots.put_nowait(worker)
+            self._slots.put(worker)
         return started[0][1]
 
     async def open_confined(self, kind: str) -> None:
@@ -146,7 +179,7 @@ class WorkerPool:
     async def close(self) -> None:
         """Kills the workers; jobs under way or waiting end with WorkerError."""
         self._is_closed = True
-        self._slots.put_nowait(None)  # wakes those who wait, one after another
+        self._slots.put(None)  # wakes those who wait, one after another
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -156,7 +189,7 @@ class WorkerPool:
 
     @property
     def num_idle(self) -> int:
-        return self._slots.qsize()
+        return self._slots.num_idle
 
     @property
     def process_ids(self) -> list[int]:
@@ -168,7 +201,7 @@ class WorkerPool:
         Raises WorkerError, WorkerTimeoutError, and the MediaError that the worker answered with.
         """
         try:
-            worker = await self._slots.get()
+            worker = await self._slots.take()
         except asyncio.CancelledError:
             frame.close()
             raise
@@ -226,7 +259,7 @@ class WorkerPool:
 
     def _give_back(self, worker: _Worker | None, *, is_idle: bool, reason: str) -> None:
         if is_idle or worker is None or self._is_closed:
-            self._slots.put_nowait(worker)
+            self._slots.put(worker)
         else:
             self._spawn(self._replace(worker, reason))
 
@@ -239,7 +272,7 @@ class WorkerPool:
         except (WorkerError, OSError) as error:
             logger.error("%s cannot be replaced: %s; the next job tries again", self._module, error)
         finally:
-            self._slots.put_nowait(replacement)
+            self._slots.put(replacement)
 
     async def _revived(self, worker: _Worker | None) -> _Worker:
         """The worker, or a new one where there is none or it died while it was idle."""

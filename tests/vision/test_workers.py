@@ -50,6 +50,38 @@ async def pool(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[WorkerPool]:
     await pool.close()
 
 
+async def test_who_waits_longest_is_served_next_whoever_comes_meanwhile(pool: WorkerPool) -> None:
+    """Regression: a call that came as the worker came free went first, and who had waited went behind all others."""
+    order: list[bytes] = []
+
+    async def call(body: bytes) -> None:
+        await pool.call(Frame(body))
+        order.append(body)
+
+    worker = await pool._slots.take()
+    waiting = [asyncio.create_task(call(body)) for body in (b"first", b"second", b"third")]
+    await asyncio.sleep(0)
+    late = asyncio.create_task(call(b"late"))
+    pool._slots.put(worker)
+    await asyncio.gather(*waiting, late)
+
+    assert order == [b"first", b"second", b"third", b"late"]
+
+
+async def test_a_turn_whose_caller_leaves_as_it_comes_is_the_next_ones(pool: WorkerPool) -> None:
+    worker = await pool._slots.take()
+    first, second, third = (asyncio.create_task(pool.call(Frame(body))) for body in (b"first", b"second", b"third"))
+    await asyncio.sleep(0)
+
+    first.cancel()
+    pool._slots.put(worker)  # to the second, which leaves too
+    second.cancel()
+    await asyncio.wait_for(third, 5)
+
+    assert (first.cancelled(), second.cancelled()) == (True, True)
+    assert pool.num_idle == 1
+
+
 async def test_a_worker_is_ended_where_no_thread_can_be_started_for_that(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     async def to_thread(function: Callable[[], Any]) -> None:
         raise RuntimeError("can't start new thread")
