@@ -171,9 +171,11 @@ class AsyncSender:
     def close(self) -> None:
         """What is still being sent fails: nothing would wake it once its socket is closed."""
         self._is_closed = True
-        if self._sending is not None:
-            self._sending.cancel()
-        self._socket.close()
+        if self._sending is None or self._sending.done():
+            self._socket.close()
+            return
+        self._sending.cancel()
+        self._sending.add_done_callback(lambda done: self._socket.close())  # not while the loop knows the number, which others may get
 
     async def _send_next(self, payload: bytes, arrays: Sequence[SharedArray]) -> None:
         """One frame, when it is its turn: until then nothing of it is sent where the caller is cancelled."""

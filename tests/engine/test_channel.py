@@ -223,6 +223,28 @@ async def test_closing_fails_what_is_still_being_sent():
     right.close()
 
 
+async def test_the_number_of_a_socket_that_was_closed_while_it_sent_is_free_for_others():
+    """Regression: asyncio's own loop still knew it, and could not watch the next socket of that number."""
+    left, right = socket.socketpair()
+    sender = AsyncSender(left)
+    sending = asyncio.create_task(sender.send(Note("x" * 10_000_000)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    sender.close()
+    loop = asyncio.get_running_loop()
+    others = [*socket.socketpair(), *socket.socketpair()]
+    for other in others:
+        loop.add_reader(other, lambda: None)
+        loop.remove_reader(other)
+        other.close()
+
+    with pytest.raises(BrokenPipeError):
+        await sending
+    assert left.fileno() == -1
+    right.close()
+
+
 async def test_descriptors_that_are_closed_while_their_frame_waits_arrive_nonetheless():
     """A number that is free again may be another file's by the time it is sent."""
     left, right = socket.socketpair()
