@@ -95,7 +95,7 @@ class Channel:
     def receive(self, timeout_s: float | None) -> Any | None:
         """The next message; None when none came in time. `timeout_s` None waits for ever."""
         while (message := self._next()) is None:
-            if not select.select([self._socket], [], [], timeout_s)[0]:
+            if not _is_readable(self._socket, timeout_s):
                 return None
             self._read()
         return message
@@ -175,9 +175,11 @@ class AsyncSender:
     def close(self) -> None:
         """What is still being sent fails: nothing would wake it once its socket is closed."""
         self._is_closed = True
-        if self._sending is not None:
-            self._sending.cancel()
-        self._socket.close()
+        if self._sending is None or self._sending.done():
+            self._socket.close()
+            return
+        self._sending.cancel()
+        self._sending.add_done_callback(lambda done: self._socket.close())  # not while the loop knows the number, which others may get
 
     async def _send_next(self, payload: bytes, arrays: Sequence[SharedArray]) -> None:
         """One frame, when it is its turn: until then nothing of it is sent where the caller is cancelled."""
@@ -214,6 +216,13 @@ class AsyncSender:
                 return
             except BlockingIOError:
                 await _writable(self._socket)
+
+
+def _is_readable(sock: socket.socket, timeout_s: float | None) -> bool:
+    """Data or an end came in time. Unlike `select`, `poll` takes descriptors above 1023: a busy server's children inherit such."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else 1000 * timeout_s))
 
 
 def _pieces(arrays: Sequence[SharedArray]) -> list[list[int]]:

@@ -199,7 +199,10 @@ class EngineClient:
         backoff_s = FIRST_BACKOFF_S
         while True:
             self._ready_since_s = None
-            await self._live_once()
+            try:
+                await self._live_once()
+            except Exception:  # no thread or memory is left, say: the next life may have them
+                logger.exception("the engine process cannot be served")
             self._note_end()
             if self.state is EngineState.FAILED:
                 return
@@ -217,16 +220,15 @@ class EngineClient:
             return
         watchdog = asyncio.create_task(self._watch(connection))
         try:
-            await connection.sender.send(Start(self.config))
-            while True:
-                message = connection.decoder.decode(await read_frame(connection.reader))
+            await self._send(connection.sender, Start(self.config))
+            while (message := await _receive(connection)) is not None:
                 if isinstance(message, Ready) and self._vocabulary is not None:  # this one replaces another; requests come after it
-                    await connection.sender.send(SetVocabulary(self._vocabulary))
+                    await self._send(connection.sender, SetVocabulary(self._vocabulary))
                 self._handle(message)
                 if isinstance(message, Ready):
                     connection.is_ready.set()
-        except (asyncio.IncompleteReadError, OSError):
-            pass  # its end of the socket is closed: it ended, or was killed
+        except EngineDeadError:
+            pass  # it takes no messages: it ended, or was killed
         except ValueError:  # of msgspec too
             logger.exception("the engine process sends what cannot be read; it is ended")
         finally:
@@ -253,7 +255,7 @@ class EngineClient:
         served_s = asyncio.get_running_loop().time() - self._ready_since_s
         return FIRST_BACKOFF_S if served_s > HEALTHY_AFTER_S else min(2 * backoff_s, MAX_BACKOFF_S)
 
-    def _handle(self, message: Loading | Ready | StartFailed | Outputs | Rejected | Stats) -> None:
+    def _handle(self, message: FromEngine) -> None:
         match message:
             case Outputs(outputs):
                 for output in outputs:
@@ -266,7 +268,7 @@ class EngineClient:
                 if answer and not answer.done():
                     answer.set_result(stats)
             case Loading(fraction):
-                self._on_progress(fraction)
+                self._report_progress(fraction)
             case Ready(info):
                 self.info, self.state = info, EngineState.READY
                 self._ready_since_s = asyncio.get_running_loop().time()
@@ -277,6 +279,12 @@ class EngineClient:
             case StartFailed(reason):  # of one that replaces another: what is missing may come back
                 logger.error("the engine cannot start again yet: %s", reason)
 
+    def _report_progress(self, fraction: float) -> None:
+        try:
+            self._on_progress(fraction)
+        except Exception:  # the caller's: a terminal that is gone, say, is no reason to load the weights again
+            logger.exception("the engine's progress cannot be reported")
+
     def _fail_all(self, error: EngineDeadError) -> None:
         self._streams.fail_all(error)
         for answer in self._stats_calls.values():
@@ -286,19 +294,16 @@ class EngineClient:
             self._first_ready.set_exception(error)
 
     async def _watch(self, connection: _Connection) -> None:
-        """Kill a process that is not ready in time, or that is and then answers nothing between steps for too long."""
-        try:
+        """Kill a process that is not ready in time, or that is and then takes no messages or answers nothing for too long."""
+        with contextlib.suppress(EngineDeadError, TimeoutError):  # not its end, which would end this task first
             await asyncio.wait_for(connection.is_ready.wait(), START_TIMEOUT_S)
             is_alive = True
             while is_alive:
                 await asyncio.sleep(PING_INTERVAL_S)
                 is_alive = await self._answers(connection)
-        except EngineDeadError:
-            return
-        except TimeoutError:
-            pass
         logger.error("the engine process hangs; it is killed")
-        connection.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            connection.process.kill()
 
     async def _answers(self, connection: _Connection) -> bool:
         """Within the time that it has. Raises EngineDeadError, or TimeoutError where it is busy for far too long."""
@@ -365,6 +370,16 @@ async def _spawn(config: EngineConfig) -> _Connection:
         inbox.close()
         outbox.close()
     return _Connection(leftovers, process, AsyncSender(to_engine), reader, writer)
+
+
+async def _receive(connection: _Connection) -> FromEngine | None:
+    """The process's next message; None where its end of the socket is closed: it ended, or was killed. Raises ValueError."""
+    try:
+        frame = await read_frame(connection.reader)
+    except (asyncio.IncompleteReadError, OSError):
+        return None
+    message: FromEngine = connection.decoder.decode(frame)
+    return message
 
 
 async def _stop(connection: _Connection) -> None:

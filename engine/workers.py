@@ -55,9 +55,9 @@ class Ranks:
             raise
 
     def execute(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> Executed:
-        """As `ModelRunner.execute`, on every rank at once."""
-        for channel in self._channels:
-            channel.send(Execute(plan))
+        """As `ModelRunner.execute`, on every rank at once. Raises RankDeadError."""
+        for rank, channel in enumerate(self._channels, start=1):
+            _send(channel, Execute(plan), rank)
         return self.runner.execute(plan, embeddings)
 
     def check(self) -> None:
@@ -93,9 +93,17 @@ class Ranks:
         process = subprocess.Popen([sys.executable, "-m", "engine.workers", str(theirs.fileno())], pass_fds=[theirs.fileno()])
         theirs.close()
         channel = Channel(ours, ToRank)
-        channel.send(start)
         self._channels.append(channel)
         self._processes.append(process)
+        _send(channel, start, start.rank)
+
+
+def _send(channel: Channel, message: StartRank | Execute, rank: int) -> None:
+    """Raises RankDeadError, not EOFError, which is the end of the server."""
+    try:
+        channel.send(message)
+    except EOFError as error:
+        raise RankDeadError(f"rank {rank} ended") from error
 
 
 def join(config: EngineConfig, rank: int, rendezvous: str) -> ParallelGroup:

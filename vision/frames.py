@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated, Literal, cast
 
 import msgspec
 
@@ -23,6 +24,9 @@ _MAX_DESCRIPTORS = 64
 _WORKER_NICENESS = 10  # of workers once they serve: the steps of the engine come first
 _LENGTH = struct.Struct(">I")
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
+
+
+_Number = Literal["bool", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"]
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -44,9 +48,11 @@ class NoDescriptorsError(OSError):
 
 
 class _ArrayHeader(msgspec.Struct, frozen=True, array_like=True):
+    """What names no memory of plain numbers is refused before a descriptor is handed over."""
+
     name: str
-    shape: tuple[int, ...]
-    dtype: str
+    shape: tuple[Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)], ...]
+    dtype: _Number
 
 
 class _Header(msgspec.Struct, frozen=True):
@@ -70,7 +76,7 @@ class Frame:
 
 def send_frame(connection: socket.socket, frame: Frame) -> None:
     """Blocks until all is sent, unless the socket does not block: then it must be empty. Keeps the frame's arrays."""
-    headers = tuple(_ArrayHeader(name, shared.shape, shared.dtype.name) for name, shared in frame.arrays.items())
+    headers = tuple(_ArrayHeader(name, shared.shape, cast(_Number, shared.dtype.name)) for name, shared in frame.arrays.items())
     payload = msgspec.msgpack.encode(_Header(frame.body, headers, frame.failure))
     assert len(payload) <= MAX_FRAME_BYTES, f"a frame of {len(payload)} bytes is too long"
     data = _LENGTH.pack(len(payload)) + payload

@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 
+from multidict import MultiMapping
+
 from vision.cache import ByteBoundedCache
 
 MAX_LIFETIME_S = 86400.0  # whatever a server says
 _OVERHEAD_BYTES = 1 << 10  # of an entry beside its data and texts, generously
 
 Key = tuple[str, str]  # tenant, URL
+Headers = MultiMapping[str]  # by name in any case
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class HttpCache:
         """A picture to be asked for under its conditions."""
         return self._pictures.get(key)
 
-    def put(self, key: Key, data: bytes, headers: Mapping[str, str], *, asked_s: float) -> None:
+    def put(self, key: Key, data: bytes, headers: Headers, *, asked_s: float) -> None:
         """Keeps a 200's picture where its headers allow that and it will be of use. asked_s: when it was asked for, by `now_s`."""
         self.num_missed += 1
         stored = _storable(data, headers, asked_s)
@@ -73,11 +76,13 @@ class HttpCache:
         else:
             self._keep(key, stored)
 
-    def revalidated(self, key: Key, stored: StoredPicture, headers: Mapping[str, str], *, asked_s: float) -> bytes:
+    def revalidated(self, key: Key, stored: StoredPicture, headers: Headers, *, asked_s: float) -> bytes:
         """The picture after a 304, whose headers replace those of before."""
         self.num_revalidated += 1
         renewed = _storable(stored.data, headers, asked_s)
-        if renewed is not None:
+        if _is_forbidden(headers):
+            self._pictures.discard(key)
+        elif renewed is not None:
             kept = replace(renewed, etag=renewed.etag or stored.etag, last_modified=renewed.last_modified or stored.last_modified)
             self._keep(key, kept)
         return stored.data
@@ -90,22 +95,31 @@ class HttpCache:
         self._pictures.put(key, picture, len(picture.data) + texts + _OVERHEAD_BYTES)
 
 
-def _storable(data: bytes, headers: Mapping[str, str], asked_s: float) -> StoredPicture | None:
-    directives = _directives(headers.get("Cache-Control", ""))
-    if "no-store" in directives or headers.get("Vary", "").strip() == "*":
+def _storable(data: bytes, headers: Headers, asked_s: float) -> StoredPicture | None:
+    if _is_forbidden(headers):
         return None
+    directives = _directives(headers)
     lifetime_s = 0.0 if "no-cache" in directives else min(_lifetime_s(directives, headers), MAX_LIFETIME_S)
     stored = StoredPicture(data, headers.get("ETag"), headers.get("Last-Modified"), asked_s + lifetime_s)
     return stored if lifetime_s > 0 or stored.conditions else None
 
 
-def _directives(text: str) -> dict[str, str]:
-    """`max-age=60, no-transform` as name → value."""
-    parts = (part.strip().partition("=") for part in text.split(","))
+def _is_forbidden(headers: Headers) -> bool:
+    return "no-store" in _directives(headers) or "*" in _listed(headers, "Vary")
+
+
+def _directives(headers: Headers) -> dict[str, str]:
+    """`Cache-Control: max-age=60, no-transform` as name → value."""
+    parts = (part.partition("=") for part in _listed(headers, "Cache-Control"))
     return {name.strip().lower(): value.strip().strip('"') for name, _, value in parts if name}
 
 
-def _lifetime_s(directives: Mapping[str, str], headers: Mapping[str, str]) -> float:
+def _listed(headers: Headers, name: str) -> list[str]:
+    """Of all lines of that name: a proxy may have added its own."""
+    return [part.strip() for line in headers.getall(name, ()) for part in line.split(",")]
+
+
+def _lifetime_s(directives: Mapping[str, str], headers: Headers) -> float:
     """Seconds for which the server calls its answer fresh, less those that it spent in caches before us."""
     if "max-age" in directives:
         lifetime_s = _number(directives["max-age"])

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 LEAVING_S = 1.0
+_LOOK_S = 0.01
 _PACKAGE_ROOT = Path(__file__).parent.parent
 _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")  # no keys, tokens or proxies
 _SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -94,6 +96,38 @@ class _Worker:
         self.connection.close()
 
 
+class _Slots:
+    """Idle workers, None where one is yet to start. Each is handed to who waits longest, which later callers cannot overtake then."""
+
+    def __init__(self) -> None:
+        self._idle: deque[_Worker | None] = deque()
+        self._turns: deque[asyncio.Future[_Worker | None]] = deque()
+
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
+
+    async def take(self) -> _Worker | None:
+        if self._idle:  # then nobody waits
+            return self._idle.popleft()
+        turn: asyncio.Future[_Worker | None] = asyncio.get_running_loop().create_future()
+        self._turns.append(turn)
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it came at the last moment
+                self.put(turn.result())
+            raise
+
+    def put(self, worker: _Worker | None) -> None:
+        while self._turns:
+            turn = self._turns.popleft()
+            if not turn.done():  # else its caller left
+                turn.set_result(worker)
+                return
+        self._idle.append(worker)
+
+
 class WorkerPool:
     """`num_workers` processes of one module; each does one job at a time, first come first served."""
 
@@ -119,7 +153,7 @@ class WorkerPool:
         self._start_timeout_s = start_timeout_s
         self._abandon_s = abandon_s
         self._environment = clean_environment(environment)
-        self._slots: asyncio.Queue[_Worker | None] = asyncio.Queue()  # idle workers; None where one is yet to start
+        self._slots = _Slots()
         self._workers: set[_Worker] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closed = False
@@ -133,7 +167,7 @@ class WorkerPool:
             raise failures[0]
         started = [start for start in starts if not isinstance(start, BaseException)]
         for worker, _ in started:
-            self._slots.put_nowait(worker)
+            self._slots.put(worker)
         return started[0][1]
 
     async def open_confined(self, kind: str) -> None:
@@ -145,15 +179,17 @@ class WorkerPool:
     async def close(self) -> None:
         """Kills the workers; jobs under way or waiting end with WorkerError."""
         self._is_closed = True
-        self._slots.put_nowait(None)  # wakes those who wait, one after another
+        self._slots.put(None)  # wakes those who wait, one after another
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(self._end(worker) for worker in tuple(self._workers)))
+        ends = await asyncio.gather(*(self._end(worker) for worker in tuple(self._workers)), return_exceptions=True)
+        for error in filter(None, ends):
+            logger.error("a process of %s could not be ended: %r", self._module, error)
 
     @property
     def num_idle(self) -> int:
-        return self._slots.qsize()
+        return self._slots.num_idle
 
     @property
     def process_ids(self) -> list[int]:
@@ -165,7 +201,7 @@ class WorkerPool:
         Raises WorkerError, WorkerTimeoutError, NoDescriptorsError, and the MediaError that the worker answered with.
         """
         try:
-            worker = await self._slots.get()
+            worker = await self._slots.take()
         except asyncio.CancelledError:
             frame.close()
             raise
@@ -228,7 +264,7 @@ class WorkerPool:
 
     def _give_back(self, worker: _Worker | None, *, is_idle: bool, reason: str) -> None:
         if is_idle or worker is None or self._is_closed:
-            self._slots.put_nowait(worker)
+            self._slots.put(worker)
         else:
             self._spawn(self._replace(worker, reason))
 
@@ -241,7 +277,7 @@ class WorkerPool:
         except (WorkerError, OSError) as error:
             logger.error("%s cannot be replaced: %s; the next job tries again", self._module, error)
         finally:
-            self._slots.put_nowait(replacement)
+            self._slots.put(replacement)
 
     async def _revived(self, worker: _Worker | None) -> _Worker:
         """The worker, or a new one where there is none or it died while it was idle."""
@@ -269,8 +305,8 @@ class WorkerPool:
         return worker, ready
 
     async def _end(self, worker: _Worker) -> None:
-        if worker.ending is None:
-            worker.ending = asyncio.create_task(asyncio.to_thread(worker.end))
+        if worker.ending is None or _has_failed(worker.ending):
+            worker.ending = asyncio.create_task(_ended(worker))
         await asyncio.shield(worker.ending)
         self._workers.discard(worker)  # only now: where this is cancelled, `close()` waits for it
 
@@ -282,6 +318,20 @@ class WorkerPool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def _ended(worker: _Worker) -> None:
+    try:
+        await asyncio.to_thread(worker.end)
+    except RuntimeError:  # no thread can be started
+        worker.process.kill()
+        while worker.is_alive:  # noqa: ASYNC110  (of a killed process there is no event)
+            await asyncio.sleep(_LOOK_S)
+        worker.connection.close()
+
+
+def _has_failed(task: "asyncio.Task[None]") -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def _discard(job: "asyncio.Task[Frame]") -> None:

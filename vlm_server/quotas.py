@@ -114,6 +114,7 @@ class Quota:
         self._clock_ns = clock_ns
         self._on_refused = on_refused
         self._buckets: dict[str, Bucket] = {}
+        self._known: dict[str, Bucket] = {}  # those too whose kind has no limit for now: what is owed stays owed
         self.change(limits)
 
     @property
@@ -124,8 +125,8 @@ class Quota:
         """Other limits from now on; what is used is kept in mind."""
         now_ns, by_kind = self._clock_ns(), limits.by_kind()
         for kind, limit in by_kind.items():
-            self._buckets.setdefault(kind, Bucket(limit, now_ns)).change(limit, now_ns)
-        self._buckets = {kind: self._buckets[kind] for kind in by_kind}
+            self._known.setdefault(kind, Bucket(limit, now_ns)).change(limit, now_ns)
+        self._buckets = {kind: self._known[kind] for kind in by_kind}
 
     def admit(self, *kinds: str) -> None:
         """Raises QuotaExceededError where there is nothing left of one of `kinds`, and names the one that takes longest to come back."""

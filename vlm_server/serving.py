@@ -229,12 +229,16 @@ class ProgressLine:
             return
         bar = ("#" * round(20 * fraction)).ljust(20, ".")
         line = f"{self._text} [{bar}] {fraction:4.0%}"
-        print(f"\r{line}" if self._is_terminal else line, end="" if self._is_terminal else "\n", file=sys.stderr, flush=True)
+        self._write(f"\r{line}" if self._is_terminal else f"{line}\n")
 
     def close(self) -> None:
         if self._is_terminal and self._last >= 0:
-            print(file=sys.stderr)
+            self._write("\n")
         self._last = -1.0
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal, or whoever reads the pipe, may be gone
+            print(text, end="", file=sys.stderr, flush=True)
 
 
 def _listener(config: ServerConfig) -> socket.socket:

@@ -1,5 +1,6 @@
 import asyncio
 import errno
+import fcntl
 import gc
 import os
 import resource
@@ -48,10 +49,22 @@ def room_for(num_descriptors: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = {int(name) for name in os.listdir("/proc/self/fd")}
     taken = {fd for fd in taken if os.path.exists(f"/proc/self/fd/{fd}")}  # not the one that listed them
-    limit = next(limit for limit in range(soft) if limit - sum(fd < limit for fd in taken) == num_descriptors)
+    limit = next(limit for limit in range(1, soft) if limit - sum(fd < limit for fd in taken) == num_descriptors)  # with 0 nothing polls
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
         yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextmanager
+def above_1023(sock: socket.socket) -> Iterator[socket.socket]:
+    """The same socket by such a number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    try:
+        with socket.socket(fileno=fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, 1024)) as high:
+            yield high
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -80,6 +93,20 @@ def test_messages_arrive_whole_and_in_order(channels):
 
 def test_nothing_there_is_none_after_the_timeout(channels):
     assert channels[0].receive(0.0) is None
+
+
+def test_a_socket_whose_number_is_above_1023_receives_as_others_do(channels):
+    """Regression: an engine that a server with many connections started died of its socket's number."""
+    left, right = channels
+    with above_1023(right._socket) as sock:
+        high = Channel(sock, Note)
+        assert high.receive(0.0) is None
+
+        left.send(Note("first"))
+        assert high.receive(None) == Note("first")
+        left.close()
+        with pytest.raises(EOFError):
+            high.receive(None)
 
 
 def test_more_arrays_than_the_kernel_takes_at_once_arrive_in_their_places(channels):
@@ -193,6 +220,28 @@ async def test_closing_fails_what_is_still_being_sent():
 
     results = await asyncio.wait_for(asyncio.gather(*sendings, return_exceptions=True), 10)
     assert [isinstance(result, OSError) for result in results] == [True, True]
+    right.close()
+
+
+async def test_the_number_of_a_socket_that_was_closed_while_it_sent_is_free_for_others():
+    """Regression: asyncio's own loop still knew it, and could not watch the next socket of that number."""
+    left, right = socket.socketpair()
+    sender = AsyncSender(left)
+    sending = asyncio.create_task(sender.send(Note("x" * 10_000_000)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    sender.close()
+    loop = asyncio.get_running_loop()
+    others = [*socket.socketpair(), *socket.socketpair()]
+    for other in others:
+        loop.add_reader(other, lambda: None)
+        loop.remove_reader(other)
+        other.close()
+
+    with pytest.raises(BrokenPipeError):
+        await sending
+    assert left.fileno() == -1
     right.close()
 
 

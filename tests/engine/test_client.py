@@ -175,13 +175,26 @@ async def test_an_engine_that_hangs_with_full_sockets_is_told_from_a_busy_one_by
     await watched.close()
 
 
+async def test_an_engine_that_hangs_and_can_be_sent_nothing_is_killed_and_started_again(client, monkeypatch):
+    """Regression: a failed ping was taken for the process's end, which nobody then brought about."""
+    monkeypatch.setattr(engine.client, "PING_INTERVAL_S", 0.01)
+    watched = EngineClient(client.config)
+    await watched.start()
+
+    os.kill(watched.process_id, signal.SIGSTOP)
+    watched._connection.sender._end()
+    await until(lambda: watched.num_restarts == 1)
+
+    await watched.close()
+
+
 async def ask_long(client: EngineClient, name: str, token_ids: tuple[int, ...]) -> None:
     async for _ in client.generate(Prompt(token_ids=token_ids, cache_keys=token_ids), SamplingParams(), request_id=name):
         pass
 
 
 async def test_a_process_that_cannot_be_started_again_is_tried_until_it_can(client, monkeypatch):
-    failures = iter([OSError("no more processes"), OSError("no more memory")])
+    failures = iter([OSError("no more processes"), RuntimeError("can't start new thread")])
     spawn = engine.client._spawn
 
     async def fails_twice(config: EngineConfig):
@@ -195,6 +208,34 @@ async def test_a_process_that_cannot_be_started_again_is_tried_until_it_can(clie
     await until(lambda: client.num_restarts == 3 and client.state is EngineState.READY)
 
     assert await ask(client, "at last")
+
+
+async def test_an_engine_that_cannot_be_started_at_all_is_a_final_failure(config, monkeypatch):
+    async def fail(config: EngineConfig):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(engine.client, "_spawn", fail)
+    client = EngineClient(config)
+
+    with pytest.raises(EngineDeadError) as failure:
+        await asyncio.wait_for(client.start(), WAIT_S)
+
+    assert failure.value.is_final
+    await client.close()
+
+
+async def test_progress_that_cannot_be_told_ends_no_engine(config):
+    """Regression: a standard error that was gone was taken for the end of the engine's socket, at each start anew."""
+
+    def fail(fraction: float) -> None:
+        raise BrokenPipeError
+
+    client = EngineClient(config, on_progress=fail)
+
+    await client.start()
+
+    assert client.state is EngineState.READY
+    await client.close()
 
 
 async def test_signals_for_the_whole_group_leave_the_engine_to_its_server(client):

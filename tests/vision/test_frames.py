@@ -1,4 +1,5 @@
 import errno
+import gc
 import os
 import pickle
 import socket
@@ -110,6 +111,25 @@ def test_more_descriptors_than_allowed_are_refused_in_pieces_too(ends: tuple[soc
         receive_frame(ends[1])
 
     assert num_descriptors() == before
+
+
+@pytest.mark.parametrize("item", [["a", [1], "nonsense"], ["a", [1], "object"], ["a", [-1], "uint8"], ["a", [1 << 63], "uint8"]])
+def test_an_array_of_no_plain_numbers_is_refused_and_its_descriptor_closed_once(
+    ends: tuple[socket.socket, socket.socket], item: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the second time, the number could be another file's."""
+    payload = msgspec.msgpack.encode({"body": b"", "arrays": [item]})
+    closed: list[int] = []
+    close = os.close
+    with SharedFd() as fd:
+        socket.send_fds(ends[0], [struct.pack(">I", len(payload)) + payload], [fd])
+    monkeypatch.setattr(os, "close", lambda fd: closed.append(fd) or close(fd))
+
+    with pytest.raises(ValueError):
+        receive_frame(ends[1])
+
+    gc.collect()
+    assert len(closed) == 1
 
 
 def test_more_descriptors_than_allowed_are_refused(ends: tuple[socket.socket, socket.socket]) -> None:

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from multidict import CIMultiDict
 
 from vision.http_cache import MAX_LIFETIME_S, HttpCache
 
@@ -19,11 +20,11 @@ class Clock:
         return self.now_s
 
 
-def kept(headers: dict[str, str]) -> tuple[HttpCache, Clock]:
+def kept(headers: dict[str, str] | list[tuple[str, str]]) -> tuple[HttpCache, Clock]:
     """A cache that was given a picture with these headers just now."""
     clock = Clock()
     cache = HttpCache(1 << 20, clock=clock)
-    cache.put(KEY, b"picture", headers, asked_s=clock.now_s)
+    cache.put(KEY, b"picture", CIMultiDict(headers), asked_s=clock.now_s)
     return cache, clock
 
 
@@ -85,7 +86,7 @@ def test_what_may_not_be_kept_or_would_be_of_no_use_is_not(headers: dict[str, st
 def test_a_later_answer_that_may_not_be_kept_ends_the_earlier_one() -> None:
     cache, clock = kept({"Cache-Control": "max-age=60"})
 
-    cache.put(KEY, b"other", {"Cache-Control": "no-store"}, asked_s=clock.now_s)
+    cache.put(KEY, b"other", CIMultiDict({"Cache-Control": "no-store"}), asked_s=clock.now_s)
 
     assert cache.fresh(KEY) is None
 
@@ -96,12 +97,38 @@ def test_a_304_renews_the_lifetime_and_keeps_the_validators() -> None:
     stored = cache.stored(KEY)
     assert stored is not None
 
-    data = cache.revalidated(KEY, stored, {"Cache-Control": "max-age=60"}, asked_s=clock.now_s)
+    data = cache.revalidated(KEY, stored, CIMultiDict({"Cache-Control": "max-age=60"}), asked_s=clock.now_s)
 
     renewed = cache.stored(KEY)
     assert (data, cache.fresh(KEY), cache.num_revalidated) == (b"picture", b"picture", 1)
     assert renewed is not None
     assert renewed.etag == '"a"'
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [("Cache-Control", "max-age=60"), ("Cache-Control", "no-store")],
+        [("Cache-Control", "max-age=60"), ("Vary", "Accept"), ("Vary", "*")],
+        [("Cache-Control", "max-age=60"), ("Vary", "Accept, *")],
+    ],
+)
+def test_all_lines_of_a_header_count(lines: list[tuple[str, str]]) -> None:
+    cache, _ = kept(lines)
+
+    assert cache.stored(KEY) is None
+
+
+@pytest.mark.parametrize("header", [("Cache-Control", "no-store"), ("Vary", "*")])
+def test_a_304_that_forbids_keeping_ends_what_was_kept(header: tuple[str, str]) -> None:
+    cache, clock = kept({"ETag": '"a"'})
+    stored = cache.stored(KEY)
+    assert stored is not None
+
+    data = cache.revalidated(KEY, stored, CIMultiDict([header]), asked_s=clock.now_s)
+
+    assert data == b"picture"
+    assert cache.stored(KEY) is None
 
 
 def test_tenants_see_only_their_own() -> None:
@@ -124,7 +151,7 @@ def test_a_pictures_url_and_what_it_is_asked_for_with_count() -> None:
     cache, _ = kept({"ETag": "e" * 8000, "Last-Modified": "l" * 8000, "Cache-Control": "max-age=60"})
 
     num_bytes = cache.num_bytes
-    cache.put(("tenant", KEY[1] + "a" * 8000), b"picture", {"Cache-Control": "max-age=60"}, asked_s=cache.now_s())
+    cache.put(("tenant", KEY[1] + "a" * 8000), b"picture", CIMultiDict({"Cache-Control": "max-age=60"}), asked_s=cache.now_s())
 
     assert num_bytes > len(b"picture") + 16_000
     assert cache.num_bytes - num_bytes > len(b"picture") + 8000

@@ -159,3 +159,17 @@ def test_a_clock_that_goes_back_gives_nothing() -> None:
     assert not is_admitted(limited, REQUESTS)
     clock.advance(s=30)
     assert not is_admitted(limited, REQUESTS)
+
+
+def test_a_limit_that_was_taken_away_and_put_back_forgives_no_debt() -> None:
+    clock = FakeClock()
+    limited = quota(clock, tokens=100)
+    limited.take(TOKENS, 1000)
+
+    limited.change(Limits(requests=5))
+    assert is_admitted(limited, TOKENS)
+    limited.change(Limits(tokens=100))
+
+    assert not is_admitted(limited, TOKENS)
+    clock.advance(ns=10 * MINUTE_NS)
+    assert is_admitted(limited, TOKENS)

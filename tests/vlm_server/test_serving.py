@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
 import http.client
+import io
 import os
 import signal
 import socket
@@ -395,3 +397,19 @@ def test_progress_is_a_line_per_quarter_where_there_is_no_terminal(capsys: pytes
     line.close()
 
     assert [text.split()[-1] for text in capsys.readouterr().err.splitlines()] == ["0%", "25%", "50%", "75%", "100%"]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_is_shown_to_nobody_where_standard_error_is_gone(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    class Gone(io.StringIO):
+        def isatty(self) -> bool:
+            return is_terminal
+
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    line = ProgressLine("Loading x")
+
+    line.show(0.5)
+    line.close()
