@@ -37,8 +37,8 @@ def serve(clock: FakeClock, tmp_path: Path) -> Serve:
 
     def serve(**limits: float) -> AbstractContextManager[RunningServer]:
         lines = "".join(f"{kind}_per_minute = {limit}\n" for kind, limit in limits.items())
-        keys = "".join(f'[[keys]]\nname = "{name}"\nkey = "{name}-secret"\n{lines}' for name in ("alice", "bob"))
-        (tmp_path / "keys.toml").write_text(keys + '[[keys]]\nname = "free"\nkey = "free-secret"\n')
+        keys = "".join(f'[[keys]]\nname = "{name}"\nkey = "{name}-longer-secret"\n{lines}' for name in ("alice", "bob"))
+        (tmp_path / "keys.toml").write_text(keys + '[[keys]]\nname = "free"\nkey = "free-longer-secret"\n')
         return running_server(fake_config(api_key_files=(str(tmp_path / "keys.toml"),)))
 
     return serve
@@ -46,11 +46,11 @@ def serve(clock: FakeClock, tmp_path: Path) -> Serve:
 
 def ask(server: RunningServer, path: str = CHAT, *, key: str = "alice", **fields: Any) -> requests.Response:
     body = {"model": server.model, **({"messages": [SHORT]} if path == CHAT else {}), **fields}
-    return requests.post(server.url + path, json=body, headers={"Authorization": f"Bearer {key}-secret"}, timeout=10)
+    return requests.post(server.url + path, json=body, headers={"Authorization": f"Bearer {key}-longer-secret"}, timeout=10)
 
 
 def get(server: RunningServer, path: str, *, key: str = "alice") -> requests.Response:
-    return requests.get(server.url + path, headers={"x-api-key": f"{key}-secret"}, timeout=10)
+    return requests.get(server.url + path, headers={"x-api-key": f"{key}-longer-secret"}, timeout=10)
 
 
 def remaining(response: requests.Response, kind: str) -> int:
@@ -212,7 +212,7 @@ def test_a_request_that_was_wrong_counts_as_a_request_and_as_no_tokens(serve: Se
 def test_tokens_are_charged_while_they_are_written(serve: Serve) -> None:
     with serve(tokens=1000) as server:
         server.backend.engine.hangs_after = 5
-        headers = {"Authorization": "Bearer alice-secret"}
+        headers = {"Authorization": "Bearer alice-longer-secret"}
         body = {"model": server.model, "messages": [SHORT], "stream": True}
         with requests.post(server.url + CHAT, json=body, headers=headers, stream=True, timeout=10) as response:
             lines = response.iter_lines()
@@ -227,7 +227,7 @@ def test_tokens_are_charged_while_they_are_written(serve: Serve) -> None:
 def test_one_who_leaves_before_the_answer_is_charged_the_prompt(serve: Serve) -> None:
     with serve(tokens=1000) as server:
         server.backend.engine.hangs_after = 0
-        headers = {"Authorization": "Bearer alice-secret"}
+        headers = {"Authorization": "Bearer alice-longer-secret"}
         for path, fields in ((CHAT, {"messages": [SHORT]}), ("/v1/chat/interactive", {"prompt": "hi"})):
             before = tokens_left(server)
             with pytest.raises(requests.ReadTimeout):
@@ -270,7 +270,7 @@ def test_log_and_metrics_name_the_key_by_its_name(serve: Serve, log: LogLines) -
 
 def test_a_page_of_another_origin_may_read_what_is_left(serve: Serve) -> None:
     with serve(requests=1, tokens=1) as server:
-        headers = {"x-api-key": "alice-secret", "Origin": "http://a.example"}
+        headers = {"x-api-key": "alice-longer-secret", "Origin": "http://a.example"}
         answers = [requests.get(f"{server.url}/v1/models", headers=headers, timeout=10) for _ in range(2)]
 
     assert [answer.status_code for answer in answers] == [200, 429]
@@ -291,7 +291,7 @@ def test_health_and_docs_are_not_counted(serve: Serve) -> None:
 
 
 def test_openais_client_sees_a_rate_limit_and_reads_what_is_left(serve: Serve) -> None:
-    with serve(requests=1) as server, OpenAI(base_url=f"{server.url}/v1", api_key="alice-secret", max_retries=0) as client:
+    with serve(requests=1) as server, OpenAI(base_url=f"{server.url}/v1", api_key="alice-longer-secret", max_retries=0) as client:
         answered = client.chat.completions.with_raw_response.create(model=server.model, messages=[SHORT])
         with pytest.raises(RateLimitError) as caught:
             client.models.list()
