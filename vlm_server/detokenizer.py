@@ -40,12 +40,14 @@ class IncrementalDecoder:
         self._window = list(before)
         self._text = self._decode(self._window) if before else ""  # of the window
         self._num_given = len(self._text.rstrip(_REPLACEMENT))  # characters of it that were returned
+        self.num_settled = 0  # characters not yet returned before the last token that it showed to be no part of its own
         is_whole = self._num_given == len(self._text)
         self._boundaries = [0, len(before) if is_whole else 0]  # the last two places in the window where every character was complete
 
     def add(self, token_id: int) -> str:
         """The text that became certain; never a part of a character."""
         text = self._decode([*self._window, token_id])
+        self.num_settled = self._num_settled_by(text)
         if text == self._text and self._num_given and not text.endswith(_REPLACEMENT):
             return ""  # a skipped token; it would separate its neighbours
         self._window.append(token_id)
@@ -64,6 +66,12 @@ class IncrementalDecoder:
     def finish(self) -> str:
         """What was held back, without the bytes of a character that was never finished."""
         return self._give(len(self._text.rstrip(_REPLACEMENT)))
+
+    def _num_settled_by(self, text: str) -> int:
+        """How many replacement characters at the end of the window's text stay with a token more; the last character may be its own."""
+        new = text[self._num_given :]
+        num_kept = len(new) - len(new.lstrip(_REPLACEMENT))
+        return max(0, min(len(self._text) - self._num_given, num_kept, len(new) - 1))
 
     def _give(self, end: int) -> str:
         new = self._text[self._num_given : end]
@@ -154,6 +162,7 @@ class Detokenizer:
         self.num_tokens = 0  # taken, up to the one that completed a stop string
         self.num_characters = 0  # released
         self.num_decoded = 0  # characters released or held
+        self.start = 0  # characters of the text before the last token's; the same for all tokens of one character
         self.stop_string: str | None = None  # the one that was found; further tokens are ignored
 
     @property
@@ -165,7 +174,9 @@ class Detokenizer:
         if self.is_stopped:
             return ""
         self.num_tokens += 1
-        return self._search(self._decoder.add(token_id))
+        added = self._decoder.add(token_id)
+        self.start = self.num_decoded + self._decoder.num_settled
+        return self._search(added)
 
     def finish(self) -> str:
         """What was held back, unless a stop string was found."""

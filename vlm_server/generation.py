@@ -149,7 +149,9 @@ class Answer:
     def _delta(self, text: str, events: list[Event], released: list[_PendingLogprobs]) -> Delta:
         """With the tokens that were generated since the last one."""
         logprobs = [pending.token for pending in released] if self.params.logprobs is not None else None
-        delta = Delta(self.index, text, logprobs, self.reported_reason, merged(events), [pending.start for pending in released])
+        num_decoded = self._detokenizer.num_decoded  # without the bytes at an answer's end that are no character
+        offsets = [min(pending.start, num_decoded) for pending in released]
+        delta = Delta(self.index, text, logprobs, self.reported_reason, merged(events), offsets)
         delta.stop_string = self._detokenizer.stop_string
         delta.token_ids = self.token_ids[self._num_given :]
         if self.params.logprobs is not None:
@@ -181,18 +183,38 @@ class Answer:
         is_end_token = step.finish_reason is FinishReason.STOP and place == len(step.token_ids) - 1
         if is_end_token and not self._includes_stop:
             return ""
-        start = self._detokenizer.num_decoded
+        start_before, num_before = self._detokenizer.start, self._detokenizer.num_decoded
+        text = self._detokenizer.add(step.token_ids[place])
+        start = self._detokenizer.start
         if self._parser is not None and self._parser.counts_reasoning:
             self._starts.append(start)
-        text = self._detokenizer.add(step.token_ids[place])
         if step.logprobs is not None:
             self._pending.append(_PendingLogprobs(step.logprobs[place], start))
-        if self._pending and self._detokenizer.num_decoded > start:
-            for pending in reversed(self._pending):
-                if pending.end is not None:
-                    break
-                pending.end = self._detokenizer.num_decoded
+        if start < start_before:
+            self._lower_starts(start)
+        if self._detokenizer.num_decoded > num_before:
+            self._set_ends(start)
         return text
+
+    def _lower_starts(self, start: int) -> None:
+        """Tokens that looked like characters of their own, and are bytes of one that began before them, begin there too."""
+        for place in range(len(self._starts) - 1, -1, -1):
+            if self._starts[place] < start:
+                break
+            self._starts[place] = start
+        for pending in reversed(self._pending):
+            if pending.start < start:
+                break
+            pending.start = start
+
+    def _set_ends(self, start: int) -> None:
+        """The tokens whose text is decoded now end where the last one begins, at `start`, or with it."""
+        num_decoded = self._detokenizer.num_decoded
+        for pending in reversed(self._pending):
+            if pending.end is not None:
+                break
+            if pending.start < num_decoded:
+                pending.end = start if pending.start < start else num_decoded
 
     def _released(self) -> list[_PendingLogprobs]:
         """The tokens whose text is out; at the end all but those of the stop string."""

@@ -300,7 +300,7 @@ class Pipeline:
         """The prompt for a text or token ids with pictures, without a template; where they stand, `picture_places` says.
 
         pictures: objects as `image_url` of a part, named by `params`. report: as for `chat_prompt`. Raises as that does, and
-        InvalidRequestError.
+        InvalidRequestError; a picture's error, too, where nothing is left without it.
         """
         marker, report, timings = new_marker(), report or PictureReport(), timings or StageTimings()
         refs: list[ImageRef] = []
@@ -311,13 +311,13 @@ class Pipeline:
         assert self.family is not None  # or its pictures would not be supported
         family, refs = self.family, held(refs, None, report)
         if not isinstance(text_or_ids, str):
-            return await self._ids_prompt(text_or_ids, refs, family, tenant, timings, report)
+            return _with_tokens(await self._ids_prompt(text_or_ids, refs, family, tenant, timings, report), report)
         text = text_or_ids
 
         async def write(left_out: Collection[int]) -> str:
             return text_with_placeholders(text, len(refs), family, guarded=partial(self._tokens.guarded, marker=marker), left_out=left_out)
 
-        return (await self._loaded_prompt(refs, write, marker, tenant, timings, report)).prompt
+        return _with_tokens((await self._loaded_prompt(refs, write, marker, tenant, timings, report)).prompt, report)
 
     def text_prompt(self, text_or_ids: str | Sequence[int], *, tenant: str = "") -> Prompt:
         """The prompt for a text, or for token ids, without a template. Blocks while a text is tokenized; may be called in any thread.
@@ -415,6 +415,13 @@ class Pipeline:
         as_input = partial(self._tokens.input_of, tenant=tenant)
         salt = self._tokens.salt(tenant)
         return await self._loading.load(refs, salt=salt, as_input=as_input, timings=timings, report=report, room=room)
+
+
+def _with_tokens(prompt: Prompt, report: PictureReport) -> Prompt:
+    """Raises the MediaError of a picture that was left out where it was all there was."""
+    if not prompt.token_ids and report.left_out:
+        raise report.left_out[0]
+    return prompt
 
 
 def _release(place: Reservation, loop: asyncio.AbstractEventLoop, work: "Future[Result]") -> None:

@@ -1,13 +1,15 @@
 """One answer from the engine's tokens to its events, with a real tokenizer whose markers are special tokens."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from engine.request import FinishReason, SamplingParams, StepOutput, TokenLogprobs
 from tests.tiny_models import make_tokenizer
+from tests.vlm_server.byte_tokenizer import ByteTokenizer
 from vlm_server.detokenizer import Detokenizer
-from vlm_server.generation import Answer, _PendingLogprobs
+from vlm_server.generation import Answer, FinishedAnswer, _PendingLogprobs
 from vlm_server.parsing.answer import AnswerParser
 from vlm_server.parsing.calls import CallReader
 from vlm_server.parsing.events import ArgumentPiece, CallBegun, CallEnded, Content, Event, Reasoning, merged
@@ -98,3 +100,59 @@ def test_every_piece_comes_with_the_token_that_completes_it() -> None:
             shown[type(event).__name__] = shown.get(type(event).__name__, "") + event.text
 
     assert shown == {"Reasoning": "Hm.", "Content": "Look at the quick brown fox"}
+
+
+class FallbackBytes(ByteTokenizer):
+    """Writes a replacement character for each byte of an unfinished character, as byte fallback does."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return bytes(token_ids).decode("utf-8", "surrogateescape").translate(dict.fromkeys(range(0xDC80, 0xDD00), "\ufffd"))
+
+
+def scored(answer: Answer, token_ids: Sequence[int], *, group: int = 1) -> tuple[str, list[int], list[int]]:
+    """The text, and of the reported tokens the ids and the offsets."""
+    finished = FinishedAnswer()
+    for start in range(0, len(token_ids), group):
+        ids = list(token_ids[start : start + group])
+        reason = FinishReason.LENGTH if start + group >= len(token_ids) else None
+        logprobs = [TokenLogprobs(token_id, -1.0, 1) for token_id in ids]
+        delta = answer.take(StepOutput(request_id="x", token_ids=ids, logprobs=logprobs, finish_reason=reason))
+        if delta is not None:
+            finished.add(delta)
+        if answer.finish_reason is not None:
+            break
+    return finished.text, [token.token_id for token in finished.logprobs or ()], finished.offsets
+
+
+@pytest.mark.parametrize("group", [1, 2, 7])
+@pytest.mark.parametrize(
+    ("data", "stops", "text", "offsets"),
+    [
+        (b"ab\xffcd", (), "ab\ufffdcd", [0, 1, 2, 3, 4]),
+        (b"ab\xffcd", ("c",), "ab\ufffd", [0, 1, 2]),
+        (b"ab\xff\xffcd", ("d",), "ab\ufffd\ufffdc", [0, 1, 2, 3, 4]),
+        (b"a\xff\xc3\xa9b", (), "a\ufffdéb", [0, 1, 2, 2, 3]),
+        (b"ab\xff\xff", (), "ab", [0, 1, 2, 2]),  # the text's end has no unfinished characters
+    ],
+)
+def test_a_token_behind_bytes_that_are_no_character_has_its_own_place(
+    data: bytes, stops: tuple[str, ...], text: str, offsets: list[int], group: int
+) -> None:
+    answer = Answer(0, SamplingParams(logprobs=0), Detokenizer(ByteTokenizer(), stops=stops), includes_stop=False)
+
+    assert scored(answer, data, group=group) == (text, list(data[: len(offsets)]), offsets)
+
+
+def test_the_bytes_of_one_character_begin_where_it_does() -> None:
+    answer = Answer(0, SamplingParams(logprobs=0), Detokenizer(FallbackBytes()), includes_stop=False)
+
+    assert scored(answer, "a好b".encode()) == ("a好b", list("a好b".encode()), [0, 1, 1, 1, 2])
+
+
+def test_bytes_that_are_no_character_bring_no_token_of_a_marker_into_the_reasoning() -> None:
+    parser = AnswerParser(reasoning=ReasoningReader(THINK, is_open=True))
+    answer = Answer(0, SamplingParams(logprobs=0), Detokenizer(ByteTokenizer()), includes_stop=False, parser=parser)
+
+    scored(answer, b"Hm\xff</think>Yes")
+
+    assert answer.num_reasoning_tokens == 3

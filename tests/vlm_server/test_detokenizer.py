@@ -27,6 +27,20 @@ def test_the_pieces_together_equal_the_decoded_whole_up_to_an_unfinished_charact
     assert whole[len(text) :].strip("\ufffd") == ""  # the last character may be unfinished
 
 
+@given(st.lists(st.sampled_from([0xFF, 0xE4, 0xBD, 0xA0, 0xF0, 0x9F, 0x41, 0x42]), max_size=16))
+@settings(max_examples=400)
+def test_a_token_begins_behind_the_garbage_before_it(token_ids: list[int]) -> None:
+    """Of single bytes, which Python replaces by whole invalid sequences."""
+    detokenizer = Detokenizer(TOKENIZER)
+
+    starts = []
+    for token_id in token_ids:
+        detokenizer.add(token_id)
+        starts.append(detokenizer.start)
+
+    assert starts == [len(TOKENIZER.decode(token_ids[: end + 1])) - 1 for end in range(len(token_ids))]
+
+
 @given(st.text(max_size=60))
 def test_no_piece_of_valid_text_holds_a_cut_character(text: str) -> None:
     decoder = IncrementalDecoder(TOKENIZER)

@@ -205,6 +205,20 @@ async def test_pictures_that_stand_before_the_text_are_fewer_then(as_ids: bool, 
     assert_same(made, await pipeline.picture_prompt(prompt, IMAGES[::2], params=FIELDS[::2]))
 
 
+@pytest.mark.parametrize("as_ids", [False, True], ids=["text", "ids"])
+@pytest.mark.parametrize("has_placeholder", [False, True])
+async def test_a_picture_that_was_all_there_was_is_not_left_out(as_ids: bool, has_placeholder: bool, pipelines: Any) -> None:
+    """The prompt would be empty, which the client did not send."""
+    pipeline = pipelines("qwen2_vl")
+    text = pipeline.family.framed_placeholder if has_placeholder else ""
+    prompt = pipeline.tokenizer.encode(text) if as_ids else text
+
+    with pytest.raises(MediaError) as caught:
+        await pipeline.picture_prompt(prompt, [IMAGES[1]], params=["image_data"], report=PictureReport(may_fail=True))
+
+    assert (caught.value.code, caught.value.param) == ("image_decode_failed", "image_data")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_ids_that_hold_the_pictures_tokens_already_cannot_be_cut(name: str, pipelines: Any) -> None:
     """Nobody knows how many of the tokens were to be the lost picture's."""

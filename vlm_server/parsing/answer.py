@@ -16,6 +16,7 @@ class AnswerParser:
         self._calls = calls
         self._one_call = one_call
         self._ended_calls: list[bool] = []
+        self._num_fed = 0  # characters
         self.is_done = False  # what follows is not part of the answer
 
     @property
@@ -35,7 +36,8 @@ class AnswerParser:
         return reasoning.begin <= place and (reasoning.end is None or place < reasoning.end)
 
     def feed(self, text: str) -> list[Event]:
-        events = self._reasoning.feed(text) if self._reasoning is not None else [Content(text)] if text else []
+        place, self._num_fed = self._num_fed, self._num_fed + len(text)
+        events = self._reasoning.feed(text) if self._reasoning is not None else [Content(text, place)] if text else []
         return self._kept([called for event in events for called in self._called(event)])
 
     def finish(self) -> list[Event]:
@@ -44,7 +46,7 @@ class AnswerParser:
         return self._kept(called + (self._calls.finish() if self._calls is not None else []))
 
     def _called(self, event: Event) -> list[Event]:
-        return self._calls.feed(event.text) if self._calls is not None and isinstance(event, Content) else [event]
+        return self._calls.feed(event.text, event.place) if self._calls is not None and isinstance(event, Content) else [event]
 
     def _kept(self, events: list[Event]) -> list[Event]:
         kept: list[Event] = []

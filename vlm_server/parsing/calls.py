@@ -33,7 +33,9 @@ class CallReader(Scanner):
         super().__init__()
         self._names = frozenset(names)
         self._events: list[Event] = []
-        self._space = ""  # at the end of the content so far: the format's if a call follows
+        self._num_fed = 0  # characters
+        self._num_before = 0  # characters of the answer before what is fed, which is all of one piece
+        self._space: list[Event] = []  # at the end of the content so far: the format's if a call follows
         self._follows_call = False
         self._raw: list[str] = []  # accepted in this attempt and not handed out
         self._is_open = False
@@ -41,15 +43,18 @@ class CallReader(Scanner):
         self._owed: tuple[str, ...] = ()  # ends of a call that was handed out, and behind which other text came first
         self._reading = Reading(self, read(self))
 
-    def feed(self, text: str) -> list[Event]:
+    def feed(self, text: str, place: int | None = None) -> list[Event]:
+        """place: characters of the answer before the text; None: those that were fed."""
+        if place is not None:
+            self._num_before = place - self._num_fed
+        self._num_fed += len(text)
         self._reading.feed(text)
         return self._given()
 
     def finish(self) -> list[Event]:
         """What was held back. A call that was handed out and not ended is ended here, as incomplete."""
         self._reading.finish()
-        if self._space:
-            self._events.append(Content(self._space))
+        self._events += self._space
         return self._given()
 
     # --- for formats --------------------------------------------------------------------------------------------------------------
@@ -236,16 +241,19 @@ class CallReader(Scanner):
     # --- events -------------------------------------------------------------------------------------------------------------------
 
     def _give_content(self, text: str) -> None:
+        """Of text that ends where the reader is."""
+        end = self._num_before + self.num_taken
         if self._follows_call:
             text = text.lstrip()
         if not text:
             return
         self._follows_call = False
-        text = self._space + text
         shown = text.rstrip()
-        self._space = text[len(shown) :]
         if shown:
-            self._events.append(Content(shown))
+            self._events += [*self._space, Content(shown, end - len(text))]
+            self._space = []
+        if len(shown) < len(text):
+            self._space.append(Content(text[len(shown) :], end - len(text) + len(shown)))
 
     def _give_call(self, name: str, arguments: str) -> None:
         if name not in self._names or not arguments.startswith("{"):
@@ -256,7 +264,7 @@ class CallReader(Scanner):
 
     def _begin_call(self, name: str) -> None:
         self._raw.clear()
-        self._space = ""
+        self._space = []
         self._is_open = True
         self._num_calls += 1
         self._events.append(CallBegun(name))

@@ -1,12 +1,13 @@
 """What an answer's text turns out to be, in order: content, reasoning, and calls of functions with their arguments' JSON text."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
     text: str
+    place: int | None = field(default=None, compare=False)  # characters of the answer before it; None where nobody asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,12 @@ Event = Content | Reasoning | CallBegun | ArgumentPiece | CallEnded
 
 
 def merged(events: Iterable[Event]) -> list[Event]:
-    """The same events, neighbouring texts of one kind put together."""
+    """The same events, neighbouring texts of one kind put together; content only where nothing was left out in between."""
     result: list[Event] = []
     for event in events:
         last = result[-1] if result else None
-        if isinstance(event, Content) and isinstance(last, Content):
-            result[-1] = Content(last.text + event.text)
+        if isinstance(event, Content) and isinstance(last, Content) and _continues(event, last):
+            result[-1] = Content(last.text + event.text, last.place)
         elif isinstance(event, Reasoning) and isinstance(last, Reasoning):
             result[-1] = Reasoning(last.text + event.text)
         elif isinstance(event, ArgumentPiece) and isinstance(last, ArgumentPiece):
@@ -48,3 +49,7 @@ def merged(events: Iterable[Event]) -> list[Event]:
         else:
             result.append(event)
     return result
+
+
+def _continues(event: Content, last: Content) -> bool:
+    return event.place is None or last.place is None or event.place == last.place + len(last.text)

@@ -47,7 +47,8 @@ class ReasoningReader(Scanner):
         if self.begin is not None:
             yield from self._reasoning()
         while (yield from self.peek()):
-            self._events.append(Content(self.take_fed()))
+            place = self.num_taken
+            self._events.append(Content(self.take_fed(), place))
 
     def _opening(self) -> Steps[None]:
         num_blank = 0
@@ -58,7 +59,7 @@ class ReasoningReader(Scanner):
             self.take(len(self._format.opening))
             self.begin = self.num_taken
         elif blank:
-            self._events.append(Content(blank))
+            self._events.append(Content(blank, 0))
 
     def _reasoning(self) -> Steps[None]:
         yield from self._skip_line_ends()

@@ -23,6 +23,7 @@ class _OpenItem:
     index: int
     texts: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    end: int = 0  # characters of the answer up to the end of its text, where it is a message
 
     @property
     def kind(self) -> str:
@@ -85,9 +86,9 @@ class OutputWriter:
         """Of all messages."""
         return "".join(part["text"] for item in self.items if item["type"] == "message" for part in item["content"])
 
-    def write(self, events: Sequence[Event], logprobs: Sequence[dict[str, Any]] = ()) -> list[Chunk]:
-        """logprobs: of the tokens whose text is in the events, or is still held back."""
-        self._tokens.add(logprobs)
+    def write(self, events: Sequence[Event], logprobs: Sequence[dict[str, Any]] = (), offsets: Sequence[int] = ()) -> list[Chunk]:
+        """logprobs: of the tokens whose text is in the events or before them, or is still held back. offsets: see `Delta`."""
+        self._tokens.add(logprobs, offsets)
         return [chunk for event in events for chunk in self._write(event)]
 
     def finish(self, *, is_cut: bool) -> list[Chunk]:
@@ -97,24 +98,29 @@ class OutputWriter:
 
     def _write(self, event: Event) -> list[Chunk]:
         match event:
-            case Content(text):
-                return self._add_text("message", text, role="assistant", content=[])
+            case Content(text, place):
+                return self._add_content(text, place or 0)
             case Reasoning(text):
-                return self._add_text("reasoning", text, summary=[], content=[])
+                return [*self._begin_unless_open("reasoning", summary=[], content=[]), self._added(text)]
             case CallBegun(name):
                 return self._begin("function_call", call_id=self._new_id("call"), name=name, arguments="")
             case ArgumentPiece(text):
-                self._tokens.take(text)
-                assert self._open is not None, "arguments without a call"
-                return [self._open.added(text, [])]
+                return [self._added(text)]
             case CallEnded(is_complete):
                 return self._end("completed" if is_complete else "incomplete")
 
-    def _add_text(self, kind: str, text: str, **fields: Any) -> list[Chunk]:
-        logprobs = self._tokens.take(text)
-        chunks = [] if self._open is not None and self._open.kind == kind else self._begin(kind, **fields)
+    def _add_content(self, text: str, place: int) -> list[Chunk]:
+        chunks = self._begin_unless_open("message", role="assistant", content=[])
         assert self._open is not None
-        return [*chunks, self._open.added(text, logprobs if kind == "message" else [])]
+        self._open.end = place + len(text)
+        return [*chunks, self._added(text, self._tokens.take(place, self._open.end))]
+
+    def _added(self, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> Chunk:
+        assert self._open is not None, "text without an item"
+        return self._open.added(text, list(logprobs))
+
+    def _begin_unless_open(self, kind: str, **fields: Any) -> list[Chunk]:
+        return [] if self._open is not None and self._open.kind == kind else self._begin(kind, **fields)
 
     def _begin(self, kind: str, **fields: Any) -> list[Chunk]:
         chunks = self._end("completed")
@@ -125,4 +131,6 @@ class OutputWriter:
 
     def _end(self, status: str) -> list[Chunk]:
         ended, self._open = self._open, None
+        if ended is not None and ended.kind == "message":  # a token that may have held a stop string's beginning came after its text
+            ended.logprobs += self._tokens.take(0, ended.end)
         return ended.ended(status) if ended is not None else []

@@ -57,7 +57,7 @@ class ResponseShape:
     def chunks(self, delta: Delta) -> list[Chunk]:
         self._finish_reason = delta.finish_reason
         logprobs: Any = chat_logprobs(delta.logprobs, self._tokenizer)["content"] if delta.logprobs is not None else []
-        return self._numbered(self._writer.write(delta.events, logprobs))
+        return self._numbered(self._writer.write(delta.events, logprobs, delta.offsets if logprobs else ()))
 
     def last_chunks(self, usage: Usage) -> list[Chunk]:
         final = self.final or self.finish(usage)
@@ -77,7 +77,7 @@ class ResponseShape:
 
     def response(self, answers: list[FinishedAnswer], usage: Usage) -> dict[str, Any]:
         [answer] = answers
-        self.chunks(Delta(0, answer.text, answer.logprobs, answer.finish_reason, answer.events))
+        self.chunks(Delta(0, answer.text, answer.logprobs, answer.finish_reason, answer.events, answer.offsets))
         return self.finish(usage)
 
     def finish(self, usage: Usage) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Which tokens' log probabilities belong to a piece of text, where the text is given in pieces and markers between them are left out."""
+"""Which tokens' log probabilities belong to a piece of text, by the places of both in the answer."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,50 +8,33 @@ Entry = dict[str, Any]  # of a token: its text's `bytes`, and what is known of i
 
 
 class TokenTexts:
-    """Tokens in their order, each until its text, or text behind it, is taken."""
+    """Tokens in their order, each until its text, or text behind it, is taken. Places are in characters of the answer."""
 
     def __init__(self) -> None:
-        self._entries: list[Entry] = []
-        self._rest = b""  # of the last token that was taken: its text behind the piece that it was taken with
+        self._entries: deque[tuple[int, Entry]] = deque()  # each with the place where it begins
 
-    def add(self, entries: Sequence[Entry]) -> None:
-        self._entries += entries
+    def add(self, entries: Sequence[Entry], starts: Sequence[int]) -> None:
+        self._entries.extend(zip(starts, entries, strict=True))
 
-    def take(self, text: str) -> list[Entry]:
-        """The tokens of `text`; those before it are dropped, as they were markers or blanks. All that wait where none has the text."""
-        wanted = self._behind_rest(text.encode("utf-8", "surrogatepass"))
-        if not wanted:
-            return []
-        starts = self._starts()
-        begin = self._find(wanted, starts)
-        if begin is None:
-            taken, self._entries = self._entries, []
-            return taken
-        end = begin + len(wanted)
-        first = max(index for index, start in enumerate(starts[:-1]) if start <= begin)
-        after = next(index for index, start in enumerate(starts) if start >= end)
-        taken, self._entries = self._entries[first:after], self._entries[after:]
-        self._rest = bytes(taken[-1]["bytes"])[len(taken[-1]["bytes"]) - (starts[after] - end) :]
+    def take(self, begin: int, end: int) -> list[Entry]:
+        """The tokens of the text from `begin` to before `end`; those before it are dropped, as they were markers or blanks.
+
+        A token that reaches into the text belongs to it, unless it was taken already; so do tokens without text within it.
+        """
+        first = self._first_start(begin)
+        while self._entries and self._entries[0][0] < first:
+            self._entries.popleft()
+        taken: list[Entry] = []
+        while self._entries and self._entries[0][0] < end:
+            taken.append(self._entries.popleft()[1])
         return taken
 
-    def _behind_rest(self, wanted: bytes) -> bytes:
-        """What is wanted of tokens that were not taken yet."""
-        num_known = len(self._rest) if wanted.startswith(self._rest) else len(wanted) if self._rest.startswith(wanted) else 0
-        self._rest = self._rest[num_known:] if num_known else b""
-        return wanted[num_known:]
-
-    def _starts(self) -> list[int]:
-        """Where each token begins, and where the last one ends."""
-        starts = [0]
-        for entry in self._entries:
-            starts.append(starts[-1] + len(entry["bytes"]))
-        return starts
-
-    def _find(self, wanted: bytes, starts: list[int]) -> int | None:
-        """Where the text begins: at a token's beginning if it can be, so that a letter is not found inside a marker."""
-        data = b"".join(bytes(entry["bytes"]) for entry in self._entries)
-        for start in starts:
-            if data.startswith(wanted, start):
-                return start
-        place = data.find(wanted)
-        return place if place >= 0 else None
+    def _first_start(self, begin: int) -> int:
+        """Where the first token begins that has text behind `begin`."""
+        first = begin
+        for start, entry in self._entries:
+            if start > begin:
+                break
+            num_characters = len(bytes(entry["bytes"]).decode("utf-8", "replace"))
+            first = start if start + num_characters > begin else begin
+        return first

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.vlm_server.parsing.texts import FORMATS, MARKERS, NAMES, at_any_speed, cuttings, events_of, written
+from tests.vlm_server.parsing.texts import FORMATS, MARKERS, NAMES, Call, at_any_speed, broken_texts, calls, cuttings, events_of, written
 from vlm_server.parsing.answer import AnswerParser
 from vlm_server.parsing.calls import CallReader
 from vlm_server.parsing.events import Content, Event, Reasoning, merged
@@ -42,6 +42,25 @@ def test_reasoning_comes_before_calls_and_holds_none(format_name: str) -> None:
 @given(pieces=cuttings(st.lists(st.sampled_from([*MARKERS, "<think>", "</think>", "\n", '{"name": "f"}', "x"]), max_size=12).map("".join)))
 def test_no_cutting_changes_what_an_answer_is(format_name: str, pieces: list[str]) -> None:
     assert read(parser(format_name), pieces) == read(parser(format_name), ["".join(pieces)])
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("has_reasoning", [True, False])
+@at_any_speed
+@given(text=broken_texts, opening=st.sampled_from(["", "<think>", "\n<think>\nHm\n</think>\n\n"]), calls=calls)
+def test_content_knows_where_in_the_answer_it_stands(
+    format_name: str, has_reasoning: bool, text: str, opening: str, calls: list[Call]
+) -> None:
+    answer = opening + text[: len(text) // 2] + written(format_name, calls) + text[len(text) // 2 :]
+    reader = parser(format_name) if has_reasoning else AnswerParser(calls=CallReader(TOOL_FORMATS[format_name].read, NAMES))
+
+    end = 0
+    for event in read(reader, list(answer)):
+        if isinstance(event, Content):
+            assert event.place is not None
+            assert event.place >= end
+            end = event.place + len(event.text)
+            assert answer[event.place : end] == event.text
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

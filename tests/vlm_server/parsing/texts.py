@@ -56,10 +56,10 @@ def events_of(calls: Sequence[Call]) -> list[Event]:
 
 
 def read(format_name: str, pieces: Iterable[str], *, names: Iterable[str] = NAMES) -> list[Event]:
-    """All events of a text that comes in pieces, neighbours merged."""
+    """All events of a text that comes in pieces, neighbours merged wherever they stood."""
     reader = CallReader(TOOL_FORMATS[format_name].read, list(names))
     events = [event for piece in pieces for event in reader.feed(piece)]
-    return merged(events + reader.finish())
+    return merged(Content(event.text) if isinstance(event, Content) else event for event in events + reader.finish())
 
 
 def content_of(events: Iterable[Event]) -> str:

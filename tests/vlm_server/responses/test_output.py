@@ -1,16 +1,24 @@
 """Output items and their events: folded as a client folds them, the events are the items; log probabilities find their text."""
 
 import itertools
+from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.request import InvalidRequestError, QueueFullError
+from engine.request import FinishReason, InvalidRequestError, QueueFullError, SamplingParams, StepOutput, TokenLogprobs
+from tests.vlm_server.byte_tokenizer import BOS, FIRST_PIECE, VOCAB_SIZE, ByteTokenizer
+from vlm_server.detokenizer import Detokenizer
 from vlm_server.errors import ApiError, to_api_error
-from vlm_server.generation import Delta, FinishedAnswer, Usage
+from vlm_server.generation import Answer, Delta, FinishedAnswer, Usage
+from vlm_server.parsing.answer import AnswerParser
+from vlm_server.parsing.calls import CallReader
 from vlm_server.parsing.events import ArgumentPiece, CallBegun, CallEnded, Content, Event, Reasoning, merged
+from vlm_server.parsing.reasoning import REASONING_FORMATS, ReasoningReader
+from vlm_server.parsing.tool_formats import TOOL_FORMATS
 from vlm_server.responses.field_paths import FieldPaths
 from vlm_server.responses.items import ITEMS
 from vlm_server.responses.output import OutputWriter
@@ -34,7 +42,7 @@ EVENTS = st.lists(calls() | TEXTS.map(lambda text: [Content(text)]) | TEXTS.map(
 
 
 def shape() -> ResponseShape:
-    return ResponseShape({"id": "resp_1", "output": [], "status": "in_progress"}, None, paths=FieldPaths({}))  # type: ignore[arg-type]
+    return ResponseShape({"id": "resp_1", "output": [], "status": "in_progress"}, ByteTokenizer(), paths=FieldPaths({}))
 
 
 def streamed(events: list[Event], cuts: list[bool], finish_reason: str) -> list[dict[str, Any]]:
@@ -154,47 +162,117 @@ def test_a_call_that_has_ended_stays_complete_in_a_failed_response() -> None:
     assert [item["status"] for item in failed["response"]["output"]] == ["completed"]
 
 
-def token(text: str) -> dict[str, Any]:
-    return {"bytes": list(text.encode())}
+def placed(pieces: list[str]) -> TokenTexts:
+    """A token for each of the pieces of an answer."""
+    tokens = TokenTexts()
+    starts = [0, *itertools.accumulate(map(len, pieces))]
+    tokens.add([{"bytes": list(piece.encode())} for piece in pieces], starts[: len(pieces)])
+    return tokens
 
 
-def taken(tokens: TokenTexts, text: str) -> str:
-    return b"".join(bytes(entry["bytes"]) for entry in tokens.take(text)).decode()
+def taken(tokens: TokenTexts, begin: int, end: int) -> str:
+    return b"".join(bytes(entry["bytes"]) for entry in tokens.take(begin, end)).decode()
 
 
 @given(pieces=st.lists(st.text(min_size=1, max_size=3), max_size=6), cuts=st.lists(st.integers(1, 5), max_size=10))
 def test_of_text_alone_every_token_is_taken_once(pieces: list[str], cuts: list[int]) -> None:
-    text = "".join(pieces)
-    tokens, taken_entries, place = TokenTexts(), [], 0
-    tokens.add([token(piece) for piece in pieces])
+    tokens = placed(pieces)
+    places = [0, *itertools.accumulate(cuts), len("".join(pieces)) + sum(cuts)]
 
-    for cut in cuts:
-        taken_entries += tokens.take(text[place : place + cut])
-        place += cut
-    taken_entries += tokens.take(text[place:])
+    taken_texts = [taken(tokens, begin, end) for begin, end in itertools.pairwise(places)]
 
-    assert [bytes(entry["bytes"]).decode() for entry in taken_entries if entry["bytes"]] == pieces
+    assert "".join(taken_texts) == "".join(pieces)
 
 
 def test_tokens_of_markers_and_blanks_belong_to_nothing() -> None:
-    tokens = TokenTexts()
-    tokens.add([token(piece) for piece in ("<think>", "\n", "th", "ink", "\n", "</think>", "\n\n", "th", "e", " end")])
+    tokens = placed(["<think>", "\n", "th", "ink", "</think>", "\n\n", "th", "e", " end"])
 
-    assert taken(tokens, "think") == "think"
-    assert taken(tokens, "the") == "the"
-    assert taken(tokens, " end") == " end"
+    assert taken(tokens, 8, 13) == "think"
+    assert taken(tokens, 23, 26) == "the"
+    assert taken(tokens, 26, 30) == " end"
 
 
 def test_a_token_that_begins_with_a_blank_the_text_lacks_is_the_texts() -> None:
-    tokens = TokenTexts()
-    tokens.add([token(" Hel"), token("lo")])
-
-    assert taken(tokens, "Hello") == " Hello"
+    assert taken(placed(["\n", " Hel", "lo"]), 2, 7) == " Hello"
 
 
-def test_where_no_token_has_the_text_all_that_wait_are_taken() -> None:
-    tokens = TokenTexts()
-    tokens.add([{"bytes": [0xE4]}, token("a")])
+def test_a_marker_is_not_taken_for_a_token_that_comes_after_its_text() -> None:
+    assert taken(placed(["</think>", "\n"]), 9, 12) == ""
 
-    assert len(tokens.take("\ufffda")) == 2
-    assert tokens.take("x") == []
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>'
+TEXTS_OF_ANSWERS = ("<think>", "</think>", "\n", " \n", CALL, "tall </", "<tool_call>\n{", "é", "\ufffd", "{e}")
+ANSWER_PARTS = [*map(str.encode, TEXTS_OF_ANSWERS), b"\xff", b"\xe4\xbd"]
+
+
+def scripted(random: Random) -> list[int]:
+    """An answer's tokens: markers, calls, bytes that are no character, hidden tokens, and pieces whose borders cut characters."""
+    parts = [*map(list, ANSWER_PARTS), [BOS], [random.randrange(FIRST_PIECE, VOCAB_SIZE)]]
+    return [token_id for _ in range(random.randrange(1, 8)) for token_id in random.choice(parts)]
+
+
+def answered(token_ids: list[int], *, group: int, stops: Sequence[str] = ()) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The output of a stream and of a whole response, without ids; the engine's steps have `group` tokens."""
+    parser = AnswerParser(
+        reasoning=ReasoningReader(REASONING_FORMATS["think"], is_open=False), calls=CallReader(TOOL_FORMATS["hermes"].read, ["f"])
+    )
+    answer = Answer(0, SamplingParams(logprobs=0), Detokenizer(ByteTokenizer(), stops=stops), includes_stop=False, parser=parser)
+    streamed, whole, finished = shape(), shape(), FinishedAnswer()
+    for start in range(0, len(token_ids), group):
+        ids = token_ids[start : start + group]
+        reason = FinishReason.LENGTH if start + group >= len(token_ids) else None
+        logprobs = [TokenLogprobs(token_id, -1.0, 1) for token_id in ids]
+        delta = answer.take(StepOutput(request_id="x", token_ids=ids, logprobs=logprobs, finish_reason=reason))
+        if delta is not None:
+            finished.add(delta)
+            streamed.chunks(delta)
+        if answer.finish_reason is not None:
+            break
+    responses = streamed.finish(USAGE), whole.response([finished], USAGE)
+    stream_output, whole_output = (without_ids(response)["output"] for response in responses)
+    return stream_output, whole_output
+
+
+def messages(output: list[dict[str, Any]]) -> list[tuple[str, bytes]]:
+    """Each with the bytes of its tokens."""
+    parts = [part for item in output if item["type"] == "message" for part in item["content"]]
+    return [(part["text"], b"".join(bytes(entry["bytes"]) for entry in part["logprobs"])) for part in parts]
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_whole_answers_logprobs_are_its_streams(seed: int) -> None:
+    random = Random(seed)
+    token_ids, stops = scripted(random), random.choice([(), ("ll", "é<")])
+
+    streamed, whole = answered(token_ids, group=1, stops=stops)
+
+    assert streamed == whole
+    assert answered(token_ids, group=random.choice([2, 7, 1000]), stops=stops) == (whole, whole)
+    if all(token_id < BOS for token_id in token_ids):
+        assert all(data.decode("utf-8", "replace") == text for text, data in messages(whole))
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "expected"),
+    [
+        ([*b"<think>hm\xff ok</think>Yes"], [("Yes", b"Yes")]),
+        ([*b"<think>hm", BOS, *b" ok</think>Yes"], [("Yes", b"Yes")]),
+        ([*b"<think>hm</think>think <b>"], [("think <b>", b"think <b>")]),  # as a marker's letters
+        ([*b"Yes\xff.", *CALL.encode()], [("Yes\ufffd.", b"Yes\xff.")]),
+        ([*CALL.encode(), *b'{"a"'], [('{"a"', b'{"a"')]),
+        ([*b"Yes", BOS, *b" no"], [("Yes no", b"Yes<s> no")]),
+    ],
+)
+def test_tokens_are_those_of_the_messages_text(token_ids: list[int], expected: list[tuple[str, bytes]]) -> None:
+    streamed, whole = answered(token_ids, group=1)
+
+    assert messages(streamed) == messages(whole) == expected
+
+
+def test_a_token_that_came_after_its_text_is_in_its_message() -> None:
+    """It ended in what might have been, and was, the beginning of a stop string."""
+    token_ids = [*b"A", FIRST_PIECE, *b"!"]
+
+    streamed, whole = answered(token_ids, group=1, stops=("he!",))
+
+    assert messages(streamed) == messages(whole) == [("A t", b"A the")]
