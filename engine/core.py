@@ -190,7 +190,7 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Raises RankDeadError where another rank has ended: no step could be computed any more."""
+        """Raises RankDeadError where another rank has ended, or waits in a step that failed: no step could be computed any more."""
         self.ranks.check()
 
     def close(self) -> None:
@@ -235,7 +235,10 @@ class Engine:
             raise InvalidRequestError("grammars cannot be followed: the engine was not told its vocabulary")
 
     def _compute(self, plan: Plan) -> tuple[list[StepOutput], float]:
-        """Execute and commit a plan; seconds of tensor work. Out of memory ends the request with the largest chunk and nothing else."""
+        """Execute and commit a plan; seconds of tensor work. Out of memory ends the request with the largest chunk and nothing else.
+
+        With tensor-parallel ranks it ends the engine too, where it comes before the sampling: `check` says so after the step.
+        """
         started = time.perf_counter()
         try:
             sampled, reasons = self._execute(plan)
