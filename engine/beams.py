@@ -189,7 +189,7 @@ class Beams:
             del self._search_of[beam_id]
         del self._searches[request.request_id]
         self.scheduler.unreserve(request.request_id)
-        self.scheduler.num_output_tokens += len(output.token_ids)
+        self.scheduler.num_output_tokens += 0 if request.prompt.is_probe else len(output.token_ids)
         return StepOutput(
             request_id=request.request_id,
             token_ids=output.token_ids,

@@ -58,6 +58,7 @@ class Engine:
         self.beams = Beams(self.scheduler, self.runner.eos_token_ids)
         self.embeddings = EmbeddingCache(config.embedding_cache_bytes)
         self.encoding: Encoding | None = None
+        self._encoded_alone: set[bytes] = set()  # content hashes of pictures whose batch failed: one of them may be why
         self.announced = AnnouncedImages()
         self.guides = Guides(vocab_size=self.runner.vocab_size, eos_token_ids=self.runner.eos_token_ids)
         self._compiling: dict[str, Future[None]] = {}  # held requests and what they wait for
@@ -190,7 +191,7 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Raises RankDeadError where another rank has ended: no step could be computed any more."""
+        """Raises RankDeadError where another rank has ended, or waits in a step that failed: no step could be computed any more."""
         self.ranks.check()
 
     def close(self) -> None:
@@ -235,7 +236,10 @@ class Engine:
             raise InvalidRequestError("grammars cannot be followed: the engine was not told its vocabulary")
 
     def _compute(self, plan: Plan) -> tuple[list[StepOutput], float]:
-        """Execute and commit a plan; seconds of tensor work. Out of memory ends the request with the largest chunk and nothing else."""
+        """Execute and commit a plan; seconds of tensor work. Out of memory ends the request with the largest chunk and nothing else.
+
+        With tensor-parallel ranks it ends the engine too, where it comes before the sampling: `check` says so after the step.
+        """
         started = time.perf_counter()
         try:
             sampled, reasons = self._execute(plan)
@@ -371,8 +375,12 @@ class Engine:
             self.scheduler.encoding_begun()
         else:
             needed = self._images_announced()
-        batch = choose_batch(encoder, needed, max_pixels=self.runner.part_pixels) if needed else []
-        return Encoding(encoder, batch, self.runner.device) if batch else None
+        if not needed:
+            return None
+        if needed[0].content_hash in self._encoded_alone:
+            return Encoding(encoder, needed[:1], self.runner.device)
+        needed = [image for image in needed if image.content_hash not in self._encoded_alone]
+        return Encoding(encoder, choose_batch(encoder, needed, max_pixels=self.runner.part_pixels), self.runner.device)
 
     @property
     def _has_pictures_to_encode(self) -> bool:
@@ -387,8 +395,14 @@ class Engine:
         return [] if self.embeddings.is_over_limit else self.announced.needed()
 
     def _finish_encoding(self) -> list[StepOutput]:
+        """Requests that fail with a picture: one that was encoded alone. Those of a batch that failed are encoded one by one."""
         encoding, self.encoding = self.encoding, None
         assert encoding is not None
+        content_hashes = {image.content_hash for image in encoding.images}
+        if encoding.result is None and len(content_hashes) > 1:
+            self._encoded_alone = content_hashes.union(filter(self.scheduler.requests_with_image, self._encoded_alone))
+            return []
+        self._encoded_alone -= content_hashes
         if encoding.result is None:
             for image in encoding.images:
                 self.announced.tried(image.content_hash)
@@ -401,7 +415,7 @@ class Engine:
             self.scheduler.image_ready(image.content_hash)
         for request_id in self._requests_with(encoding):
             self.clock.encoded(request_id)
-        num_images = len({image.content_hash for image in encoding.images} - self._probe_images())
+        num_images = len(content_hashes - self._probe_images())
         self._own = replace(self._own, num_images_encoded=self._own.num_images_encoded + num_images)
         self._shrink_embeddings()
         return []

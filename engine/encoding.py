@@ -110,7 +110,7 @@ class Encoding:
             self.result = self._encode()
         except Exception as error:  # one picture's batch fails, not the engine
             logger.exception("the vision encoder failed")
-            self.error = error
+            self.error = error.with_traceback(None)  # whose frames hold the batch's tensors, and this
         finally:
             for hook in hooks:
                 hook.remove()

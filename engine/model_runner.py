@@ -78,6 +78,7 @@ class ModelRunner:
             device=self.device,
         )
         self.attention: AttentionBackend = TorchAttention(caches, config.cache_block_seq_len)
+        self._block_copies: tuple[tuple[tuple[int, int], ...], ...] = ()  # plans' that are still to be made
         self._warm_up()
 
     @property
@@ -93,8 +94,9 @@ class ModelRunner:
         """Compute a plan's chunks.
 
         embeddings: by content hash (num_image_tokens, hidden_size), of every picture that the plan's pieces name; used on rank 0 only.
+        Raises torch.OutOfMemoryError; the plan's block copies are made then or before the next plan's, since no later plan names them.
         """
-        self.attention.copy_blocks(plan.block_copies)
+        self._copy_blocks(plan)
         batch = build_batch(plan, block_size=self.config.cache_block_seq_len, device=self.device)
         self.attention.prepare(batch)
         hidden = self.decoder.embed(batch.token_ids)
@@ -104,6 +106,13 @@ class ModelRunner:
         readings = read_chunks(batch, hidden, self.decoder.logits)
         logits = self.decoder.logits(hidden[batch.sample_rows]) if batch.sample_ids else None
         return Executed(batch.sample_ids, None if logits is None else logits.float(), readings)
+
+    def _copy_blocks(self, plan: Plan) -> None:
+        """Each plan's apart and in order: a later one may copy what an earlier one did. Not again, since the plan writes into them."""
+        self._block_copies += (plan.block_copies,)
+        while self._block_copies:
+            self.attention.copy_blocks(self._block_copies[0])
+            self._block_copies = self._block_copies[1:]
 
     def _merge_images(self, hidden: Tensor, batch: Batch, embeddings: Mapping[bytes, Tensor]) -> Tensor:
         """hidden, its image rows overwritten: rank 0 has the embeddings and gives the rows to the others."""

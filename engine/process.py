@@ -57,6 +57,7 @@ class EngineLoop:
                 outputs = self.engine.step()
                 if outputs:
                     self.outbox.send(Outputs(outputs))
+                self.engine.check()  # not only after the next message
 
     def _read(self) -> None:
         """Handle all messages that are there; wait for one when there is nothing to do."""

@@ -99,7 +99,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Let a request wait. Raises PromptTooLongError, InvalidRequestError or QueueFullError."""
-        if request.request_id in self.requests:
+        if request.request_id in self.requests or request.request_id in self._searches:
             raise InvalidRequestError(f"request_id: {request.request_id!r} is in use, only a new one is allowed")
         validate(request, self.session_len)
         if len(self._waiting) >= self.config.max_waiting and not self._is_first_of_its_tenant(request):
@@ -241,7 +241,9 @@ class Scheduler:
         self._prefill_budget = max_prefill_tokens or self.config.max_prefill_token_num
         self._shares.begin(self._first_wants(), self._preempt)
         chunks, copies = self._schedule_decodes()
-        return Plan((*chunks, *self._schedule_prefill()), tuple(copies))
+        plan = Plan((*chunks, *self._schedule_prefill()), tuple(copies))
+        self._shares.end()
+        return plan
 
     def commit(self, plan: Plan, sampled: Mapping[str, SampledToken]) -> list[StepOutput]:
         """Advance the plan's requests, publish their full blocks, append the sampled tokens and end what is finished.
@@ -588,6 +590,8 @@ class Scheduler:
             self._running.remove(row)
         elif row in self._waiting:  # else it was set aside
             self._waiting.remove(row)
+        if row is self._short:
+            self._short = None
         self._searches.remove_row(row)
         self._release(row)
         row.request.status = RequestStatus.FINISHED

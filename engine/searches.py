@@ -29,6 +29,10 @@ class Searches:
     def __init__(self) -> None:
         self._searches: dict[str, _Search] = {}
 
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request's search goes on, also where its own row was dropped."""
+        return request_id in self._searches
+
     def begin(self, row: Row, num_beams: int) -> None:
         """A request's own row, which waits."""
         row.search_id = row.request.request_id

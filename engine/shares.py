@@ -38,7 +38,7 @@ class Want:
 
 
 class Shares:
-    """Who lets whom pass, for one scheduler. `begin` opens each of its steps."""
+    """Who lets whom pass, for one scheduler. `begin` and `end` enclose each of its steps."""
 
     def __init__(self, max_batch_size: int, blocks: BlockManager, running: Sequence[Row], searches: Searches) -> None:
         """running: the scheduler's own list, in order."""
@@ -85,6 +85,10 @@ class Shares:
                     preempt(row)
                 self._promised.append(want)
                 num_rows, num_blocks = num_rows + want.num_rows, num_blocks + want.num_blocks
+
+    def end(self) -> None:
+        """Keeps no rows, whose requests may end before the next step."""
+        self._wants, self._promised = (), []
 
     def gives_way(self, row: Row) -> bool:
         """Whether a waiting row lets others pass: beyond its tenant's share all of them, before it whoever holds nothing yet."""

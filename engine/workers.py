@@ -2,7 +2,7 @@
 
 Plans travel as plain messages over private sockets, tensors through gloo (CPU) or nccl (CUDA). The ranks meet through a file in a private
 folder and gloo stays on loopback: nothing listens on another interface. A rank whose rank 0 is gone ends; a dead rank is noticed between
-steps, or makes a collective fail, and either ends the engine process.
+steps, or makes a collective fail, and either ends the engine process. So does a rank that runs out of memory within a step.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ EXIT_TIMEOUT_S = 10
 
 
 class RankDeadError(Exception):
-    """A rank ended by itself, or was killed."""
+    """A rank ended by itself, was killed, or does not compute what the others do: the engine cannot go on."""
 
 
 class Ranks:
@@ -47,6 +47,7 @@ class Ranks:
         self._channels: list[Channel] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._folder: str | None = None
+        self._is_out_of_step = False
         try:
             group = self._start_others(config) if config.tp > 1 else ParallelGroup()
             self.runner = ModelRunner(config, group, on_progress=on_progress)
@@ -55,16 +56,30 @@ class Ranks:
             raise
 
     def execute(self, plan: Plan, embeddings: Mapping[bytes, Tensor]) -> Executed:
-        """As `ModelRunner.execute`, on every rank at once. Raises RankDeadError."""
+        """As `ModelRunner.execute`, on every rank at once.
+
+        Raises torch.OutOfMemoryError; with more ranks than one `check` fails from then on, since the others wait in a collective of this
+        plan, which would meet one of the next plan's. Raises RankDeadError where that is so, or where a rank has ended.
+        """
+        self._check_step()
         for rank, channel in enumerate(self._channels, start=1):
             _send(channel, Execute(plan), rank)
-        return self.runner.execute(plan, embeddings)
+        try:
+            return self.runner.execute(plan, embeddings)
+        except torch.OutOfMemoryError:
+            self._is_out_of_step = bool(self._channels)
+            raise
 
     def check(self) -> None:
         """Raises RankDeadError where a rank has ended; without it an idle engine would learn that from its next request."""
+        self._check_step()
         for rank, process in enumerate(self._processes, start=1):
             if process.poll() is not None:
                 raise RankDeadError(f"rank {rank} ended with status {process.returncode}")
+
+    def _check_step(self) -> None:
+        if self._is_out_of_step:
+            raise RankDeadError("rank 0 ran out of device memory within a step, for which the others wait; the engine has to start again")
 
     def close(self) -> None:
         """Blocks until every rank has ended."""
@@ -72,7 +87,7 @@ class Ranks:
             channel.close()
         for process in self._processes:
             try:
-                process.wait(EXIT_TIMEOUT_S)
+                process.wait(0 if self._is_out_of_step else EXIT_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -174,6 +174,37 @@ def test_a_search_takes_no_more_rows_than_there_are(folder):
     engine.close()
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 6])
+def test_a_search_goes_on_as_it_was_where_memory_runs_out_while_its_blocks_are_copied(folder, monkeypatch, num_steps):
+    """The copies are of forks, which the scheduler made once. What lies in the blocks that they went to would be others' otherwise."""
+    engine = make_engine(folder, cache_block_seq_len=16)
+    with torch.inference_mode():
+        for cache in engine.runner.attention.caches:
+            cache.keys.normal_(std=50)
+            cache.values.normal_(std=50)
+    params = greedy_beams(4, ignore_eos=True)
+    engine.add("alone", prompt_of(1, 20), params)
+    expected = tokens(run(engine)["alone"])
+    copy_blocks, failures = engine.runner.attention.copy_blocks, [torch.OutOfMemoryError()]
+
+    def short_of_memory(copies):
+        if failures and copies and "large" in engine.scheduler.requests:
+            raise failures.pop()
+        copy_blocks(copies)
+
+    monkeypatch.setattr(engine.runner.attention, "copy_blocks", short_of_memory)
+    engine.add("beams", prompt_of(1, 20), params)
+    for _ in range(num_steps):
+        engine.step()
+    engine.add("large", prompt_of(2, 100), greedy_beams(1))
+    outputs = run(engine)
+
+    assert not failures
+    assert outputs["large"][-1].finish_reason is FinishReason.ERROR
+    assert tokens(outputs["beams"]) == expected
+    engine.close()
+
+
 def test_an_abort_or_a_failure_ends_all_beams(engine):
     engine.add("aborted", prompt_of(1), greedy_beams(4))
     engine.add("failed", prompt_of(2), greedy_beams(4))
@@ -192,6 +223,8 @@ def test_an_abort_ends_a_search_that_has_dropped_its_first_beam(engine):
     while "aborted" in engine.scheduler.requests:
         engine.step()
     assert engine.has_work
+    with pytest.raises(InvalidRequestError, match="in use"):
+        engine.add("aborted", prompt_of(2), SamplingParams())
 
     assert engine.abort("aborted").finish_reason is FinishReason.ABORT
 

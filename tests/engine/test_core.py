@@ -397,6 +397,47 @@ def test_a_picture_that_cannot_be_encoded_fails_its_requests_only(seeing, caplog
     assert outputs["text"][-1].finish_reason is FinishReason.LENGTH
 
 
+class PickyEncoder(WideEncoder):
+    """Cannot encode the picture of 2s, nor any batch that it is in."""
+
+    def encode(self, batch):
+        embeddings = super().encode(batch)
+        if any(int(arrays["pixel_values"].flatten()[0]) == 2 for arrays in batch):
+            raise RuntimeError("broken")
+        return embeddings
+
+
+def test_a_picture_that_cannot_be_encoded_fails_none_that_are_encoded_with_it(engine, caplog):
+    engine.runner.encoder = PickyEncoder()
+    for value in (1, 2, 3):
+        engine.add(f"request-{value}", image_prompt(value), SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+
+    outputs = run(engine)
+
+    assert engine.runner.encoder.batch_sizes == [3, 1, 1, 1]
+    assert {name: part[-1].finish_reason for name, part in outputs.items()} == {
+        "request-1": FinishReason.LENGTH,
+        "request-2": FinishReason.ERROR,
+        "request-3": FinishReason.LENGTH,
+    }
+    for value in (4, 5):
+        engine.add(f"request-{value}", image_prompt(value), SamplingParams(max_tokens=1))
+    run(engine)
+    assert engine.runner.encoder.batch_sizes[4:] == [2]
+
+
+def test_an_announced_picture_that_cannot_be_encoded_keeps_no_other_from_being_encoded_ahead(engine, caplog):
+    engine.runner.encoder = PickyEncoder()
+    images = [fake_image(value) for value in (1, 2, 3)]
+    for image in images:
+        engine.announce("a prompt", image)
+
+    run(engine)
+
+    assert engine.runner.encoder.batch_sizes == [3, 1, 1, 1]
+    assert set(engine.embeddings.tensors) == {images[0].content_hash, images[2].content_hash}
+
+
 def test_aborting_the_only_request_of_a_picture_stops_its_encoding(slow):
     slow.add("image", image_prompt(1), SamplingParams(max_tokens=3))
     slow.step()

@@ -108,6 +108,7 @@ def test_a_failure_is_kept_for_the_engine(caplog):
 
     assert encoding.is_done
     assert encoding.error is encoder.failure
+    assert encoding.error.__traceback__ is None  # whose frames would keep the batch's tensors
 
 
 def test_a_wrong_number_of_rows_is_a_failure(caplog):

@@ -52,6 +52,9 @@ def test_a_probe_alone_changes_no_cache_and_no_number(engine):
     assert engine.runner.encoder.batch_sizes == [1]
     assert engine.stats() == before
     assert engine.scheduler.pinned_images() == set()
+    engine.add("beams", probe(50), SamplingParams(max_tokens=3, num_beams=2, temperature=0))
+    assert run(engine)["beams"][-1].token_ids
+    assert engine.stats().num_output_tokens == before.num_output_tokens
 
 
 def test_each_probe_is_computed_anew(engine):

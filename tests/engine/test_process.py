@@ -1,17 +1,25 @@
 """What the engine process makes of messages, before the engine sees them."""
 
 import gc
+import json
 import os
 import socket
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
 from engine.channel import Channel
-from engine.messages import Add, Announce, FromEngine, Rejected, ToEngine
+from engine.config import EngineConfig
+from engine.core import Engine
+from engine.messages import Add, Announce, FromEngine, Outputs, Rejected, ToEngine
 from engine.process import EngineLoop
-from engine.request import ImageInput, Prompt, SamplingParams
+from engine.request import FinishReason, ImageInput, Plan, Prompt, SamplingParams
+from engine.workers import EXIT_TIMEOUT_S, RankDeadError
 from tests.engine.fake_encoder import fake_image
+from tests.tiny_models import write_tiny
 from vision.shared_array import SharedArray
 
 LOST = ImageInput(b"lost", 4, {"pixel_values": SharedArray(-1, (1, 3, 2, 2), "uint8")})
@@ -118,3 +126,38 @@ def test_a_picture_that_was_lost_is_taken_from_a_request_that_has_it(process: Pr
 
     first, second = process.engine.prompts.values()
     assert second.images[0] is first.images[0]
+
+
+@pytest.mark.full
+def test_an_engine_of_two_ranks_ends_at_once_where_one_runs_out_of_memory(
+    process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one waits within a layer, for a sum that would be paired with one of the next step."""
+    folder = write_tiny("llama", tmp_path)
+    config = EngineConfig(model_folder=str(folder), device="cpu", num_threads=1, tp=2, session_len=128, cache_max_entry_count=64)
+    engine = Engine(config.resolve(json.loads((folder / "config.json").read_text())))
+    layer = engine.runner.decoder.layers[1]
+    forward = layer.mlp.forward  # type: ignore[union-attr]
+
+    def short_of_memory(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[0] > 30:
+            raise torch.OutOfMemoryError
+        return forward(hidden)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(layer.mlp, "forward", short_of_memory)
+    for name, num_tokens in (("small", 3), ("large", 60)):
+        token_ids = tuple(range(40, 40 + num_tokens))
+        process.to_engine.send(Add(name, Prompt(token_ids=token_ids, cache_keys=token_ids), SamplingParams(max_tokens=2)))
+    started_s = time.monotonic()
+
+    with pytest.raises(RankDeadError, match="out of device memory"):
+        EngineLoop(engine, *process.channels[1:3]).run()
+
+    sent = process.from_engine.receive(5.0)
+    assert isinstance(sent, Outputs)
+    assert [(output.request_id, output.finish_reason) for output in sent.outputs] == [("large", FinishReason.ERROR)]
+    assert "--max-prefill-token-num" in str(sent.outputs[0].error)
+    with pytest.raises(RankDeadError):
+        engine.ranks.execute(Plan(), {})
+    engine.close()
+    assert time.monotonic() - started_s < EXIT_TIMEOUT_S

@@ -1,5 +1,7 @@
 """The scheduler by example, and under random operations with a scripted runner that checks everything a real one would rely on."""
 
+import gc
+import weakref
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -973,3 +975,20 @@ class Engine(RuleBasedStateMachine):
 
 TestEngine = Engine.TestCase
 TestEngine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("tenants", [("", ""), ("a", "b")])
+def test_a_request_that_lacked_rows_is_forgotten_with_its_pictures_when_it_ends(tenants: tuple[str, str]) -> None:
+    scheduler = make_scheduler(max_batch_size=1)
+    add(scheduler, "runs", range(1, 5), tenant=tenants[0])
+    scheduler.schedule()
+    image = weakref.ref(add(scheduler, "short", range(5, 9), ("a picture", 2), tenant=tenants[1]).prompt.images[0])
+    scheduler.schedule()
+    scheduler.schedule()
+    assert image() is not None
+
+    scheduler.abort("short")
+    scheduler.abort("runs")
+
+    gc.collect()
+    assert image() is None
