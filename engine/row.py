@@ -6,7 +6,7 @@ Knows nothing of other requests, of budgets or of what is ready.
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from engine.kv_cache import BlockTable
+from engine.kv_cache import BlockManager, BlockTable
 from engine.request import ImagePiece, ImageSpan, InvalidRequestError, PromptTooLongError, Request
 
 
@@ -54,6 +54,20 @@ class Row:
         for index in range(bisect_right(self.span_ends, slot), len(spans)):
             yield spans[index]
 
+    def content_hash(self, span: ImageSpan) -> bytes:
+        """Of the span's picture."""
+        return self.request.prompt.images[span.image].content_hash
+
+    def num_matched(self, blocks: BlockManager) -> int:
+        """Leading blocks that need not be computed: none where the request reads all of its prompt."""
+        return 0 if self.request.params.reads_prompt else blocks.match(self.table)
+
+    def without_cut_spans(self, num_matched: int, block_size: int) -> int:
+        """The largest number of matched blocks that does not end inside an atomic span."""
+        while (span := next(self.spans_from(num_matched * block_size), None)) and span.is_atomic and span.start < num_matched * block_size:
+            num_matched = span.start // block_size
+        return num_matched
+
     def image_pieces(self, start: int, end: int) -> tuple[ImagePiece, ...]:
         """Where rows of embeddings go in a chunk of the slots `start … end`."""
         pieces = []
@@ -61,8 +75,8 @@ class Row:
             if span.start >= end:
                 break
             first, last = max(start, span.start), min(end, span.start + span.num_tokens)
-            content_hash = self.request.prompt.images[span.image].content_hash
-            pieces.append(ImagePiece(content_hash, first - start, span.offset + first - span.start, last - first, span.is_atomic))
+            offset = span.offset + first - span.start
+            pieces.append(ImagePiece(self.content_hash(span), first - start, offset, last - first, span.is_atomic))
         return tuple(pieces)
 
     def positions(self, start: int, end: int) -> tuple[list[int], ...] | None:

@@ -15,12 +15,12 @@ from itertools import islice
 
 from engine.config import EngineConfig
 from engine.kv_cache import BlockManager
+from engine.pictures import Pictures
 from engine.request import (
     Chunk,
     EngineStats,
     FinishReason,
     ImageInput,
-    ImageSpan,
     InvalidRequestError,
     Plan,
     QueueFullError,
@@ -32,9 +32,8 @@ from engine.request import (
 from engine.row import Row, validate
 from engine.searches import Searches, num_common
 from engine.shares import Shares, Want, youngest_of_most_blocks
-from engine.turns import TenantTurns, by_turns
+from engine.turns import TenantTurns
 
-MAX_IMAGES_AHEAD = 16  # pictures that `images_needed` names at once
 NUM_ADMISSIBLE = 4  # waiting rows that a step looks at, for each that may run
 
 
@@ -60,12 +59,11 @@ class Scheduler:
         self._tenant_turns = TenantTurns()
         self._prefill_budget = config.max_prefill_token_num  # of this step
         self._smallest_prefill_next = False
-        self._smallest_picture_next = False
         self._short: Row | None = None  # lacked blocks or rows when it was its turn: nobody comes in before it
         self._held: set[str] = set()
         self._searches = Searches()
         self._shares = Shares(config.max_batch_size, self.blocks, self._running, self._searches)
-        self._ready_images: set[bytes] = set()
+        self._pictures = Pictures(self.blocks)
         self._pending: dict[bytes, Row] = {}  # hash of a full block that is still to be computed → the running row that will
 
     @property
@@ -176,52 +174,39 @@ class Scheduler:
     # Pictures
 
     def images_needed(self, *, ahead: bool = True) -> list[ImageInput]:
-        """Pictures without an embedding, each content hash once: by turns of the first request that lacks some, and of whoever lacks least.
+        """Pictures without an embedding, in the order in which they are to be encoded; also those that are being encoded.
 
-        At most MAX_IMAGES_AHEAD, of running rows and of the first `max_batch_size` waiting ones, then of as many that are held; also those
-        that are being encoded. ahead: False where memory is short: of these waiting rows only each tenant's first one with pictures, so
-        that everyone gets on.
+        A bounded number, of running rows and of the first `max_batch_size` waiting ones, then of as many that are held. ahead: False where
+        memory is short: of these waiting rows only each tenant's first one with pictures, so that everyone gets on.
         """
-        rows = (*self._running, *(self._next_waiting() if ahead else self._first_with_pictures()))
-        missing = [images for row in rows if (images := {image.content_hash: image for image in self._missing_images(row)}.values())]
-        pictures = [(sum(image.num_tokens for image in images), image) for images in missing for image in images]
-        needed: dict[bytes, ImageInput] = {}
-        for _, image in by_turns(pictures, lambda picture: picture[0], smallest_next=self._smallest_picture_next):
-            needed.setdefault(image.content_hash, image)
-            if len(needed) == MAX_IMAGES_AHEAD:
-                break
-        return list(needed.values())
+        waiting = self._next_waiting()
+        return self._pictures.needed((*self._running, *(waiting if ahead else self._pictures.first_of_each_tenant(waiting))))
 
     def encoding_begun(self) -> None:
-        """The first of `images_needed` is on its way: the next turn is another's."""
-        self._smallest_picture_next = not self._smallest_picture_next
+        """The first of `images_needed` is on its way."""
+        self._pictures.encoding_begun()
 
     def image_ready(self, content_hash: bytes) -> None:
-        self._ready_images.add(content_hash)
+        self._pictures.add(content_hash)
         for row in self._waiting:
-            row.lacks_images = row.lacks_images and self._lacking_span(row, 0) is not None
+            row.lacks_images = row.lacks_images and self._pictures.lacking_span(row, 0) is not None
             if content_hash in row.content_hashes:  # not only the awaited one: cached blocks before it may be gone
                 row.awaits = None
 
     def image_forgotten(self, content_hash: bytes) -> None:
         """The embedding is gone; the picture is needed again where a row has not computed it."""
-        self._ready_images.discard(content_hash)
+        self._pictures.discard(content_hash)
 
     def pinned_images(self) -> set[bytes]:
         """Ready pictures that a running row, or a waiting one that `images_needed` looks at, has yet to compute: not to be forgotten."""
-        return {
-            content_hash
-            for row in (*self._running, *self._next_waiting())
-            for span in self._spans_to_compute(row)
-            if (content_hash := row.request.prompt.images[span.image].content_hash) in self._ready_images
-        }
+        return self._pictures.pinned((*self._running, *self._next_waiting()))
 
     def requests_with_image(self, content_hash: bytes) -> list[str]:
         """Live requests that have not computed all of this picture; to fail where it cannot be encoded."""
         return [
             row.request.request_id
             for row in self._rows.values()
-            if any(row.request.prompt.images[span.image].content_hash == content_hash for span in row.spans_from(row.request.num_computed))
+            if any(row.content_hash(span) == content_hash for span in row.spans_from(row.request.num_computed))
         ]
 
     # One step
@@ -229,7 +214,7 @@ class Scheduler:
     def prefill_load(self) -> tuple[int, int]:
         """How many rows decode, and how many more could be computing their prompts: those that do not wait for a picture."""
         num_decoding = sum(row.is_decoding for row in self._running)
-        num_prefilling = sum(not row.is_decoding and not self._awaits_picture(row) for row in self._running)
+        num_prefilling = sum(not row.is_decoding and not self._pictures.is_awaited_by(row) for row in self._running)
         is_free = (row for row in self._waiting if not (row.awaits or row.lacks_images or row.request.request_id in self._held))
         return num_decoding, num_prefilling + sum(1 for _ in is_free)
 
@@ -252,15 +237,20 @@ class Scheduler:
         skipped.
         """
         outputs = []
+        reached: set[bytes] = set()  # pictures, any of whose blocks may be in the prefix cache now
         for chunk in plan.chunks:
             row = self._rows.get(chunk.request_id)
             if row is None or row.request.status is not RequestStatus.RUNNING:
                 continue
-            self._advance(row, chunk)
+            if self._advance(row, chunk):
+                reached |= row.content_hashes
             if chunk.request_id in sampled:
                 outputs.append(self._append(row, sampled[chunk.request_id]))
             elif row.request.params.max_tokens == 0 and row.request.num_computed == len(row.request.token_ids):
                 outputs.append(self._ended(row, FinishReason.LENGTH))
+        for row in self._waiting if reached else ():
+            if row.awaits in reached:
+                row.awaits = None
         return outputs
 
     def check(self) -> None:
@@ -380,7 +370,7 @@ class Scheduler:
 
     def _num_to_compute(self, row: Row) -> int:
         is_waiting = row.request.status is RequestStatus.WAITING
-        num_computed = self._match(row) * self.blocks.block_size if is_waiting else row.request.num_computed
+        num_computed = row.num_matched(self.blocks) * self.blocks.block_size if is_waiting else row.request.num_computed
         return len(row.request.token_ids) - num_computed
 
     def _admit(self, row: Row, num_left: int) -> bool:
@@ -410,13 +400,13 @@ class Scheduler:
         It waits for a picture, for a block that a running row is computing, or for one of those running rows, at most half of all, that
         lack pictures: the others are for rows that can be computed.
         """
-        num_matched = self._match(row)
+        num_matched = row.num_matched(self.blocks)
         if not row.request.params.reads_prompt and self.blocks.next_digest(row.table, num_matched) in self._pending:
             return None
-        num_matched = self._without_cut_spans(row, num_matched)
+        num_matched = row.without_cut_spans(num_matched, self.blocks.block_size)
         start = num_matched * self.blocks.block_size
-        if (span := self._lacking_span(row, start)) is not None:
-            row.awaits = row.request.prompt.images[span.image].content_hash if span.start <= start else None
+        if (span := self._pictures.lacking_span(row, start)) is not None:
+            row.awaits = row.content_hash(span) if span.start <= start else None
             row.lacks_images = self._num_places_for_lacking() <= 0
             if row.awaits is not None or row.lacks_images:
                 return None
@@ -424,28 +414,8 @@ class Scheduler:
 
     def _num_places_for_lacking(self) -> int:
         """How many more rows may run that lack pictures."""
-        num_lacking = sum(self._lacking_span(row, row.request.num_computed) is not None for row in self._running)
+        num_lacking = sum(self._pictures.lacking_span(row, row.request.num_computed) is not None for row in self._running)
         return max(1, self.config.max_batch_size // 2) - num_lacking
-
-    def _lacking_span(self, row: Row, slot: int) -> ImageSpan | None:
-        """The first span that ends after the slot and whose picture is not ready."""
-        return next((span for span in row.spans_from(slot) if not self._is_ready(row, span)), None)
-
-    def _awaits_picture(self, row: Row) -> bool:
-        """Whether a running row's next slot is one of a picture that is not ready."""
-        span = self._lacking_span(row, row.request.num_computed)
-        return span is not None and span.start <= row.request.num_computed
-
-    def _match(self, row: Row) -> int:
-        """Leading blocks that need not be computed: none where the request reads all of its prompt."""
-        return 0 if row.request.params.reads_prompt else self.blocks.match(row.table)
-
-    def _without_cut_spans(self, row: Row, num_matched: int) -> int:
-        """The largest number of matched blocks that does not end inside an atomic span."""
-        size = self.blocks.block_size
-        while (span := next(row.spans_from(num_matched * size), None)) and span.is_atomic and span.start < num_matched * size:
-            num_matched = span.start // size
-        return num_matched
 
     def _start(self, row: Row, num_matched: int) -> bool:
         """Give a waiting row blocks for all its slots, and let it run. False where blocks are short.
@@ -483,7 +453,7 @@ class Scheduler:
             if span.start >= end:
                 break
             span_end = span.start + span.num_tokens
-            if not self._is_ready(row, span):
+            if not self._pictures.is_ready(row, span):
                 return max(start, span.start)
             if span.is_atomic and span_end > end:
                 is_first = span.start == start and num_left >= self._prefill_budget
@@ -508,7 +478,8 @@ class Scheduler:
 
     # Private: the parts of `commit`
 
-    def _advance(self, row: Row, chunk: Chunk) -> None:
+    def _advance(self, row: Row, chunk: Chunk) -> bool:
+        """Whether blocks were published."""
         request = row.request
         assert chunk.start == request.num_computed, f"{request.request_id} has {request.num_computed} slots, not {chunk.start}"
         request.num_computed += len(chunk.token_ids)
@@ -516,13 +487,10 @@ class Scheduler:
         for digest in published:
             if self._pending.get(digest) is row:
                 del self._pending[digest]
-        if published and row.content_hashes:
-            for waiting in self._waiting:
-                if waiting.awaits in row.content_hashes:  # it may be in the prefix cache now
-                    waiting.awaits = None
         if row.is_computed:
             for other in self._searches.behind(row):
                 self._resume(other, row)
+        return bool(published)
 
     def _resume(self, row: Row, first: Row) -> None:
         """Let a beam that was set aside go on, on the blocks of its search's first row as far as they are the same."""
@@ -606,37 +574,11 @@ class Scheduler:
                 del self._pending[digest]
         self.blocks.free(row.table)
 
-    def _is_ready(self, row: Row, span: ImageSpan) -> bool:
-        return row.request.prompt.images[span.image].content_hash in self._ready_images
-
-    def _missing_images(self, row: Row) -> Iterator[ImageInput]:
-        """Pictures that the row has yet to compute and that are not ready, in order."""
-        if self._lacking_span(row, row.request.num_computed) is None:
-            return
-        for span in self._spans_to_compute(row):
-            if not self._is_ready(row, span):
-                yield row.request.prompt.images[span.image]
-
-    def _spans_to_compute(self, row: Row) -> Iterator[ImageSpan]:
-        """Where the row has yet to compute pictures, in order. Those in the prefix cache are not needed."""
-        slot = row.request.num_computed
-        if row.request.prompt.spans and row.request.status is RequestStatus.WAITING:
-            slot = self._without_cut_spans(row, self._match(row)) * self.blocks.block_size
-        return row.spans_from(slot)
-
     def _next_waiting(self) -> list[Row]:
         """Those for which pictures are encoded, held ones last."""
         free = islice((row for row in self._waiting if row.request.request_id not in self._held), self.config.max_batch_size)
         held = sorted((self._rows[request_id] for request_id in self._held), key=_order)
         return [*free, *held[: self.config.max_batch_size]]
-
-    def _first_with_pictures(self) -> Collection[Row]:
-        """Of the next waiting rows each tenant's first one that has pictures to compute, ready or not."""
-        firsts: dict[str, Row] = {}
-        for row in self._next_waiting():
-            if row.tenant not in firsts and next(self._spans_to_compute(row), None) is not None:
-                firsts[row.tenant] = row
-        return firsts.values()
 
 
 def _order(row: Row) -> tuple[int, int]:
