@@ -11,7 +11,7 @@ from engine.beams import Beams, Continuation
 from engine.config import EngineConfig
 from engine.request import FinishReason, InvalidRequestError, Request, StepOutput
 from engine.scheduler import Scheduler
-from tests.engine.test_scheduler import EOS, ScriptedRunner, make_request, scripted_token
+from tests.engine.scheduling import EOS, ScriptedRunner, make_request, scripted_token
 
 SESSION_LEN = 64
 BLOCK_SIZE = 4
