@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import settings
 
 import vision  # noqa: F401 - makes torchvision, which transformers loads, importable beside a CPU-only torch
@@ -5,3 +6,6 @@ import vision  # noqa: F401 - makes torchvision, which transformers loads, impor
 # No test depends on time: on a busy machine one example may take seconds.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+# A helper that judges: what it compared belongs in the message, as in a test's own file.
+pytest.register_assert_rewrite("tests.engine.scheduling")

@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 
 from engine.beams import Beams, Continuation
-from engine.config import EngineConfig
 from engine.request import FinishReason, InvalidRequestError, Request, StepOutput
-from engine.scheduler import Scheduler
-from tests.engine.test_scheduler import EOS, ScriptedRunner, make_request, scripted_token
+from tests.engine.scheduling import EOS, ScriptedRunner, deliver, make_request, make_scheduler, scripted_token
 
 SESSION_LEN = 64
-BLOCK_SIZE = 4
 
 
 def scripted_offer(keys: Sequence[int], rank: int, num_kept: int) -> list[Continuation]:
@@ -29,15 +26,13 @@ class World:
     """A scheduler with its searches; pictures are encoded at once, and forgotten at once where nobody has pinned them."""
 
     def __init__(self, *, num_blocks: int = 60, budget: int = 16, prefix: bool = True, max_batch_size: int = 8) -> None:
-        config = EngineConfig(
-            model_folder="",
+        self.scheduler = make_scheduler(
+            num_blocks,
             session_len=SESSION_LEN,
             max_batch_size=max_batch_size,
             max_prefill_token_num=budget,
-            cache_block_seq_len=BLOCK_SIZE,
             enable_prefix_caching=prefix,
         )
-        self.scheduler = Scheduler(config, num_blocks=num_blocks, eos_token_ids=(EOS,))
         self.beams = Beams(self.scheduler, (EOS,))
         self.runner = ScriptedRunner(self.scheduler)
         self.answers: dict[str, list[int]] = {}
@@ -60,11 +55,9 @@ class World:
     def step(self, *, is_lost: bool = False, meanwhile: Callable[[], None] = lambda: None) -> None:
         """As `engine.core` does it. is_lost: device memory ran out when all was computed, so whoever has the largest chunk fails."""
         for content_hash in self.runner.embeddings - self.scheduler.pinned_images():
-            self.runner.embeddings.discard(content_hash)
-            self.scheduler.image_forgotten(content_hash)
+            self.runner.forget(content_hash)
         for image in self.scheduler.images_needed():
-            self.runner.embeddings.add(image.content_hash)
-            self.scheduler.image_ready(image.content_hash)
+            self.runner.encoded(image.content_hash)
         plan = self.scheduler.schedule()
         self.scheduler.check()
         assert plan.chunks or not self.scheduler.has_work, f"nothing to compute: {self.scheduler.requests}"
@@ -89,11 +82,7 @@ class World:
         self.scheduler.check()
 
     def deliver(self, outputs: list[StepOutput]) -> None:
-        for output in outputs:
-            assert output.request_id not in self.reasons, "an output after the last one"
-            self.answers[output.request_id] += output.token_ids
-            if output.finish_reason is not None:
-                self.reasons[output.request_id] = output.finish_reason
+        deliver(outputs, self.answers, self.reasons)
 
     def run(self) -> None:
         while self.scheduler.has_work:

@@ -6,12 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import EngineConfig
-from engine.request import ImageInput, ImageSpan, Prompt, QueueFullError, Request, SampledToken, SamplingParams, make_cache_keys
-from engine.scheduler import Scheduler
+from engine.request import QueueFullError
+from tests.engine.scheduling import add, make_scheduler, say
 
 BUDGET = 8
-IMAGE = 99
 NUM_IMAGE_TOKENS = 2
 
 
@@ -19,15 +17,14 @@ class World:
     """One step encodes one picture and computes one plan. Requests end with their first token unless they are given more."""
 
     def __init__(self, *, max_batch_size: int = 64, max_waiting: int = 1024, num_blocks: int = 1500, session_len: int = 1000) -> None:
-        config = EngineConfig(
-            model_folder="",
+        self.scheduler = make_scheduler(
+            num_blocks,
+            eos_token_ids=(),
             session_len=session_len,
             max_batch_size=max_batch_size,
             max_prefill_token_num=BUDGET,
             max_waiting=max_waiting,
-            cache_block_seq_len=4,
         )
-        self.scheduler = Scheduler(config, num_blocks=num_blocks, eos_token_ids=())
         self.num_steps = 0
         self.encoded: list[str] = []  # whose picture, step by step
         self.arrived: dict[str, int] = {}  # request → step
@@ -36,13 +33,9 @@ class World:
         self.orders: dict[str, tuple[int, int]] = {}
 
     def add(self, name: str, *, num_images: int = 0, num_tokens: int = 1, tenant: str = "", max_tokens: int | None = 1) -> None:
-        images = tuple(ImageInput(f"{name}/{index}".encode(), NUM_IMAGE_TOKENS, {}) for index in range(num_images))
-        spans = tuple(ImageSpan(1 + index * (NUM_IMAGE_TOKENS + 1), NUM_IMAGE_TOKENS, index) for index in range(num_images))
+        pictures = [part for index in range(num_images) for part in ((f"{name}/{index}", NUM_IMAGE_TOKENS), [1])]
         number = 1000 * len(self.arrived)  # no two prompts begin alike
-        token_ids = [number, *([IMAGE] * NUM_IMAGE_TOKENS + [1]) * num_images, *range(number, number + num_tokens)]
-        keys = make_cache_keys(token_ids, images, spans)
-        prompt = Prompt(token_ids=tuple(token_ids), cache_keys=keys, images=images, spans=spans, tenant=tenant)
-        self.scheduler.add(Request(name, prompt, SamplingParams(max_tokens=max_tokens)))
+        add(self.scheduler, name, [number], *pictures, range(number, number + num_tokens), tenant=tenant, max_tokens=max_tokens)
         self.arrived[name] = self.num_steps
         self.orders[name] = self.scheduler._rows[name].order
 
@@ -53,7 +46,7 @@ class World:
             self.encoded.append(image.content_hash.decode().split("/")[0])
         plan = self.scheduler.schedule()
         self.num_steps += 1
-        for output in self.scheduler.commit(plan, {chunk.request_id: SampledToken(5) for chunk in plan.chunks if chunk.samples}):
+        for output in self.scheduler.commit(plan, say(plan)):
             self.begun.setdefault(output.request_id, self.num_steps)
             if output.finish_reason is not None:
                 self.ended[output.request_id] = self.num_steps
