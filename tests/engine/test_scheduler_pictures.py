@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 
+from engine.pictures import MAX_IMAGES_AHEAD
 from engine.request import ImageInput, ImagePiece, ImageSpan, Prompt, Request, SamplingParams
-from engine.scheduler import MAX_IMAGES_AHEAD
 from tests.engine.scheduling import add, make_scheduler, run_out, say, shape, step
 
 
