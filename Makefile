@@ -29,7 +29,8 @@ GRADIO_NEEDS = "audioop-lts; python_version >= '3.13'" brotli gradio-client groo
 # Waiting threads sleep instead of spinning: several times faster beside other processes.
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 # Whole files at a time in two processes, each of which computes with one thread: tiny models gain nothing from a second one.
-PYTEST_TWICE = OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile
+# In the order of the folders: long tests with servers first, the many short files of the server last, so that both end together.
+PYTEST_TWICE = OMP_NUM_THREADS=1 $(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder
 WITH_SERVERS = tests/end_to_end tests/robustness
 DEBIAN_PACKAGES = chromium curl debootstrap jq
 

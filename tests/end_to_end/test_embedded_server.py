@@ -51,6 +51,7 @@ async def served_name(client: openai.AsyncOpenAI) -> str:
     return (await client.models.list()).data[0].id
 
 
+@pytest.mark.full
 async def test_thirty_two_streams_at_once_each_equal_their_own_answer_alone(server, client):
     together = await asyncio.gather(*(streamed(client, number) for number in range(NUM_CLIENTS)))
 
