@@ -1,21 +1,23 @@
 """Five times more requests than the server can answer, for two minutes: `python -m tests.robustness.overload`.
 
-Before and after, the capacity is measured, by as many clients as are computed at once; the mean of both counts, since machines are not
-equally fast all the time. Between, requests come at five times the first rate, whether others are answered or not. Each gets one answer:
-the text that it gets alone, or a 429 or 503 with Retry-After; and as many are answered per second as the capacity says, less 10 %. Prints
-a table; ends with 1 where one of these is not so. `--quick` leaves the rate out of the verdict.
+They come in floods of half a minute, whether others are answered or not. Each gets one answer: the text that it gets alone, or a 429 or
+503 with Retry-After; and as many are answered per second as the capacity says, less 10 %. The capacity is measured before and after each
+flood, by half as many clients again as are computed at once, and the mean of both counts, since no machine is equally fast for minutes.
+Prints a table; ends with 1 where one of these is not so. `--quick` leaves the rate out of the verdict.
 
 Clients have machines of their own: here they run only where the server leaves a core idle, and write bytes that were made before.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +26,7 @@ from tests.server_process import ServerProcess, data_url, server_process
 from tests.vision.pictures import png
 
 FACTOR = 5
+ROUNDS = 4
 MIN_SHARE = 0.9  # of the capacity
 MAX_WAITING = 64
 BATCH = 16
@@ -36,9 +39,9 @@ _NUM_QUESTIONS = 16
 class Report:
     """What became of the requests. Times in seconds."""
 
-    capacities: list[float] = field(default_factory=list)  # answers per second
-    rate: float = 0.0  # requests per second, as sent
-    throughput: float = 0.0  # answers per second while they came
+    capacities: list[float] = field(default_factory=list)  # answers per second, before the first flood and after each
+    rates: list[float] = field(default_factory=list)  # requests per second, as each flood sent them
+    throughputs: list[float] = field(default_factory=list)  # answers per second while they came
     num_sent: int = 0
     num_answered: int = 0
     num_refused: int = 0
@@ -48,8 +51,10 @@ class Report:
     wrong: list[str] = field(default_factory=list)
 
     @property
-    def capacity(self) -> float:
-        return statistics.mean(self.capacities)
+    def shares(self) -> list[float]:
+        """Of the capacity, in each flood."""
+        capacities = [max(statistics.mean(pair), 1e-9) for pair in itertools.pairwise(self.capacities)]
+        return [throughput / capacity for throughput, capacity in zip(self.throughputs, capacities, strict=True)]
 
     @property
     def is_whole(self) -> bool:
@@ -59,17 +64,17 @@ class Report:
 
     @property
     def keeps_up(self) -> bool:
-        return self.throughput >= MIN_SHARE * self.capacity
+        return statistics.mean(self.shares) >= MIN_SHARE
 
     def lines(self) -> list[str]:
-        capacity = max(self.capacity, 1e-9)
         answer_s, refusal_ms = self.answer_s or [0.0], [1000 * seconds for seconds in self.refusal_s or [0.0]]
         return [
-            f"capacity           {self.capacity:8.2f} answers per second ({', '.join(f'{rate:.2f}' for rate in self.capacities)})",
-            f"sent               {self.rate:8.2f} requests per second, {self.num_sent} in all",
-            f"answered           {self.throughput:8.2f} per second, {self.throughput / capacity:.0%} of the capacity",
-            f"                   {self.num_answered:8d} in all, in {statistics.median(answer_s):.1f} s, at most {max(answer_s):.1f} s",
-            f"refused            {self.num_refused:8d} in all, in {statistics.median(refusal_ms):.1f} ms, at most {max(refusal_ms):.0f} ms",
+            f"capacity   {_row(self.capacities)} answers per second",
+            f"sent       {_row(self.rates)} requests per second, {self.num_sent} in all",
+            f"answered   {_row(self.throughputs)} per second",
+            f"           {statistics.mean(self.shares):.0%} of the capacity ({', '.join(f'{share:.0%}' for share in self.shares)})",
+            f"           {self.num_answered} in all, in {statistics.median(answer_s):.1f} s, at most {max(answer_s):.1f} s",
+            f"refused    {self.num_refused} in all, in {statistics.median(refusal_ms):.1f} ms, at most {max(refusal_ms):.0f} ms",
             *(f"NOT AS IT SHOULD BE: {text}" for text in self.wrong[:20]),
         ]
 
@@ -107,17 +112,18 @@ class Overload:
         self.report.capacities.append(num_answered / seconds)
 
     async def flood(self, seconds: float) -> None:
-        """Sends at `FACTOR` times the capacity. The throughput is that from the first refusal on, when the queue is full."""
-        report, started_s = self.report, time.monotonic()
-        report.rate = FACTOR * report.capacities[0]
-        tasks = []
+        """Sends at `FACTOR` times the last capacity. The throughput is that from the first refusal on, when the queue is full."""
+        report, started_s, rate = self.report, time.monotonic(), FACTOR * self.report.capacities[-1]
+        self._first_refusal_s = None
+        tasks: list[asyncio.Task[None]] = []
         while (elapsed_s := time.monotonic() - started_s) < seconds:
-            while report.num_sent < elapsed_s * report.rate:
-                tasks.append(asyncio.create_task(self._one(report.num_sent % _NUM_QUESTIONS)))
-                report.num_sent += 1
+            while len(tasks) < elapsed_s * rate:
+                tasks.append(asyncio.create_task(self._one(len(tasks) % _NUM_QUESTIONS)))
             await asyncio.sleep(0.005)
         full_s = self._first_refusal_s or started_s
-        report.throughput = sum(moment >= full_s for moment in self._answered_s) / (time.monotonic() - full_s)
+        report.throughputs.append(sum(moment >= full_s for moment in self._answered_s) / (time.monotonic() - full_s))
+        report.rates.append(len(tasks) / seconds)
+        report.num_sent += len(tasks)
         await asyncio.gather(*tasks)
 
     async def _one(self, number: int) -> None:
@@ -180,19 +186,25 @@ def _text(answer: dict[str, Any]) -> str:
     return str(answer["choices"][0]["message"]["content"]) if "choices" in answer else ""
 
 
-async def overload(server: ServerProcess, *, measure_s: float, flood_s: float) -> Report:
+def _row(numbers: Iterable[float]) -> str:
+    return ", ".join(f"{number:.2f}" for number in numbers)
+
+
+async def overload(server: ServerProcess, *, measure_s: float, flood_s: float, rounds: int = ROUNDS) -> Report:
+    """flood_s: of all rounds together."""
     run = Overload(server.url)
     await run.learn()
     await run.measure(measure_s)
-    await run.flood(flood_s)
-    await run.measure(measure_s)
+    for _ in range(rounds):
+        await run.flood(flood_s / rounds)
+        await run.measure(measure_s)
     return run.report
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--measure-seconds", type=float, default=30.0)
+    parser.add_argument("--measure-seconds", type=float, default=15.0)
     parser.add_argument("--quick", action="store_true")
     wanted = parser.parse_args()
     flags = ("--max-waiting", str(MAX_WAITING), "--max-batch-size", str(BATCH), "--log-level", "WARNING")

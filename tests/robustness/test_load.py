@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from tests.robustness import overload
 from tests.robustness.hostile_servers import SEND_TIMEOUT_S, attack, origin_process
 from tests.robustness.memory import MIB, SHARED, History, held_by, sample
-from tests.robustness.overload import BATCH, overload
 from tests.robustness.soak import MAX_SLOPE_BYTES, SMALL_CACHES, Report, soak
 from tests.server_process import server_process
 from vision.shared_array import SharedArray
@@ -82,10 +82,16 @@ def test_a_process_is_weighed_without_what_it_shares_and_shared_memory_once() ->
     assert held_by(child.pid) == 0
 
 
+@pytest.mark.parametrize(("throughputs", "keeps_up"), [([9.1, 13.6], True), ([8.0, 15.5], True), ([9.1, 13.0], False)])
+def test_a_flood_is_compared_with_the_capacity_around_it(throughputs: list[float], keeps_up: bool) -> None:
+    assert overload.Report(capacities=[10.0, 10.0, 20.0], throughputs=throughputs).keeps_up == keeps_up
+
+
 @pytest.mark.full
 def test_under_overload_every_request_has_one_answer_of_its_own() -> None:
-    with server_process(None, "--max-waiting", str(2 * BATCH), "--max-batch-size", str(BATCH), "--log-level", "WARNING") as server:
-        report = asyncio.run(overload(server, measure_s=8, flood_s=10))
+    flags = ("--max-waiting", str(2 * overload.BATCH), "--max-batch-size", str(overload.BATCH), "--log-level", "WARNING")
+    with server_process(None, *flags) as server:
+        report = asyncio.run(overload.overload(server, measure_s=8, flood_s=10, rounds=1))
 
     assert report.wrong == []
     assert report.is_whole
