@@ -205,12 +205,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--measure-seconds", type=float, default=15.0)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="floods in which the seconds come; 1: without a pause")
     parser.add_argument("--quick", action="store_true")
     wanted = parser.parse_args()
     flags = ("--max-waiting", str(MAX_WAITING), "--max-batch-size", str(BATCH), "--log-level", "WARNING")
     with server_process(None, *flags) as server:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        report = asyncio.run(overload(server, measure_s=wanted.measure_seconds, flood_s=wanted.seconds))
+        report = asyncio.run(overload(server, measure_s=wanted.measure_seconds, flood_s=wanted.seconds, rounds=wanted.rounds))
     print("\n".join(report.lines()))
     return not (report.is_whole and (report.keeps_up or wanted.quick))
 
